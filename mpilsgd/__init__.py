@@ -1,0 +1,24 @@
+"""mpilsgd: train PyTorch models on many MPI processes that talk rarely."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from mpilsgd.comm import Topology
+from mpilsgd.flat import FlatParameters
+from mpilsgd.methods import EASGD, LSGD, MSGD, AllreduceSGD, LocalSGD, RunningAverage
+
+try:
+    __version__ = version("mpilsgd")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "EASGD",
+    "LSGD",
+    "MSGD",
+    "AllreduceSGD",
+    "FlatParameters",
+    "LocalSGD",
+    "RunningAverage",
+    "Topology",
+    "__version__",
+]

@@ -1,0 +1,231 @@
+"""How flat vectors travel: read in place within an island, sent once an island between islands.
+
+An *island* is a set of ranks that share windows: a node, or a single rank where memory cannot be shared
+(messages asked for, /dev/shm too small, CUDA tensors). Everything else follows from that one notion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from mpilsgd.comm.topology import Topology
+from mpilsgd.comm.windows import Window, free_shared_memory
+
+_PIECE = 1 << 30  # bytes a message: MPI counts are C ints
+_STAGE = 1 << 24  # bytes of pinned memory that a CUDA tensor passes through
+
+
+class SharedMemoryWarning(UserWarning):
+    """Shared windows do not fit into /dev/shm; messages are used."""
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Bytes that this rank read from other workers' memory or received from them."""
+
+    group: int = 0
+    across: int = 0
+
+
+class Fabric:
+    """The islands and levels over which one method exchanges its vectors.
+
+    Args:
+        topology: who the workers are; its communicators are duplicated, so methods never mix messages.
+        nbytes: shared memory that this rank will ask for; where a node has less than the sum, its ranks
+            become islands of one and a `SharedMemoryWarning` says so.
+        shareable: False where the vectors cannot lie in a window (CUDA).
+
+    Attributes: island (communicator), world and group (`Level`), traffic.
+    Collective over the world, as is `free`.
+    """
+
+    def __init__(self, topology: Topology, nbytes: int, shareable: bool = True):
+        node = topology.node
+        need = node.allreduce(nbytes)
+        room = node.bcast(free_shared_memory())
+        shared = topology.shared and node.allreduce(shareable, MPI.LAND) and node.size > 1
+        if shared and need > room:
+            shared = False
+            if node.rank == 0:
+                warnings.warn(
+                    f"{need / 1e6:.0f} MB of shared windows do not fit into the {room / 1e6:.0f} MB that "
+                    "/dev/shm has left on this node: its workers exchange messages instead (slower)",
+                    SharedMemoryWarning,
+                    stacklevel=5,
+                )
+        rank = topology.world.rank
+        self.traffic = Traffic()
+        self.island = topology.world.Split(node.bcast(rank) if shared else rank, key=rank)
+        color = self.island.bcast(rank)
+        mates = topology.groups[topology.group_index]
+        seats = topology.world.allgather((color, self.island.rank))
+        self._windows: list[Window] = []
+        self.world = Level(self, topology.world, seats, set(mates), list(range(topology.world.size)))
+        self.group = Level(self, topology.group, [seats[r] for r in mates], set(mates), mates)
+
+    def window(self, dtype: torch.dtype, numel: int, device: torch.device) -> Window:
+        """A vector a rank, visible to the island. Collective over the island."""
+        return self._keep(Window(self.island, dtype, numel), device)
+
+    def common(self, level: Level, dtype: torch.dtype, numel: int, device: torch.device) -> Window:
+        """One vector for those of the level on this island. Collective over them."""
+        return self._keep(Window(level.local, dtype, numel, common=True), device)
+
+    def _keep(self, window: Window, device: torch.device) -> Window:
+        if device.type != "cpu":  # the island is this rank alone
+            window.mine = window.mine.to(device)
+            window.views = [window.mine]
+        self._windows.append(window)
+        return window
+
+    def sync(self) -> None:
+        """MPI's memory barrier on every window; belongs on both sides of a collective that orders accesses."""
+        for window in self._windows:
+            window.sync()
+
+    def free(self) -> None:
+        """Frees windows and communicators."""
+        for window in self._windows:
+            window.free()
+        self._windows = []
+        for level in (self.group, self.world):
+            level.free()
+        self.island.Free()
+
+
+class Level:
+    """The workers of one kind of exchange: those of a group, or of the world.
+
+    Attributes:
+        comm: their communicator; local: those on this island; heads: the first of every island (null elsewhere).
+        world_ranks: their ranks in the world; n_islands; local_ranks: the ranks in `comm` of those on this island.
+        seats: their rank in their own island, the index into `Window.views`.
+    """
+
+    def __init__(
+        self, fabric: Fabric, comm: MPI.Comm, seats: Sequence[tuple[int, int]], mates: set[int], world_ranks: list[int]
+    ):
+        self._fabric = fabric
+        self._mates = mates
+        self.comm = comm.Dup()
+        colors = [color for color, _ in seats]
+        self.seats = [seat for _, seat in seats]
+        self.world_ranks = world_ranks
+        mine = colors[comm.rank]
+        self.local_ranks = [r for r, color in enumerate(colors) if color == mine]
+        islands = list(dict.fromkeys(colors))  # by their first rank, like the ranks of `heads`
+        self._island = [islands.index(color) for color in colors]
+        self.n_islands = len(islands)
+        self.local = self.comm.Split(self._island[comm.rank], key=comm.rank)
+        self.heads = self.comm.Split(0 if self.local.rank == 0 else MPI.UNDEFINED, key=comm.rank)
+
+    @property
+    def rank(self) -> int:
+        return self.comm.rank
+
+    @property
+    def size(self) -> int:
+        return self.comm.size
+
+    def table(self, row: Sequence[float]) -> np.ndarray:
+        """Every rank's row of numbers, the same (size, len(row)) table on every rank.
+
+        Doubles as the barrier between accesses to each other's windows. Numbers are compared after they
+        have been gathered, by the same code on every rank: MPI's MIN and MINLOC disagree about a NaN.
+        """
+        send = np.asarray(row, dtype=np.float64)
+        receive = np.empty((self.size, send.size))
+        self._fabric.sync()
+        self.comm.Allgather(send, receive)
+        self._fabric.sync()
+        return receive
+
+    def combine(self, row: np.ndarray) -> np.ndarray:
+        """Sums every rank's row of float64 numbers, in place; a barrier like `table`."""
+        self._fabric.sync()
+        self.comm.Allreduce(MPI.IN_PLACE, row, MPI.SUM)
+        self._fabric.sync()
+        return row
+
+    def fence(self) -> None:
+        """Barrier among those of the level on this island; their stores before it are seen after it."""
+        self._fabric.sync()
+        self.local.Barrier()
+        self._fabric.sync()
+
+    def bring(self, window: Window, owner: int, landing: Window | None) -> torch.Tensor:
+        """The vector of rank `owner`, readable here: where it lies on its own island, in `landing` elsewhere.
+
+        Collective over the level; the owner must not change its vector before the next barrier.
+        One copy travels to each island, not one to each rank.
+        """
+        home = self._island[owner]
+        here = self._island[self.rank] == home
+        source = window.views[self.seats[owner] if not window.common else 0] if here else None
+        if self.n_islands > 1:
+            assert landing is not None
+            target = landing.views[0][: window.mine.numel()] if source is None else source
+            if self.heads != MPI.COMM_NULL:
+                heads = self.heads
+                _in_pieces(target.view(torch.uint8), lambda piece: heads.Bcast([piece.numpy(), MPI.BYTE], root=home))
+                self._count(owner, 0 if here else target.numel() * target.element_size())
+            if not here:
+                self.fence()
+            return target
+        assert source is not None
+        self._count(owner, 0 if owner == self.rank else source.numel() * source.element_size())
+        return source
+
+    def allreduce(self, total: Window, start: int, stop: int) -> None:
+        """Sums the islands' common vectors from `start` to `stop`; all see the sum. Collective over the level."""
+        if self.n_islands == 1:
+            return
+        self.fence()
+        if self.heads != MPI.COMM_NULL:
+            heads, vector = self.heads, total.views[0][start:stop]
+            _in_pieces(vector, lambda piece: heads.Allreduce(MPI.IN_PLACE, piece.numpy(), MPI.SUM))
+            n = self.n_islands
+            nbytes = 2 * (n - 1) * vector.numel() * vector.element_size() // n
+            others = set(self.world_ranks) - self._mates
+            if others:
+                self._fabric.traffic.across += nbytes
+            else:
+                self._fabric.traffic.group += nbytes
+        self.fence()
+
+    def count_local(self, nbytes: int) -> None:
+        """Notes that this rank read `nbytes` of every other vector of the level on this island."""
+        for r in self.local_ranks:
+            self._count(r, 0 if r == self.rank else nbytes)
+
+    def _count(self, owner: int, nbytes: int) -> None:
+        if self.world_ranks[owner] in self._mates:
+            self._fabric.traffic.group += nbytes
+        else:
+            self._fabric.traffic.across += nbytes
+
+    def free(self) -> None:
+        for comm in (self.heads, self.local, self.comm):
+            if comm != MPI.COMM_NULL:
+                comm.Free()
+
+
+def _in_pieces(vector: torch.Tensor, operation: Callable[[torch.Tensor], None]) -> None:
+    """Runs an in-place MPI operation over a vector piece by piece, through pinned memory if it is on a GPU."""
+    if vector.device.type == "cpu":
+        for piece in vector.split(_PIECE // vector.element_size()):
+            operation(piece)
+        return
+    stage = torch.empty(min(vector.numel(), _STAGE // vector.element_size()), dtype=vector.dtype, pin_memory=True)
+    for piece in vector.split(max(stage.numel(), 1)):
+        host = stage[: piece.numel()]
+        host.copy_(piece)
+        operation(host)
+        piece.copy_(host)

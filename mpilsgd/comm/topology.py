@@ -1,0 +1,137 @@
+"""Who the workers are: the world, the nodes and the groups."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from typing import Any
+
+from mpi4py import MPI
+
+
+class Topology:
+    """The world of p workers, cut into nodes (shared memory) and n groups of l workers.
+
+    Worker i of group j (x^{j,i} in the papers) is rank `group.rank` = i of the group `group_index` = j.
+
+    Args:
+        comm: an mpi4py communicator, duplicated here (default: COMM_WORLD).
+        group_size: None makes one group of each node; an integer l >= 1 cuts each node into consecutive
+            blocks of l ranks, of which the last may be smaller.
+        shared: False exchanges parameters by messages instead of through shared windows.
+
+    Attributes:
+        world: communicator of all workers.
+        node: the workers that share this worker's memory.
+        group: the workers of this worker's group; all in one node.
+        across: the workers of the other groups with the same rank in theirs, ordered by group;
+            on `group.rank == 0` it has one worker of every group.
+        group_index, n_groups: j and n.
+        groups: the world ranks of every group.
+
+    Raises:
+        ValueError: on every rank, if `group_size` is not a whole number from 1 to the size of the smallest node.
+
+    Collective over `comm`, as are `free` and the helpers below.
+    """
+
+    def __init__(self, comm: MPI.Comm | None = None, group_size: int | None = None, shared: bool = True):
+        self.world = (MPI.COMM_WORLD if comm is None else comm).Dup()
+        if self.world.size > 1:
+            _abort_on_exception()
+        self.shared = shared
+        self.node = self.world.Split_type(MPI.COMM_TYPE_SHARED, key=self.world.rank)
+        try:
+            self.agree(_group_size_error(group_size, self.node.size))
+        except ValueError:
+            self.node.Free()
+            self.world.Free()
+            raise
+        block = 0 if group_size is None else self.node.rank // group_size
+        self.group = self.node.Split(block, key=self.node.rank)
+        first = self.group.bcast(self.world.rank)  # names the group
+        firsts = self.world.allgather(first)
+        self.groups = [[r for r, f in enumerate(firsts) if f == g] for g in sorted(set(firsts))]
+        self.n_groups = len(self.groups)
+        self.group_index = next(j for j, ranks in enumerate(self.groups) if self.world.rank in ranks)
+        self.across = self.world.Split(self.group.rank, key=self.group_index)
+
+    def agree(self, error: str | None) -> None:
+        """Raises the same ValueError on every rank if any rank brings an error: no rank is left behind."""
+        errors = self.world.allgather(error)
+        told = {e for e in errors if e is not None}
+        if len(told) == 1 and None not in errors:
+            raise ValueError(told.pop())
+        if told:
+            raise ValueError("; ".join(f"rank {r}: {e}" for r, e in enumerate(errors) if e is not None))
+
+    def gather(self, item: Any) -> list[Any] | None:
+        """Every rank's item, in rank order, on rank 0; None elsewhere."""
+        return self.world.gather(item)
+
+    def allgather(self, item: Any) -> list[Any]:
+        """Every rank's item, in rank order, on every rank."""
+        return self.world.allgather(item)
+
+    def broadcast(self, item: Any, root: int = 0) -> Any:
+        """The item of rank `root`, on every rank."""
+        return self.world.bcast(item, root)
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        self.world.Barrier()
+
+    def free(self) -> None:
+        """Frees the communicators; the topology is of no use afterwards."""
+        for comm in (self.across, self.group, self.node, self.world):
+            comm.Free()
+
+
+def _group_size_error(group_size: int | None, node_size: int) -> str | None:
+    if group_size is None:
+        return None
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+        return f"group_size must be None or a whole number of at least 1, not {group_size!r}"
+    if group_size > node_size:
+        return f"group_size={group_size} does not fit: this node has {node_size} rank(s) and a group lies within a node"
+    return None
+
+
+_hooked = False
+exit_status = 0
+
+
+def _abort_on_exception() -> None:
+    """An exception on one rank ends the whole job at once, as under `python -m mpi4py`.
+
+    Also remembers a failing exit status, so that no exit handler waits for ranks that are being aborted.
+    """
+    global _hooked
+    if _hooked:
+        return
+    _hooked = True
+
+    def hook(kind: type[BaseException], value: BaseException, trace: Any) -> None:
+        global exit_status
+        exit_status = 1
+        rank = MPI.COMM_WORLD.rank
+        text = "".join(traceback.format_exception(kind, value, trace))
+        sys.stderr.write(f"rank {rank} failed, the job ends:\n{text}")
+        with contextlib.suppress(Exception):
+            sys.stderr.flush()
+            sys.stdout.flush()
+        if not issubclass(kind, KeyboardInterrupt) or MPI.COMM_WORLD.size > 1:
+            MPI.COMM_WORLD.Abort(1)
+
+    sys.excepthook = hook
+    set_status = getattr(MPI, "_set_abort_status", None)  # what `python -m mpi4py` tells of sys.exit(n)
+
+    def remember(status: Any) -> None:
+        global exit_status
+        exit_status = status if isinstance(status, int) else int(status is not None)
+        if set_status is not None:
+            set_status(status)
+
+    if set_status is not None:
+        MPI._set_abort_status = remember

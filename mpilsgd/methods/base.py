@@ -1,0 +1,533 @@
+"""What all methods share: the wrapped optimizer, flat parameters in windows, rounds, the centre, faults."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import math
+import numbers
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpilsgd import kernels
+from mpilsgd.comm import Fabric, Topology, Window, topology as _topology
+from mpilsgd.flat import FlatParameters, digest, find_modules, float_buffers
+
+# What a worker has come to a meeting for; the least number present decides what happens.
+ROUND, CENTER, CLOSE = 0.0, 1.0, 2.0
+
+
+@dataclasses.dataclass
+class Metrics:
+    """What one worker measured so far (bytes: read from other workers' memory or received)."""
+
+    rounds: int = 0
+    bytes_group: int = 0
+    bytes_across: int = 0
+    t_comm: float = 0.0  # seconds in rounds, waiting included
+    leader: int = -1  # world rank of the last global (or only) leader
+    leaders: list[int] = dataclasses.field(default_factory=list)  # ... of each group's last known leader
+    distance: float = 0.0  # to the leader or centre, before the last pull
+    resets: int = 0  # times this worker was set back after a non-finite state
+    leads: int = 0  # rounds that this worker led its group
+
+
+class Method(torch.optim.Optimizer):
+    """A torch optimizer that wraps another one and exchanges parameters with the other workers.
+
+    Args:
+        optimizer: the worker's own optimizer, any of torch's; its parameters are moved, in place, into
+            one flat vector a dtype, which lies in a shared window where the node's memory allows.
+        topology: the workers; default `Topology()`.
+        init: "same" (everyone starts from rank 0's parameters) or "different" (from its own).
+        buffers: what becomes of float buffers (BatchNorm statistics): "average" (they follow the exchange of the
+            parameters), "keep" (each worker its own) or "recalibrate" (as "keep", and recomputed in `center(batches)`).
+        model: the module whose buffers are meant; by default those living modules are found whose
+            trainable parameters all belong to the optimizer.
+
+    Between rounds no worker waits for another. A round is collective; a worker that has run out of data and
+    enters `center()`, `close()` or the end of its program goes on taking part in the others' rounds
+    with the parameters it has, so nobody waits for it in vain.
+
+    Raises:
+        ValueError: on every rank, if any rank's arguments or model are wrong or differ from the others'.
+        RuntimeError: on every rank, if all workers' parameters have become non-finite.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        topology: Topology | None,
+        *,
+        init: str,
+        buffers: str,
+        model: torch.nn.Module | None,
+        problems: Iterable[str | None],
+        settings: dict[str, Any],
+        vectors: float = 0.0,
+        gradients: bool = False,
+    ):
+        super().__setstate__({})  # type: ignore[misc]  # step hooks, without a copy of the parameter groups
+        self.topology = Topology() if topology is None else topology
+        self._owns_topology = topology is None
+        found = [p for p in problems if p]
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            found.append(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        found += [choice("init", init, ("same", "different")), choice("buffers", buffers, _BUFFERS)]
+        self.topology.agree("; ".join(f for f in found if f) or None)
+        self.optimizer = optimizer
+        self.buffers_policy = buffers
+        self.t = 0
+        self.metrics = Metrics()
+        self._open = False
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._modules = [model] if model is not None else find_modules(parameters)
+        held = float_buffers(self._modules)
+        self._check_equal(parameters, held, {**settings, "init": init, "buffers": buffers})
+        device = parameters[0].device
+        nbytes = sum(-(-t.numel() * t.element_size() // 64) * 64 for t in [*parameters, *held])
+        shared = int(nbytes * (1 + gradients + vectors / self.topology.node.size)) + 4096
+        self.fabric = Fabric(self.topology, shared, shareable=device.type == "cpu")
+        self._x: dict[torch.dtype, Window] = {}
+        self._g: dict[torch.dtype, Window] = {}
+        self.flat = FlatParameters(parameters, held, allocate=self._allocator(self._x, device))
+        if gradients:
+            self.flat.attach_grads(self._allocator(self._g, device))
+        whole = buffers == "average"
+        # the part of every vector that is exchanged
+        self._n = {d: w.mine.numel() if whole else self.flat.n_parameters[d] for d, w in self._x.items()}
+        self._scratch: dict[torch.dtype, Window] = {}  # a vector an island: what arrives, and sums
+        if self.fabric.world.n_islands > 1:
+            sizes: dict[torch.dtype, int] = {}
+            for dtype, window in self._x.items():
+                for kind in (dtype, accumulation_dtype(dtype)):
+                    sizes[kind] = max(sizes.get(kind, 0), window.mine.numel())
+            for kind, numel in sizes.items():
+                self._scratch[kind] = self.fabric.common(self.fabric.world, kind, numel, device)
+        if init == "same":
+            self._copy_from(0)
+        self._open = True
+        if not _living:
+            atexit.register(_rest_at_exit)
+        _living.append(self)
+
+    # The life of a step. Subclasses say what is due before and after the wrapped optimizer's step.
+
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, loss: Any = None
+    ) -> Any:
+        """One step of this worker's optimizer, and the exchange if one is due.
+
+        Args:
+            closure: reevaluates the model and returns the loss, as torch's optimizers take it.
+            loss: the loss of this step's batch (number or tensor); `LSGD` elects its leader by it.
+
+        Returns: the loss.
+        """
+        if not self._open:
+            raise RuntimeError(f"this {type(self).__name__} is closed")
+        if closure is not None and self._acts_on_gradient():
+            with torch.enable_grad():
+                loss = closure()
+            closure = None
+        with torch.no_grad():
+            self._before(loss)
+        result = self._local_step(closure)
+        loss = result if loss is None else loss
+        self.t += 1
+        with torch.no_grad():
+            self._after(loss)
+        return loss
+
+    def _acts_on_gradient(self) -> bool:
+        """Whether something must happen between the gradient and the wrapped optimizer's step."""
+        return False
+
+    def _before(self, loss: Any) -> None: ...
+
+    def _local_step(self, closure: Callable[[], Any] | None) -> Any:
+        return self.optimizer.step(closure)
+
+    def _after(self, loss: Any) -> None: ...
+
+    # Rounds
+
+    def _score(self) -> float:
+        return 0.0
+
+    def _meet(self, purpose: float) -> np.ndarray | None:
+        """Meets the other workers; runs the round if any came for one, else returns the table of rows.
+
+        A row is (purpose, stamp, score, own note). Collective over the world.
+        """
+        table = self._gate(self.fabric.world, purpose)
+        if not _wants_round(table):
+            return table
+        self._round(table)
+        return None
+
+    def _gate(self, level: Any, purpose: float) -> np.ndarray:
+        table = level.table([purpose, self._stamp(), self._score(), self._note()])
+        stamps = {int(row[1]) for row in table if row[0] == ROUND}
+        if len(stamps) > 1:
+            raise RuntimeError(f"workers came to one round at different steps {sorted(stamps)}: are their periods equal?")
+        return table
+
+    def _stamp(self) -> int:
+        return self.t
+
+    def _note(self) -> float:
+        return 0.0
+
+    def _round(self, table: np.ndarray) -> None:
+        raise AssertionError("a method without rounds was asked for one")
+
+    def _followed(self) -> None:
+        """After a round in which this worker only took part for the others' sake."""
+
+    def _exchange(self, purpose: float = ROUND) -> np.ndarray | None:
+        start = time.perf_counter()
+        with self._shown():
+            table = self._meet(purpose)
+        m, traffic = self.metrics, self.fabric.traffic
+        m.t_comm += time.perf_counter() - start
+        m.bytes_group, m.bytes_across = traffic.group, traffic.across
+        return table
+
+    def _rest(self, purpose: float) -> None:
+        """Takes part in the others' rounds until all workers rest, and for `purpose`."""
+        while True:
+            table = self._exchange(purpose)
+            if table is None:
+                self._followed()
+                continue
+            self._catch_up(table)
+            if table[:, 0].min() == purpose:
+                return
+            with self._held_centre(()):  # this worker closes, others want the centre: it helps
+                pass
+
+    def _catch_up(self, table: np.ndarray) -> None:
+        """All rest: the clocks of those who ran out of data go on from the furthest."""
+        self.t = int(table[:, 1].max())
+
+    def _shown(self) -> contextlib.AbstractContextManager[Any]:
+        """The parameters as the others shall see them: MSGD's hold the look-ahead between steps, but x is exchanged."""
+        return getattr(self.optimizer, "iterate", contextlib.nullcontext)()
+
+    # The centre
+
+    @contextlib.contextmanager
+    def center(self, batches: Iterable[Any] | None = None) -> Iterator[None]:
+        """The model holds the centre inside, this worker's own parameters again afterwards. Collective.
+
+        Args:
+            batches: for `buffers="recalibrate"`: model inputs (or tuples that begin with them) over which the
+                BatchNorm statistics of the centre are computed, each worker over its own, then averaged.
+        """
+        if not self._open:
+            raise RuntimeError(f"this {type(self).__name__} is closed")
+        if batches is not None and self.buffers_policy != "recalibrate":
+            raise ValueError('center(batches) goes with buffers="recalibrate"')
+        if batches is None and self.buffers_policy == "recalibrate" and self.flat.buffers:
+            raise ValueError('buffers="recalibrate" needs center(batches): inputs to recompute the statistics from')
+        grad = torch.is_grad_enabled()
+        with torch.no_grad():
+            self._rest(CENTER)
+            with self._held_centre(batches or ()), torch.set_grad_enabled(grad):
+                yield
+
+    @contextlib.contextmanager
+    def _held_centre(self, batches: Iterable[Any]) -> Iterator[None]:
+        with getattr(self.optimizer, "iterate", contextlib.nullcontext)():
+            own = {d: w.mine.clone() for d, w in self._x.items()}
+            self.fabric.world.table([0.0])
+            try:
+                self._set_centre()
+                if self.buffers_policy == "recalibrate" and self.flat.buffers:
+                    self._recalibrate(batches)
+                yield
+            finally:
+                for d, w in self._x.items():
+                    w.mine.copy_(own[d])
+
+    def _set_centre(self) -> None:
+        """Puts the centre into every worker's parameters: the mean of the workers. Collective, after a barrier."""
+        running = getattr(self.optimizer, "center", None)  # RunningAverage: the mean of the workers' averages
+        with running() if running else contextlib.nullcontext():
+            self.fabric.world.table([0.0])
+            bad = self._average(self._spans(), range(self.fabric.world.size))
+            means = {d: w.mine.clone() for d, w in self._x.items()} if running else {}
+        for d, mean in means.items():
+            self._x[d].mine.copy_(mean)
+        self._refuse_if_all(bad)
+
+    def _recalibrate(self, batches: Iterable[Any]) -> None:
+        """BatchNorm statistics of the centre over each worker's batches, averaged over those that had any."""
+        modules = [m for root in self._modules for m in root.modules()]
+        norms = [m for m in modules if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+        kept = [(m, m.momentum, m.num_batches_tracked.clone()) for m in norms]
+        modes = [(m, m.training) for m in modules]
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # the plain average over the batches
+        for root in self._modules:
+            root.train()
+        seen = 0
+        for batch in batches:
+            seen += 1
+            for root in self._modules:
+                root(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        for m, momentum, tracked in kept:
+            m.momentum = momentum
+            m.num_batches_tracked.copy_(tracked)
+        for m, training in modes:
+            m.training = training
+        had = self.fabric.world.table([float(seen)])[:, 0]
+        spans = [(w, self.flat.n_parameters[d], w.mine.numel()) for d, w in self._x.items()]
+        if had.any():
+            self._average(spans, [r for r in range(self.fabric.world.size) if had[r]])
+
+    # Building blocks for the methods
+
+    def _spans(self) -> list[tuple[Window, int, int]]:
+        return [(w, 0, self._n[d]) for d, w in self._x.items()]
+
+    def _average(self, spans: list[tuple[Window, int, int]], active: Iterable[int]) -> set[int]:
+        """Replaces every worker's window[start:stop] by the mean over the active workers. Collective; barrier at its end.
+
+        Each rank handles its slice of every window on its island; across islands the sums meet in `_scratch`.
+        Returns the world ranks that had non-finite values; those do not count in the mean.
+        """
+        level = self.fabric.world
+        active = set(active)
+        counted = [r for r in level.local_ranks if r in active]
+        bad = np.zeros(level.size)
+        for window, start, stop in spans:
+            a, b = self._share(start, stop)
+            every = [window.views[level.seats[r]][a:b] for r in level.local_ranks]
+            peers = [window.views[level.seats[r]][a:b] for r in counted]
+            if level.n_islands == 1:
+                moved = kernels.average(peers, stats=True)
+                for view in (v for v, r in zip(every, level.local_ranks, strict=True) if r not in active):
+                    view.copy_(peers[0])
+            else:
+                total = self._scratch[accumulation_dtype(window.mine.dtype)].views[0][a:b]
+                moved = kernels.total(total, peers, stats=True) if peers else None
+            for i in moved.bad_peers if moved else ():
+                bad[counted[i]] = 1.0
+            level.count_local((b - a) * window.mine.element_size())
+        level.combine(bad)
+        excluded = {r for r in range(level.size) if bad[r]}
+        if level.n_islands == 1 or excluded >= active:
+            return excluded
+        for window, start, stop in spans:  # one dtype after the other through the scratch
+            a, b = self._share(start, stop)
+            scratch = self._scratch[accumulation_dtype(window.mine.dtype)]
+            total = scratch.views[0][a:b]
+            peers = [window.views[level.seats[r]][a:b] for r in counted if r not in excluded]
+            if not peers:
+                total.zero_()
+            elif len(spans) > 1 or excluded:
+                kernels.total(total, peers)
+            level.allreduce(scratch, start, stop)
+            every = [window.views[level.seats[r]][a:b] for r in level.local_ranks]
+            kernels.assign(every, total, 1.0 / len(active - excluded))
+            level.fence()
+        return excluded
+
+    def _share(self, start: int, stop: int) -> tuple[int, int]:
+        """This rank's slice of a vector that its island's ranks work on together."""
+        level = self.fabric.world
+        n, i = len(level.local_ranks), level.local_ranks.index(level.rank)
+        step = -(-(stop - start) // n)
+        step = -(-step // 16) * 16  # whole cache lines
+        return min(start + i * step, stop), min(start + (i + 1) * step, stop)
+
+    def _copy_from(self, source: int) -> None:
+        """Everyone takes the whole vectors of world rank `source`. Collective."""
+        level = self.fabric.world
+        level.table([0.0])
+        for dtype, window in self._x.items():
+            vector = level.bring(window, source, self._scratch.get(dtype))[: window.mine.numel()]
+            if level.rank != source:
+                window.mine.copy_(vector)
+        level.table([0.0])
+
+    def _refuse_if_all(self, bad: set[int]) -> None:
+        if len(bad) == self.fabric.world.size:
+            raise RuntimeError(
+                f"every worker's parameters are non-finite at step {self.t}: the run has diverged; "
+                "a smaller learning rate may help"
+            )
+
+    def _set_back(self, bad: set[int]) -> None:
+        """Counts this worker if it was found non-finite and clears its optimizer's memory; ends the job if all are."""
+        self._refuse_if_all(bad)
+        if self.fabric.world.rank in bad:
+            self.metrics.resets += 1
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    if torch.is_tensor(value) and value.is_floating_point():
+                        value.zero_()
+
+    @contextlib.contextmanager
+    def _gradient_at_x(self) -> Iterator[None]:
+        """Adds the L2 term of the wrapped optimizer to the gradients now, at the present x.
+
+        x_{t+1} = x_t - eta (g(x_t) + wd x_t) - pull: torch adds wd x inside its step, when x has been pulled already.
+        """
+        kept = []
+        for group in self.optimizer.param_groups:
+            decay = group.get("weight_decay", 0.0)
+            decoupled = group.get("decoupled_weight_decay", isinstance(self.optimizer, torch.optim.AdamW))
+            if decay and not decoupled:
+                sign = -1.0 if group.get("maximize") else 1.0
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.add_(p, alpha=sign * decay)
+                kept.append((group, decay))
+                group["weight_decay"] = 0.0
+        try:
+            yield
+        finally:
+            for group, decay in kept:
+                group["weight_decay"] = decay
+
+    def _allocator(self, windows: dict[torch.dtype, Window], device: torch.device) -> Callable[..., torch.Tensor]:
+        def allocate(dtype: torch.dtype, numel: int) -> torch.Tensor:
+            windows[dtype] = self.fabric.window(dtype, numel, device)
+            return windows[dtype].mine
+
+        return allocate
+
+    def _check_equal(self, parameters: list[Any], held: list[Any], settings: dict[str, Any]) -> None:
+        error, model = None, ""
+        try:
+            model = digest(parameters, held)
+        except ValueError as wrong:
+            error = str(wrong)
+        self.topology.agree(error)
+        told = {k: "a callable" if callable(v) else v for k, v in settings.items()}
+        rows = self.topology.allgather((model, str(sum(p.numel() for p in parameters)), type(self).__name__, told))
+        for r, row in enumerate(rows):
+            if row[0] != rows[0][0]:
+                raise ValueError(
+                    f"the models differ: rank {r} has {row[1]} parameters in another number, shape, dtype or "
+                    f"order than rank 0 with {rows[0][1]}"
+                )
+            if row[2:] != rows[0][2:]:
+                raise ValueError(f"the settings differ: rank 0 has {rows[0][2:]}, rank {r} has {row[2:]}")
+
+    # torch.optim.Optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults if hasattr(self, "optimizer") else {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the wrapped optimizer's."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the parameters lie in flat vectors already."""
+        raise RuntimeError("give the wrapped optimizer all its parameter groups before wrapping it")
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's state plus, under "mpilsgd", this worker's clock and what the method keeps."""
+        return {**self.optimizer.state_dict(), "mpilsgd": {"method": type(self).__name__, "t": self.t, **self._extra()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what `state_dict` of the same method gave; the parameters are the model's to load."""
+        state_dict = dict(state_dict)
+        own = state_dict.pop("mpilsgd", None)
+        if own is None or own.get("method") != type(self).__name__:
+            of = "another optimizer" if own is None else own.get("method")
+            raise ValueError(f"this is the state of {of}, not of {type(self).__name__}")
+        self.optimizer.load_state_dict(state_dict)
+        self.t = int(own["t"])
+        self._load_extra(own)
+
+    def _extra(self) -> dict[str, Any]:
+        return {}
+
+    def _load_extra(self, own: dict[str, Any]) -> None: ...
+
+    def close(self) -> None:
+        """Ends the exchanges and frees windows and communicators; the model stays usable. Collective."""
+        if not self._open:
+            return
+        with torch.no_grad():
+            self._rest(CLOSE)
+            self._release()
+
+    def _release(self) -> None:
+        self._open = False
+        _living.remove(self)
+        self.flat.release()
+        self._x, self._g, self._scratch = {}, {}, {}
+        self._free()
+        self.fabric.free()
+        if self._owns_topology:
+            self.topology.free()
+
+    def _free(self) -> None:
+        """Drops a subclass' references into windows."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r})"
+
+
+_BUFFERS = ("average", "keep", "recalibrate")
+_living: list[Method] = []
+
+
+def _rest_at_exit() -> None:
+    """The program ends on this rank: serve the others' rounds to their end, unless the job is being aborted."""
+    for method in list(_living):
+        if not _topology.exit_status:
+            method.close()
+
+
+def _wants_round(table: np.ndarray) -> bool:
+    return bool((table[:, 0] == ROUND).any())
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half types are summed in float32."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+# What arguments may be; each gives a message or None.
+
+
+def number(name: str, value: Any, low: float, high: float = math.inf) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high or math.isinf(value):
+        span = f"in [{low:g}, {high:g}]" if high < math.inf else f"of at least {low:g}"
+        return f"{name} must be a number {span}, not {value!r}"
+    return None
+
+
+def whole(name: str, value: Any, low: int = 1) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
+        return f"{name} must be a whole number of at least {low}, not {value!r}"
+    return None
+
+
+def choice(name: str, value: Any, among: tuple[Any, ...]) -> str | None:
+    if value not in among:
+        return f"{name} must be one of {', '.join(map(repr, among))}, not {value!r}"
+    return None

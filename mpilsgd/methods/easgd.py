@@ -1,0 +1,159 @@
+"""Elastic averaging SGD: the workers and a centre variable pull on each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpilsgd import kernels
+from mpilsgd.comm import Topology, Window
+from mpilsgd.methods.base import Method, accumulation_dtype, choice, number, whole
+
+
+class EASGD(Method):
+    """Elastic averaging SGD, synchronous; with `MSGD` as the worker's optimizer it is EAMSGD.
+
+    Jacobi, at the steps t (from 0, before the step) that are multiples of tau; all right-hand sides at time t:
+
+        x^i_{t+1} = x^i_t - eta g^i(x^i_t) - alpha (x^i_t - c_t)
+        c_{t+1}   = (1 - beta) c_t + beta (1/p) sum_i x^i_t
+
+    Gauss-Seidel, after the step that makes t a multiple of tau (the pull that opens the next period is done at once):
+
+        c <- c + (beta/p) sum_i (x^i - c);    x^i <- x^i - alpha (x^i - c)
+
+    Args:
+        center_rate: beta, in [0, max(2, p)].
+        moving_rate: alpha, in [-1, 2]; default beta/p (elastic symmetry). Below 0 it may be optimal: thesis 5.1.3.
+        period: tau >= 1.
+        form: "jacobi" or "gauss-seidel".
+        optimizer, topology, init, buffers, model and errors: see `Method`.
+
+    The centre is one copy a node; each rank works on its slice of it and of its node's workers, in one pass. It starts at
+    the common start, or at the workers' mean with init="different". A worker found non-finite is set back to the centre.
+
+    Source: thesis (2.3)-(2.6), Algorithms 1 and 2, (6.2)-(6.3).
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        topology: Topology | None = None,
+        *,
+        center_rate: float = 0.9,
+        moving_rate: float | None = None,
+        period: int = 10,
+        form: str = "jacobi",
+        init: str = "same",
+        buffers: str = "average",
+        model: torch.nn.Module | None = None,
+    ):
+        topology, made = (Topology(), True) if topology is None else (topology, False)
+        p = topology.world.size
+        problems = [number("center_rate", center_rate, 0.0, float(max(2, p))), whole("period", period)]
+        problems.append(choice("form", form, ("jacobi", "gauss-seidel")))
+        if moving_rate is not None:
+            problems.append(number("moving_rate", moving_rate, -1.0, 2.0))
+        elif problems[0] is None:
+            moving_rate = center_rate / p
+        self.center_rate, self.moving_rate, self.period, self.form = center_rate, moving_rate, period, form
+        super().__init__(
+            optimizer,
+            topology,
+            init=init,
+            buffers=buffers,
+            model=model,
+            problems=problems,
+            settings=dict(center_rate=center_rate, moving_rate=moving_rate, period=period, form=form),
+            vectors=1.0,
+        )
+        self._owns_topology = made
+        device = self.flat.parameters[0].device
+        world = self.fabric.world
+        self._c: dict[torch.dtype, Window] = {
+            d: self.fabric.common(world, d, w.mine.numel(), device) for d, w in self._x.items()
+        }
+        with torch.no_grad():
+            self._start_centre(init)
+
+    def _start_centre(self, init: str) -> None:
+        own = {d: w.mine.clone() for d, w in self._x.items()} if init == "different" else {}
+        if own:
+            self.fabric.world.table([0.0])
+            self._average([(w, 0, w.mine.numel()) for w in self._x.values()], range(self.fabric.world.size))
+        if self.fabric.world.local.rank == 0:
+            for d, w in self._x.items():
+                self._c[d].mine.copy_(w.mine)
+        self.fabric.world.table([0.0])
+        for d, x in own.items():
+            self._x[d].mine.copy_(x)
+            if self.form == "gauss-seidel":  # the pull that opens the first period
+                kernels.pull(self._x[d].mine[: self._n[d]], self._c[d].mine[: self._n[d]], self.moving_rate)
+
+    def _acts_on_gradient(self) -> bool:
+        return self.form == "jacobi" and self.t % self.period == 0
+
+    def _before(self, loss: Any) -> None:
+        self._due = self._acts_on_gradient()
+
+    def _local_step(self, closure: Any) -> Any:
+        if not self._due:
+            return super()._local_step(closure)
+        with torch.no_grad(), self._gradient_at_x():
+            self._exchange()
+            return super()._local_step(closure)
+
+    def _after(self, loss: Any) -> None:
+        if self.form == "gauss-seidel" and self.t % self.period == 0:
+            self._exchange()
+
+    def _round(self, table: np.ndarray) -> None:
+        level = self.fabric.world
+        seidel = self.form == "gauss-seidel"
+        alpha, rate = self.moving_rate, self.center_rate / level.size
+        found = np.zeros(level.size + 1)  # non-finite workers, and the sum of squared moves
+        for d, window in self._x.items():
+            a, b = self._share(0, self._n[d])
+            c = self._c[d].mine[a:b]
+            peers = [window.views[level.seats[r]][a:b] for r in level.local_ranks]
+            if level.n_islands == 1:
+                moved = kernels.elastic(c, peers, alpha, rate, gauss_seidel=seidel, stats=True)
+            else:
+                scratch = self._scratch[accumulation_dtype(d)]
+                total = scratch.views[0][a:b]
+                moved = kernels.elastic_sum(total, c, peers, 0.0 if seidel else alpha, stats=True)
+                level.allreduce(scratch, 0, self._n[d])
+                kernels.elastic_apply(c, peers if seidel else [], total, alpha if seidel else 0.0, rate)
+                level.fence()
+            for i in moved.bad_peers:
+                found[level.local_ranks[i]] = 1.0
+            found[-1] += moved.squared_distance
+            level.count_local((b - a) * window.mine.element_size())
+        level.combine(found)
+        bad = {r for r in range(level.size) if found[r]}
+        if bad:
+            self._set_back(bad)
+            if level.rank in bad:
+                for d, window in self._x.items():
+                    window.mine[: self._n[d]].copy_(self._c[d].mine[: self._n[d]])
+            level.table([0.0])
+        self.metrics.rounds += 1
+        self.metrics.distance = (found[-1] / level.size) ** 0.5 / abs(alpha) if alpha else 0.0
+
+    def _set_centre(self) -> None:
+        for d, window in self._x.items():
+            window.mine[: self._n[d]].copy_(self._c[d].mine[: self._n[d]])
+
+    def _extra(self) -> dict[str, Any]:
+        return {"rounds": self.metrics.rounds, "center": {str(d): c.mine.clone() for d, c in self._c.items()}}
+
+    def _load_extra(self, own: dict[str, Any]) -> None:
+        self.metrics.rounds = own["rounds"]
+        for d, c in self._c.items():
+            a, b = self._share(0, c.mine.numel())
+            c.mine[a:b].copy_(own["center"][str(d)][a:b])
+
+    def _free(self) -> None:
+        self._c = {}

@@ -1,0 +1,338 @@
+"""Leader SGD: the workers are pulled toward the best of their group and the best of all."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpilsgd import kernels
+from mpilsgd.comm import Level, Topology, Window
+from mpilsgd.methods.base import ROUND, Method, choice, number, whole
+from mpilsgd.methods.local import MSGD
+
+
+class LSGD(Method):
+    """Leader SGD, synchronous, with one leader (one group) or a local leader a group and a global one.
+
+        x^{j,i} <- x^{j,i} - pull (x^{j,i} - x~^j) - global_pull (x^{j,i} - x^)
+
+    x~^j, the local leader, is the worker of group j with the least mean training loss over its last `loss_window`
+    batches, x^ the best of all; ties go to the lowest rank, and a loss that is not finite never leads. The first term is due
+    every `period` steps, the second every `global_period`; when both are, it is one simultaneous update. With one group
+    both leaders are one and the rates add: give `global_pull=0` for the papers' single-leader LSGD.
+
+    Args:
+        pull, global_pull: lambda, lambda_G in [0, 1], the rates of Eq. 3 (the theory's are eta times its lambda).
+            Default of global_pull: pull.
+        period, global_period: tau, tau_G >= 1 in steps. Default of global_period: 2 period.
+        loss_window: batches, >= 1.
+        when: "after_step" (Algorithm 1): the pull follows the gradient step that makes t a multiple of the period.
+            "with_step" (section 3.1.2): at the steps whose t, from 0 before the step, is a multiple of the period,
+            x_{t+1} = x_t - eta g(x_t) - lambda (x_t - x~_t) - ..., from time-t values.
+            "every_step" (Eq. 3): so at every step, toward the leaders as they were at the last multiple of the periods
+            (one vector a leader and node more).
+        sequential: when both pulls are due, the local one first, then the global, as Algorithm 1 prints them: the
+            simultaneous update with rates lambda (1 - lambda_G) and lambda_G.
+        score: a callable without arguments, this worker's score now, less is better, in place of the loss window.
+        optimizer, topology, init, buffers, model and errors: see `Method`.
+
+    Nothing is copied in a node: everyone reads the leader where it lies, in one pass, then a local leader moves to the
+    global one. The centre is the mean of all workers. Momentum is not exchanged. A worker found non-finite is set
+    back to the leader. Source: LSGD, Algorithm 1 and (3).
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        topology: Topology | None = None,
+        *,
+        pull: float = 0.1,
+        global_pull: float | None = None,
+        period: int = 64,
+        global_period: int | None = None,
+        loss_window: int = 10,
+        when: str = "after_step",
+        sequential: bool = False,
+        score: Callable[[], float] | None = None,
+        init: str = "same",
+        buffers: str = "average",
+        model: torch.nn.Module | None = None,
+    ):
+        problems = [number("pull", pull, 0.0, 1.0), whole("period", period), whole("loss_window", loss_window)]
+        problems.append(choice("when", when, ("after_step", "with_step", "every_step")))
+        if global_pull is not None:
+            problems.append(number("global_pull", global_pull, 0.0, 1.0))
+        if global_period is not None:
+            problems.append(whole("global_period", global_period))
+        if score is not None and not callable(score):
+            problems.append(f"score must be a callable without arguments, not {score!r}")
+        self.pull = pull
+        self.global_pull = pull if global_pull is None else global_pull
+        self.period = period
+        self.global_period = global_period if global_period is not None else 2 * period if not problems[1] else 1
+        self.when, self.sequential, self.score = when, sequential, score
+        self._losses: deque[Any] = deque(maxlen=loss_window if not problems[2] else 1)
+        self._now = math.inf
+        super().__init__(
+            optimizer,
+            topology,
+            init=init,
+            buffers=buffers,
+            model=model,
+            problems=problems,
+            settings=dict(
+                pull=pull,
+                global_pull=self.global_pull,
+                period=period,
+                global_period=self.global_period,
+                loss_window=loss_window,
+                when=when,
+                sequential=sequential,
+            ),
+            vectors=2.0 * (when == "every_step"),
+        )
+        self.metrics.leaders = [-1] * self.topology.n_groups
+        group, world = self.fabric.group, self.fabric.world
+        device = self.flat.parameters[0].device
+        # Where a leader's vector arrives (from another island) or stays ("every_step")
+        stays = when == "every_step"
+        self._local: dict[torch.dtype, Window] = {}
+        self._global: dict[torch.dtype, Window] = {}
+        for d, w in self._x.items():
+            if stays or group.n_islands > 1:
+                self._local[d] = self.fabric.common(group, d, w.mine.numel(), device)
+            if stays:
+                self._global[d] = self.fabric.common(world, d, w.mine.numel(), device)
+            elif d in self._scratch:
+                self._global[d] = self._scratch[d]
+        self._anchored = [False, False]  # "every_step": whether there is a local, a global leader yet
+
+    # When
+
+    def _acts_on_gradient(self) -> bool:
+        return self.when == "every_step" or (self.when == "with_step" and any(self._due(self.t)))
+
+    def _due(self, t: int) -> tuple[bool, bool]:
+        return t % self.period == 0, t % self.global_period == 0
+
+    def _record(self, loss: Any) -> None:
+        if self.score is not None:
+            return
+        if loss is None:
+            raise ValueError("LSGD elects its leader by the training loss: step(loss=loss), step(closure) or score=")
+        self._losses.append(loss.detach() if torch.is_tensor(loss) else float(loss))
+
+    def _before(self, loss: Any) -> None:
+        if self.when != "after_step":
+            self._record(loss)
+
+    def _local_step(self, closure: Callable[[], Any] | None) -> Any:
+        if self.when == "after_step":
+            return super()._local_step(closure)
+        with torch.no_grad(), self._gradient_at_x():
+            if any(self._due(self.t)):
+                self._exchange()
+            if self.when == "every_step" and any(self._anchored):
+                return self._anchored_step()
+            return super()._local_step(closure)
+
+    def _after(self, loss: Any) -> None:
+        if self.when == "after_step":
+            self._record(loss)
+            if any(self._due(self.t)):
+                self._exchange()
+
+    # Who
+
+    def _score(self) -> float:
+        return self._now
+
+    def _measure(self) -> float:
+        if self.score is not None:
+            value = float(self.score())
+        elif not self._losses:
+            value = math.inf
+        else:
+            value = sum(float(loss) for loss in self._losses) / len(self._losses)
+        return value if math.isfinite(value) else math.inf
+
+    def _meet(self, purpose: float) -> np.ndarray | None:
+        self._now = self._measure()
+        mates = None
+        if self.topology.n_groups > 1:
+            mates = self._gate(self.fabric.group, purpose)
+            stamp = _stamp_of_round(mates)
+            if stamp is not None:
+                world = self._gate(self.fabric.world, purpose) if self._due(stamp)[1] else None
+                self._lead(mates if self._due(stamp)[0] else None, world)
+                return None
+        everyone = self._gate(self.fabric.world, purpose)
+        stamp = _stamp_of_round(everyone)
+        if stamp is None:
+            return everyone
+        local, global_ = self._due(stamp)
+        # a group at rest takes part in a global round, but has no business of its own
+        self._lead(everyone if local and mates is None else None, everyone if global_ else None)
+        return None
+
+    # The round
+
+    def _lead(self, mates: np.ndarray | None, everyone: np.ndarray | None) -> None:
+        """Finds the leaders in the tables of scores (None: that pull is not due) and pulls to them."""
+        group, world = self.fabric.group, self.fabric.world
+        g = _best(mates)
+        w = _best(everyone)
+        self.metrics.rounds += 1
+        if g is not None:
+            self.metrics.leads += g == group.rank
+            self.metrics.leaders[self.topology.group_index] = group.world_ranks[g]
+        if w is not None:
+            assert everyone is not None
+            for j, ranks in enumerate(self.topology.groups):
+                self.metrics.leaders[j] = min(ranks, key=lambda r: (everyone[r, 2], r))
+            self.metrics.leader = w
+        elif self.topology.n_groups == 1 and g is not None:
+            self.metrics.leader = group.world_ranks[g]
+        if self.when == "every_step":
+            finite = self._anchor(g, w)
+        else:
+            finite = self._pull(g, w)
+        level, table = (world, everyone) if everyone is not None else (group, mates)
+        assert table is not None
+        flags = np.zeros(level.size)
+        flags[level.rank] = not finite
+        level.combine(flags)
+        if flags.any():
+            self._repair(level, table, {r for r in range(level.size) if flags[r]})
+
+    def _pull(self, g: int | None, w: int | None) -> bool:
+        """Pulls this worker to its leaders; whether it is finite. Readers first, then a local leader moves."""
+        group, world = self.fabric.group, self.fabric.world
+        near = {d: group.bring(x, g, self._local.get(d)) for d, x in self._x.items()} if g is not None else {}
+        far = {d: world.bring(x, w, self._global.get(d)) for d, x in self._x.items()} if w is not None else {}
+        rate, global_rate = self.pull, self.global_pull
+        if self.sequential and near and far:
+            rate *= 1.0 - global_rate
+        leads = g == group.rank
+        terms = [(near, rate)] if near and not leads else []
+        if far and w != world.rank:
+            terms.append((far, global_rate))
+        contested = near and far and group.world_ranks[g if g is not None else 0] != w
+        if contested and leads:
+            group.fence()
+        finite, square = True, 0.0
+        for d, window in self._x.items():
+            n = self._n[d]
+            x = window.mine[:n]
+            pulls = [(vector[d][:n], r) for vector, r in terms]
+            if not pulls:
+                finite &= kernels.check(x)
+                continue
+            (leader, r), (other, s) = pulls[0], pulls[1] if len(pulls) > 1 else (None, 0.0)
+            moved = kernels.pull(x, leader, r, other, s, stats=True)
+            finite &= moved.finite
+            square += moved.squared_distance
+        if contested and not leads:
+            group.fence()
+        whole_rate = sum(r for _, r in terms)
+        self.metrics.distance = math.sqrt(square) / whole_rate if whole_rate else 0.0
+        return finite
+
+    def _repair(self, level: Level, table: np.ndarray, bad: set[int]) -> None:
+        """Non-finite workers take the place of the best finite one. Collective over the level."""
+        if len(bad) == level.size:
+            if level is self.fabric.world or self.topology.n_groups == 1:
+                self._refuse_if_all(set(range(self.fabric.world.size)))
+            return  # a whole group: the next global round sets it back
+        source = min((r for r in range(level.size) if r not in bad), key=lambda r: (table[r, 2], r))
+        landing = self._local if level is self.fabric.group else self._global
+        for d, window in self._x.items():
+            vector = level.bring(window, source, landing.get(d))
+            if level.rank in bad:
+                window.mine[: self._n[d]].copy_(vector[: self._n[d]])
+        if level.rank in bad:
+            self._losses.clear()
+            self._set_back({self.fabric.world.rank})
+        level.table([0.0])
+
+    # "every_step": stale leaders
+
+    def _anchor(self, g: int | None, w: int | None) -> bool:
+        """Keeps the leaders' parameters as they are now; whether this worker's are finite."""
+        for k, (level, leader, kept) in enumerate(
+            ((self.fabric.group, g, self._local), (self.fabric.world, w, self._global))
+        ):
+            if leader is None:
+                continue
+            self._anchored[k] = True
+            for d, window in self._x.items():
+                level.bring(window, leader, kept[d])
+                if level.rank == leader:
+                    kept[d].views[0].copy_(window.mine)
+            level.table([0.0])
+        return all([kernels.check(w.mine[: self._n[d]]) for d, w in self._x.items()])
+
+    def _anchored_step(self) -> Any:
+        anchors = [
+            ({d: w.views[0] for d, w in kept.items()}, rate)
+            for kept, rate, there in zip(
+                (self._local, self._global), (self.pull, self.global_pull), self._anchored, strict=True
+            )
+            if there
+        ]
+        if isinstance(self.optimizer, MSGD):  # gradient step and pull in one pass
+            for d, window in self._x.items():
+                self._pull_to(window.mine[self.flat.n_parameters[d] : self._n[d]], d, anchors, self.flat.n_parameters[d])
+            return self.optimizer.step(pulls=lambda p: [(self.flat.view(p, flats), rate) for flats, rate in anchors])
+        with self._shown():
+            for d, window in self._x.items():
+                self._pull_to(window.mine[: self._n[d]], d, anchors, 0)
+        return self.optimizer.step()
+
+    @staticmethod
+    def _pull_to(x: torch.Tensor, dtype: torch.dtype, anchors: list[Any], start: int) -> None:
+        vectors = [(flats[dtype][start : start + x.numel()], rate) for flats, rate in anchors]
+        (leader, r), (other, s) = vectors[0], vectors[1] if len(vectors) > 1 else (None, 0.0)
+        kernels.pull(x, leader, r, other, s)
+
+    # State
+
+    def _extra(self) -> dict[str, Any]:
+        own: dict[str, Any] = {
+            "losses": [float(loss) for loss in self._losses],
+            "rounds": self.metrics.rounds,
+            "anchored": list(self._anchored),
+        }
+        if self.when == "every_step":
+            own["anchors"] = [{str(d): w.views[0].clone() for d, w in k.items()} for k in (self._local, self._global)]
+        return own
+
+    def _load_extra(self, own: dict[str, Any]) -> None:
+        self._losses.clear()
+        self._losses.extend(own["losses"])
+        self.metrics.rounds = own["rounds"]
+        self._anchored = list(own["anchored"])
+        for kept, saved in zip((self._local, self._global), own.get("anchors", ()), strict=False):
+            for d, window in kept.items():
+                window.views[0].copy_(saved[str(d)])  # the same on every rank of the island
+
+    def _free(self) -> None:
+        self._local, self._global = {}, {}
+
+
+def _stamp_of_round(table: np.ndarray) -> int | None:
+    """The step at which a round is held; None if nobody came for one."""
+    rows = table[table[:, 0] == ROUND]
+    return int(rows[0, 1]) if len(rows) else None
+
+
+def _best(table: np.ndarray | None) -> int | None:
+    """The rank with the least score, the lowest among equals; None if no score is finite or no pull is due."""
+    if table is None or not np.isfinite(table[:, 2]).any():
+        return None
+    return int(np.argmin(table[:, 2]))

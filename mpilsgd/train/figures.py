@@ -1,0 +1,299 @@
+"""The pictures of `mpilsgd report`: curves, leaders and time (matplotlib without a display)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    FuncFormatter,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
+
+from mpilsgd.train.run_reader import Run
+
+# Okabe and Ito's palette, told apart under all common colour blindness; their yellow is too pale for a line.
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
+MARKERS = "osD^vP*X"
+DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5))]
+INK, FAINT = "#222222", "#D9D9D9"
+PART_COLORS = {"compute": "#56B4E9", "data": "#E69F00", "comm": "#B5341A", "other": "#C8C8C8"}
+PART_NAMES = {"compute": "computing", "data": "loading data", "comm": "communicating", "other": "other"}
+STYLE = {
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+    "font.size": 10.5,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10.5,
+    "axes.edgecolor": "#666666",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "text.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def draw_curves(runs: Sequence[Run], path: Path) -> Path:
+    """Test error and loss of the centre over wall-clock time and gradient evaluations, all runs together."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 7.2), layout="constrained")
+        axes = figure.subplots(2, 2, sharex="col", sharey="row")
+        unit, seconds = _time_unit(max(np.nanmax([*run.column("wall_s"), 0.0]) for run in runs))
+        columns = [
+            ("wall_s", f"training time [{unit}]", seconds),
+            ("grad_evals", "gradient evaluations, all workers", 1.0),
+        ]
+        rows = [
+            ("test_error", "test error of the centre [%]", 100.0),
+            ("test_loss", "test loss of the centre", 1.0),
+        ]
+        handles = []
+        for row, (y, y_label, y_scale) in zip(axes, rows, strict=True):
+            for axis, (x, x_label, x_unit) in zip(row, columns, strict=True):
+                curves = [run.curve(x, y) for run in runs]
+                lines = [
+                    axis.plot(xs / x_unit, ys * y_scale, **_line_style(i, len(xs)))[0]
+                    for i, (xs, ys) in enumerate(curves)
+                ]
+                handles = handles or lines
+                axis.grid(color=FAINT, linewidth=0.6)
+                axis.set_xlim(left=0)
+                if axis in axes[1]:
+                    axis.set_xlabel(x_label)
+                if x == "grad_evals":
+                    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            _scale_y(row, np.concatenate([run.curve("step", y)[1] * y_scale for run in runs]))
+            row[0].set_ylabel(y_label)
+        _legend_above(figure, handles, [run.name for run in runs])
+        return _save(figure, path)
+
+
+def draw_leaders(runs: Sequence[Run], path: Path) -> Path | None:
+    """Who led when, and how often (LSGD Fig. 5), a row a run; None if none of the runs elected a leader.
+
+    A bar spans the steps from an election to the next; with several groups the black bar inside leads all.
+    """
+    runs = [run for run in runs if run.leaders]
+    if not runs:
+        return None
+    with rc_context(STYLE):
+        heights = [0.9 + 0.34 * min(run.world_size, 16) for run in runs]
+        figure = Figure(figsize=(10, sum(heights) + 0.5), layout="constrained")
+        axes = figure.subplots(
+            len(runs), 2, squeeze=False, sharey="row", width_ratios=[3, 1], height_ratios=heights
+        )
+        for (lanes, counts), run in zip(axes, runs, strict=True):
+            _draw_lanes(lanes, run)
+            _draw_counts(counts, run)
+            lanes.set_title(run.name, loc="left")
+            lanes.set_ylabel("rank of the leader")
+        axes[-1, 0].set_xlabel("step")
+        axes[-1, 1].set_xlabel("times it led")
+        most = max(run.n_groups for run in runs)
+        if most > 1:
+            groups = [
+                Patch(color=PALETTE[g % 6], alpha=0.75, label=f"leads group {g}") for g in range(min(most, 6))
+            ]
+            handles = [*groups, Patch(color=INK, label="leads all")]
+            _legend_above(figure, handles, [str(handle.get_label()) for handle in handles])
+        return _save(figure, path)
+
+
+def draw_time(runs: Sequence[Run], path: Path) -> Path:
+    """Time computing, loading, communicating (thesis Table 4.4): a bar a rank of one run, or a bar a run."""
+    if len(runs) == 1:
+        parts = runs[0].seconds()
+        count = max(map(len, parts.values()))
+        labels = [f"rank {rank}" for rank in range(count)]
+        bars = {part: np.resize(values, count) for part, values in parts.items()}
+        title = f"{runs[0].name}: time of each rank"
+        wall = np.full(count, runs[0].total("wall_s"))
+    else:
+        labels = [run.name for run in runs]
+        means = [{part: float(np.mean(values)) for part, values in run.seconds().items()} for run in runs]
+        bars = {part: np.array([mean[part] for mean in means]) for part in ("compute", "data", "comm")}
+        title = "time of a run, mean over its ranks"
+        wall = np.array([run.total("wall_s") for run in runs])
+    # The rest of the training time: the loop itself, metrics; left out where it is too little to see.
+    rest = np.nan_to_num(wall - sum(bars.values()))
+    if (rest > 0.01 * np.nan_to_num(wall)).any():
+        bars["other"] = np.maximum(rest, 0.0)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 1.3 + 0.42 * len(labels)), layout="constrained")
+        axis = figure.subplots()
+        unit, seconds = _time_unit(float(np.max(sum(bars.values()))))
+        left = np.zeros(len(labels))
+        for part, values in bars.items():
+            axis.barh(
+                labels,
+                values / seconds,
+                left=left,
+                height=0.66,
+                color=PART_COLORS[part],
+                label=PART_NAMES[part],
+            )
+            left = left + values / seconds
+        whole = np.maximum(sum(bars.values()), 1e-12)
+        for i, end in enumerate(left):
+            share = 100 * bars["comm"][i] / whole[i]
+            text = " / ".join(_figure(bars[part][i]) for part in ("compute", "data", "comm"))
+            axis.annotate(
+                f"{text} s,  {share:.2g} % comm.",
+                (end, i),
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                bbox={"color": "white", "pad": 1},
+            )
+        axis.invert_yaxis()
+        axis.set_xlim(0, max(float(left.max()), 1e-9) * 1.36)
+        axis.set_xlabel(f"[{unit}]   (figures: computing / loading / communicating)")
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+        axis.grid(axis="x", color=FAINT, linewidth=0.6)
+        axis.tick_params(axis="y", length=0)
+        axis.set_title(title, loc="left")
+        handles, names = axis.get_legend_handles_labels()
+        _legend_above(figure, handles, names)
+        return _save(figure, path)
+
+
+def _draw_lanes(axis: Axes, run: Run) -> None:
+    """The time line of each rank: a coloured bar while it leads its group, a black one while it leads all."""
+    steps = [line["step"] for line in run.leaders]
+    typical = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+    end = max(steps[-1] + typical, run.last("step"))
+    for group in range(run.n_groups):
+        held = [line["leaders"][group] if group < len(line["leaders"]) else None for line in run.leaders]
+        for rank, spans in _spans(steps, held, end).items():
+            axis.broken_barh(
+                spans, (rank - 0.36, 0.72), facecolor=PALETTE[group % 6], alpha=0.75, linewidth=0
+            )
+    if run.n_groups > 1:
+        elections = [(line["step"], line["leader"]) for line in run.leaders if line.get("leader") is not None]
+        if elections:
+            for rank, spans in _spans(*zip(*elections, strict=True), end).items():
+                axis.broken_barh(spans, (rank - 0.13, 0.26), facecolor=INK, linewidth=0)
+    axis.set_xlim(0, end)
+    axis.set_ylim(run.world_size - 0.45, -0.55)
+    ranks = range(0, run.world_size, max(1, run.world_size // 16))
+    axis.yaxis.set_major_locator(FixedLocator([float(rank) for rank in ranks]))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:.0f}"))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.grid(axis="y", color=FAINT, linewidth=0.6)
+    axis.tick_params(axis="y", length=0)
+
+
+def _spans(
+    steps: Sequence[float], leaders: Sequence[int | None], end: float
+) -> dict[int, list[tuple[float, float]]]:
+    """(start, length) of each unbroken lead, by rank."""
+    spans: dict[int, list[tuple[float, float]]] = {}
+    start = 0
+    for i in range(1, len(steps) + 1):
+        if i < len(steps) and leaders[i] == leaders[start]:
+            continue
+        rank = leaders[start]
+        if rank is not None:
+            stop = steps[i] if i < len(steps) else end
+            spans.setdefault(rank, []).append((steps[start], stop - steps[start]))
+        start = i
+    return spans
+
+
+def _draw_counts(axis: Axes, run: Run) -> None:
+    local, overall = run.leads()
+    group_of = {
+        rank: group for line in run.leaders for group, rank in enumerate(line["leaders"]) if rank is not None
+    }
+    colors = [PALETTE[group_of.get(rank, 0) % 6] for rank in range(run.world_size)]
+    axis.barh(range(run.world_size), local, height=0.72, color=colors, alpha=0.75)
+    if run.n_groups > 1:
+        axis.barh(range(run.world_size), overall, height=0.26, color=INK)
+    if run.world_size <= 16:
+        for rank, count in enumerate(local):
+            text = f" {count}" + (f" ({overall[rank]})" if run.n_groups > 1 else "")
+            axis.annotate(text, (max(count, overall[rank]), rank), va="center", fontsize=9)
+    axis.set_xlim(0, max(1, *local, *overall) * (1.45 if run.n_groups > 1 else 1.25))
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axis.grid(axis="x", color=FAINT, linewidth=0.6)
+    axis.tick_params(axis="y", length=0)
+
+
+def _line_style(index: int, points: int) -> dict[str, Any]:
+    color = index % len(PALETTE)
+    return {
+        "color": PALETTE[color],
+        "linestyle": DASHES[index // len(PALETTE) % len(DASHES)],
+        "marker": MARKERS[color],
+        "markersize": 5.5 if MARKERS[color] in "P*X" else 4.5,
+        "markevery": max(1, points // 12),
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.4,
+    }
+
+
+def _scale_y(row: Sequence[Axes], values: np.ndarray) -> None:
+    """A logarithmic axis where values span a factor of ten; a run that blows up is cut off there."""
+    values = values[np.isfinite(values) & (values > 0)]
+    if not values.size:
+        return
+    low, high = float(values.min()), float(values.max())
+    sensible = 8 * float(np.median(values))
+    if high > 50 * max(sensible, low):
+        high = sensible
+    if high <= 10 * low:
+        row[0].set_ylim(
+            0 if low < 0.4 * high else low - 0.1 * (high - low or high), high + 0.04 * (high - low or high)
+        )
+        return
+    for axis in row:
+        axis.set_yscale("log")
+        axis.set_ylim(low / 1.15, high * 1.15)
+        ticks = [m * 10.0**e for e in range(-12, 13) for m in (1, 2, 5)]
+        axis.yaxis.set_major_locator(FixedLocator(ticks if high < 2000 * low else ticks[::3]))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _time_unit(seconds: float) -> tuple[str, float]:
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 3 * size:
+            return unit, size
+    return "s", 1.0
+
+
+def _figure(seconds: float) -> str:
+    """Three significant digits, never an exponent."""
+    return f"{seconds:.{0 if seconds >= 100 else 1 if seconds >= 10 else 2}f}"
+
+
+def _legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=max(1, min(len(labels), 110 // (8 + max(map(len, labels))))),
+        handlelength=2.4,
+    )
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path)
+    return path

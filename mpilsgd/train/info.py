@@ -1,0 +1,166 @@
+"""`mpilsgd info`: what this machine offers, before anything is trained on it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from mpilsgd import kernels
+from mpilsgd.comm import Topology, inquiry
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `mpilsgd info`."""
+    parser.description = (
+        "Shows the MPI library, the ranks by node and group, shared memory, torch, CUDA and the extension. "
+        "Works on one process and under a launcher: mpiexec -n 4 mpilsgd info"
+    )
+    parser.add_argument(
+        "--group_size",
+        "--group-size",
+        type=int,
+        metavar="L",
+        help="show the groups that group_size=L makes (default: a group is a node)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Gathers the facts of all ranks; rank 0 prints them. Exit status 2: `group_size` does not fit."""
+    facts = inquiry.info()
+    try:
+        topology = Topology(group_size=args.group_size)
+    except ValueError as error:
+        if inquiry.rank() == 0:
+            print(f"mpilsgd info: {error}", file=sys.stderr)
+        return 2
+    rows = topology.gather(_own_facts())
+    if rows is not None:
+        print(_text(facts, topology.groups, rows))
+    topology.free()
+    return 0
+
+
+def _own_facts() -> dict[str, Any]:
+    """What may differ between ranks, as values that can be compared."""
+    return {
+        "python": f"{platform.python_version()}, torch {torch.__version__}",
+        "threads": _threads(),
+        "devices": _devices(),
+        "extension": _extension(),
+    }
+
+
+def _threads() -> str:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    why = f"OMP_NUM_THREADS={chosen}" if chosen else "OMP_NUM_THREADS is not set"
+    return f"{torch.get_num_threads()} torch thread(s) a rank, {cores} core(s) to run on; {why}"
+
+
+def _devices() -> tuple[str, ...]:
+    if torch.version.cuda is None:
+        return ("none: this torch is built without CUDA",)
+    if not torch.cuda.is_available():
+        return (f"none found (torch is built for CUDA {torch.version.cuda})",)
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return tuple(f"{i}: {one.name}, {one.total_memory / 1e9:.0f} GB" for i, one in enumerate(found))
+
+
+def _extension() -> str:
+    instructions = kernels.instruction_set()
+    if instructions == "reference":
+        return "not there: the slower torch reference is used; `pip install .` builds it"
+    cuda = kernels.backend(torch.empty(0, device="cuda")) if torch.cuda.is_available() else None
+    return f"CPU instructions: {instructions}" + (f"; CUDA tensors: {cuda}" if cuda else "")
+
+
+def _text(facts: dict[str, Any], groups: Sequence[Sequence[int]], rows: Sequence[dict[str, Any]]) -> str:
+    from mpilsgd import __version__
+
+    lines = [
+        ("mpilsgd", __version__),
+        ("Python", _by_rank([row["python"] for row in rows])),
+        ("MPI", "{library} {library_version} (standard {standard}), mpi4py {mpi4py}".format(**facts)),
+        ("thread level", facts["thread_level"]),
+        ("ranks", f"{facts['size']} on {len(facts['nodes'])} node(s) in {len(groups)} group(s)"),
+    ]
+    if (facts["launched"] or 0) > facts["size"]:
+        lines.append(
+            (
+                "  WARNING",
+                "the launcher started {launched} processes, but MPI sees {size}: mpiexec and ".format(**facts)
+                + "mpi4py are of different MPIs; use the mpiexec that lies beside this python",
+            )
+        )
+    for ranks, shared, memory in zip(facts["nodes"], facts["shared_memory"], facts["memory"], strict=True):
+        lines.append((f"  {facts['hosts'][ranks[0]]}", _node_text(ranks, groups)))
+        lines.append(("", _memory_text(len(ranks), shared, memory)))
+    lines += [
+        ("threads", _by_rank([row["threads"] for row in rows])),
+        ("CUDA devices", _by_rank(["; ".join(row["devices"]) for row in rows])),
+        ("CUDA and MPI", _cuda_text(facts["cuda"])),
+        ("extension", _by_rank([row["extension"] for row in rows])),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:{width}}  {text}".rstrip() for name, text in lines)
+
+
+def _node_text(ranks: Sequence[int], groups: Sequence[Sequence[int]]) -> str:
+    parts = [
+        f"group {j}: rank {_ranges(mates)}" for j, mates in enumerate(groups) if set(mates) <= set(ranks)
+    ]
+    return "; ".join(parts)
+
+
+def _memory_text(ranks: int, shared: int, memory: int) -> str:
+    """Free shared memory, and the model that fits: a window of the model's size for each rank of the node."""
+    free = min(shared, memory) if memory else shared
+    largest = free // ranks
+    text = f"{shared / 1e9:.2f} GB shared memory (/dev/shm) free"
+    if memory:
+        text += f", {memory / 1e9:.2f} GB memory available"
+    if ranks == 1:
+        return f"{text}; one rank needs no shared windows"
+    return (
+        f"{text}; windows fit up to {_count(largest // 4)} float32 parameters a rank, else messages are used"
+    )
+
+
+def _cuda_text(support: inquiry.CudaSupport) -> str:
+    if support.aware:
+        return f"MPI says that it is CUDA-aware ({support.why})"
+    return f"staged through pinned host memory: MPI is not CUDA-aware ({support.why})"
+
+
+def _by_rank(values: Sequence[Hashable]) -> str:
+    """One value if all ranks have the same, else each with the ranks that have it."""
+    ranks: dict[Hashable, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    if len(ranks) == 1:
+        return str(values[0])
+    return "; ".join(f"rank {_ranges(which)}: {value}" for value, which in ranks.items())
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """0, 1, 2, 5 as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for rank in sorted(ranks):
+        if parts and parts[-1][1] == rank - 1:
+            parts[-1][1] = rank
+        else:
+            parts.append([rank, rank])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _count(number: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"

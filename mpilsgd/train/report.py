@@ -1,0 +1,139 @@
+"""`mpilsgd report`: pictures and a table of one run or of several, from their run directories alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mpilsgd.train.run_reader import Run, RunError, read_runs
+from mpilsgd.train.table import columns, count, duration, in_bytes, percent
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `mpilsgd report`."""
+    parser.description = (
+        "Draws PNG figures of one or more runs and prints a table of them: test error and loss over "
+        "wall-clock time and over gradient evaluations (curves.png), who led when and how often "
+        "(leaders.png), the time spent computing, loading and communicating (time.png)."
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directory (what `mpilsgd train --output` wrote)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="folder for the figures (default: RUN/report for one run, ./report for several)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table, draws the figures; exit status 2: a run cannot be read or a figure not be written."""
+    try:
+        runs = read_runs(args.runs)
+        folder = (
+            Path(args.output)
+            if args.output
+            else (runs[0].path / "report" if len(runs) == 1 else Path("report"))
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+    except RunError as error:
+        print(f"mpilsgd report: {error}".replace("\n", "\nmpilsgd report: "), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"mpilsgd report: the folder for the figures cannot be made: {error}", file=sys.stderr)
+        return 2
+    for notice in (notice for one in runs for notice in one.notices):
+        print(f"mpilsgd report: {notice}", file=sys.stderr)
+    print(table(runs))
+    for one in runs:
+        if one.leaders:
+            print("\n" + leads_text(one))
+    try:
+        from mpilsgd.train import figures
+    except ImportError as error:
+        print(
+            f"mpilsgd report: no figures: {error}; `pip install 'mpilsgd[report]'` brings matplotlib",
+            file=sys.stderr,
+        )
+        return 1
+    print()
+    try:
+        for draw, name in (
+            (figures.draw_curves, "curves.png"),
+            (figures.draw_leaders, "leaders.png"),
+            (figures.draw_time, "time.png"),
+        ):
+            path = draw(runs, folder / name)
+            if path is not None:
+                print(path)
+            elif (folder / name).exists():
+                (
+                    folder / name
+                ).unlink()  # of an earlier report in this folder: it would be taken for one of these runs
+    except OSError as error:
+        print(f"mpilsgd report: a figure cannot be written: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def table(runs: Sequence[Run]) -> str:
+    """The runs, a line each: errors of the centre, training time (without evaluation), exchange, resets."""
+    head = [
+        "run",
+        "method",
+        "workers",
+        "steps",
+        "error %",
+        "best %",
+        "at",
+        "worker %",
+        "time",
+        "comm",
+        "rounds",
+    ]
+    head += ["in groups", "across", "resets"]
+    return columns([head] + [_row(one) for one in runs])
+
+
+def leads_text(one: Run) -> str:
+    """How often each rank led its group, and all groups where there is more than one."""
+    local, overall = one.leads()
+    rounds = max(1, sum(local))
+    lines = [f"{one.name}: {len(one.leaders)} elections; led by rank"]
+    rows = [["rank", "led", "%"] + (["led all"] if one.n_groups > 1 else [])]
+    for rank, led in enumerate(local):
+        share = f"{100 * led * one.n_groups / rounds:.0f}"
+        rows.append([str(rank), str(led), share] + ([str(overall[rank])] if one.n_groups > 1 else []))
+    return "\n".join([*lines, columns(rows)])
+
+
+def _row(one: Run) -> list[str]:
+    wall, errors = one.curve("wall_s", "test_error")
+    seen = np.isfinite(errors)
+    best = int(np.nanargmin(errors)) if seen.any() else -1
+    best_worker = one.summary.get("best_worker")
+    seconds = {part: float(np.mean(values)) for part, values in one.seconds().items()}
+    whole = sum(seconds.values())
+    groups = f" ({one.n_groups} groups)" if one.n_groups > 1 else ""
+    final = one.total("test_error")
+    return [
+        one.name,
+        one.method,
+        f"{one.world_size}{groups}",
+        count(one.last("step")),
+        percent(final),
+        percent(float(errors[best])) if best >= 0 else "-",
+        duration(float(wall[best])) if best >= 0 else "-",
+        percent(best_worker.get("test_error")) if isinstance(best_worker, dict) else "-",
+        duration(one.total("wall_s")),
+        f"{100 * seconds['comm'] / whole:.2g} %" if whole > 0 else "-",
+        count(one.total("rounds")),
+        in_bytes(one.total("bytes_group")),
+        in_bytes(one.total("bytes_across")),
+        count(one.total("resets")) if "resets" in one.summary else "-",
+    ]

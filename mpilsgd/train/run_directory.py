@@ -1,0 +1,199 @@
+"""The run directory: what a run leaves behind, written so that a kill at any moment leaves it usable."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from mpilsgd.train.callables import InputError
+
+METRICS = (
+    *("step", "epoch", "wall_s", "grad_evals", "rounds", "bytes_group", "bytes_across"),
+    *("train_loss", "test_loss", "test_error", "leader", "t_compute", "t_data", "t_comm"),
+)
+_PROBE_BYTES = 1 << 20
+_FILES = ("config.yaml", "metrics.jsonl", "leaders.jsonl", "summary.json")
+
+
+class RunDirectory:
+    """config.yaml, metrics.jsonl, leaders.jsonl, summary.json and checkpoint/ of one run.
+
+    Rank 0 writes all of them but the checkpoints, of which every rank writes its own file. A checkpoint counts once
+    its manifest names its files; the manifest is written when all files are there, and every file is renamed into
+    place whole, so that there is always either the old checkpoint or the new one.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoint = self.path / "checkpoint"
+        self.manifest = self.checkpoint / "manifest.json"
+
+    # Rank 0, before training
+
+    def claim(self, config_text: str, overwrite: bool = False, resume: bool = False) -> None:
+        """Makes the directory and writes config.yaml.
+
+        Raises:
+            InputError: it holds a run already, cannot be written, or the disk is full.
+        """
+        if resume and not (self.path / "config.yaml").is_file():
+            raise InputError(f"{self.path}: holds no run to resume (no config.yaml)")
+        if not resume and any((self.path / name).exists() for name in _FILES):
+            if not overwrite:
+                raise InputError(
+                    f"{self.path}: holds a run already; choose another --output, continue it with --resume {self.path}, "
+                    "or replace it with --overwrite"
+                )
+        try:
+            self.checkpoint.mkdir(parents=True, exist_ok=True)
+            self.probe(_PROBE_BYTES)
+            if overwrite and not resume:
+                self._clear()
+            _replace(self.path / "config.yaml", lambda file: file.write(config_text.encode()))
+        except OSError as error:
+            raise InputError(f"{self.path}: {_cause(error)}") from error
+
+    def probe(self, size: int = 1) -> None:
+        """Writes and removes a file, to find out before training what would fail after it."""
+        path = self.checkpoint / f".probe-{os.getpid()}-{os.urandom(4).hex()}"
+        try:
+            with open(path, "wb") as file:
+                file.write(bytes(size))
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            path.unlink(missing_ok=True)
+
+    def room_for(self, nbytes: int) -> None:
+        """Raises InputError if the disk has not `nbytes` left."""
+        free = shutil.disk_usage(self.path).free
+        if free < nbytes:
+            raise InputError(
+                f"{self.path}: the disk has {free / 1e6:.1f} MB left, the checkpoints of this run need {nbytes / 1e6:.1f} MB"
+            )
+
+    def _clear(self) -> None:
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
+        self.manifest.unlink(missing_ok=True)  # first: without it the files count for nothing
+        for pattern in ("step-*.pt*", "center.pt*", ".probe-*"):
+            for path in self.checkpoint.glob(pattern):
+                path.unlink(missing_ok=True)
+
+    # Rank 0, during training
+
+    def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+        """Adds lines to metrics.jsonl or leaders.jsonl."""
+        lines = [json.dumps(_plain(record), allow_nan=False) + "\n" for record in records]
+        with open(self.path / name, "ab") as file:
+            file.write("".join(lines).encode())
+
+    def cut(self, step: int) -> None:
+        """Drops the lines that lie after a step, and half a line at the end: they will be written again."""
+        for name in ("metrics.jsonl", "leaders.jsonl"):
+            path = self.path / name
+            if path.exists():
+                kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
+                _replace(path, lambda file, kept=kept: file.writelines(kept))  # type: ignore[misc]
+
+    def summarize(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json."""
+        text = json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n"
+        _replace(self.path / "summary.json", lambda file: file.write(text.encode()))
+
+    def save_center(self, state: dict[str, Any]) -> None:
+        """Writes the centre's state_dict, the model that was trained: torch.load and load_state_dict take it."""
+        _replace(self.checkpoint / "center.pt", lambda file: torch.save(state, file))
+
+    # Checkpoints
+
+    def save(self, rank: int, step: int, state: dict[str, Any]) -> None:
+        """Writes one rank's file of the checkpoint at a step. It counts after `seal`."""
+        _replace(self.checkpoint / _file_name(step, rank), lambda file: torch.save(state, file))
+
+    def seal(self, step: int, world_size: int) -> None:
+        """Rank 0, when all ranks' files are written: from now on this is the checkpoint."""
+        files = {name: (self.checkpoint / name).stat().st_size for name in (_file_name(step, r) for r in range(world_size))}
+        text = json.dumps({"step": step, "world_size": world_size, "files": files}, indent=2) + "\n"
+        _replace(self.manifest, lambda file: file.write(text.encode()))
+
+    def sweep(self, rank: int, step: int) -> None:
+        """Removes this rank's files of other checkpoints than the sealed one."""
+        for path in self.checkpoint.glob(f"step-*.rank{rank:05d}.pt*"):
+            if path.name != _file_name(step, rank):
+                path.unlink(missing_ok=True)
+
+    def sealed_step(self, world_size: int) -> int | None:
+        """The step of the checkpoint, None if no checkpoint was finished.
+
+        Raises:
+            InputError: it is of another number of ranks, or damaged.
+        """
+        if not self.manifest.exists():
+            return None
+        try:
+            manifest = json.loads(self.manifest.read_text())
+            step, ranks, files = int(manifest["step"]), int(manifest["world_size"]), dict(manifest["files"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.manifest}: cannot be read: {error!r}") from error
+        if ranks != world_size:
+            raise InputError(f"{self.path}: is a run of {ranks} rank(s); it cannot be resumed on {world_size}")
+        for name, size in files.items():
+            path = self.checkpoint / name
+            found = path.stat().st_size if path.exists() else None
+            if found != size:
+                raise InputError(f"{path}: expected {size} bytes, found {'no file' if found is None else found}")
+        return step
+
+    def load(self, rank: int, step: int) -> dict[str, Any]:
+        """One rank's part of the checkpoint."""
+        path = self.checkpoint / _file_name(step, rank)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise InputError(f"{path}: cannot be loaded: {error}") from error
+
+
+def _file_name(step: int, rank: int) -> str:
+    return f"step-{step:010d}.rank{rank:05d}.pt"
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file beside `path` and renames it into place when it is safely on the disk."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _plain(value: Any) -> Any:
+    """The value for strict JSON: what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cause(error: OSError) -> str:
+    return f"cannot be written: {error.strerror or error}"

@@ -1,0 +1,229 @@
+"""Reads run directories back: what `mpilsgd report` knows about a run is what stands in its files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class RunError(ValueError):
+    """A run directory that cannot be reported on; the text says which one and why."""
+
+
+@dataclass
+class Run:
+    """One run directory, read.
+
+    Attributes:
+        path, name: the directory, and the shortest ending of its path that tells the runs of a report apart.
+        metrics: the lines of metrics.jsonl, by rising step.
+        leaders: the lines of leaders.jsonl, by rising step (empty where no method elects one).
+        summary, config: summary.json and config.yaml (empty where a run was ended before it wrote them).
+        notices: what was odd in the files, for the reader of the report.
+    """
+
+    path: Path
+    name: str
+    metrics: list[dict[str, Any]]
+    leaders: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    def column(self, key: str) -> np.ndarray:
+        """One value of each line of metrics.jsonl as float64; NaN where it is absent, null or not finite."""
+        values = np.array([_number(line.get(key)) for line in self.metrics])
+        return np.where(np.isfinite(values), values, math.nan)
+
+    def curve(self, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+        """The evaluations as points; other lines are left out, a value that is not finite stays as a gap."""
+        kept = [
+            line for line in self.metrics if y in line and line[y] is not None and line.get(x) is not None
+        ]
+        points = np.array([[_number(line[x]), _number(line[y])] for line in kept]).reshape(-1, 2)
+        points[~np.isfinite(points)] = math.nan
+        return points[:, 0], points[:, 1]
+
+    def last(self, key: str) -> float:
+        """The last finite value of a column, NaN if there is none."""
+        values = self.column(key)
+        values = values[np.isfinite(values)]
+        return float(values[-1]) if values.size else math.nan
+
+    def total(self, key: str) -> float:
+        """A figure of the whole run: the summary's, else the last line's."""
+        value = _number(self.summary.get(key))
+        return value if math.isfinite(value) else self.last(key)
+
+    @property
+    def method(self) -> str:
+        return str(self.summary.get("method") or self.config.get("method") or "?")
+
+    @property
+    def world_size(self) -> int:
+        """The number of workers: the summary's, or one more than the highest rank that ever led."""
+        named = [
+            rank
+            for line in self.leaders
+            for rank in [*line["leaders"], line.get("leader")]
+            if rank is not None
+        ]
+        return max(int(_number(self.summary.get("world_size", 1))), 1 + max(named, default=0))
+
+    @property
+    def n_groups(self) -> int:
+        return max((len(line["leaders"]) for line in self.leaders), default=1)
+
+    def leads(self) -> tuple[list[int], list[int]]:
+        """How often each rank led its group, and how often it led all of them."""
+        local, overall = [0] * self.world_size, [0] * self.world_size
+        for line in self.leaders:
+            for rank in line["leaders"]:
+                if rank is not None:
+                    local[rank] += 1
+            if line.get("leader") is not None:
+                overall[line["leader"]] += 1
+        return local, overall
+
+    def seconds(self) -> dict[str, list[float]]:
+        """Seconds of computing, loading, communication: a value a rank (without a summary rank 0's alone)."""
+        parts = {}
+        for part in ("compute", "data", "comm"):
+            per_rank = self.summary.get(f"t_{part}")
+            if per_rank is None:
+                per_rank = [self.last(f"t_{part}")]
+            elif not isinstance(per_rank, list):
+                per_rank = [per_rank]
+            parts[part] = [value if math.isfinite(value) else 0.0 for value in map(_number, per_rank)]
+        return parts
+
+
+def read_runs(paths: Iterable[str | Path]) -> list[Run]:
+    """Reads several run directories.
+
+    Raises:
+        RunError: for all directories at once that are missing, no run directories, or without measurement.
+    """
+    runs, errors = [], []
+    folders = list(dict.fromkeys(Path(path) for path in paths))
+    for folder, name in zip(folders, _short_names(folders), strict=True):
+        try:
+            runs.append(_read_run(folder, name))
+        except RunError as error:
+            errors.append(str(error))
+    if errors:
+        raise RunError("\n".join(errors))
+    return runs
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    if not folder.exists():
+        raise RunError(f"{folder}: there is no such run directory")
+    if not folder.is_dir():
+        raise RunError(f"{folder}: is a file; give the run directory that holds metrics.jsonl")
+    notices: list[str] = []
+    try:
+        metrics = _read_lines(folder / "metrics.jsonl", notices, _is_metrics)
+        leaders = _read_lines(folder / "leaders.jsonl", notices, _is_leaders)
+        summary = _read_document(folder / "summary.json", notices)
+        config = _read_document(folder / "config.yaml", notices)
+    except OSError as error:
+        raise RunError(f"{folder}: {error.strerror or error}: {error.filename}") from error
+    if not metrics:
+        if (folder / "metrics.jsonl").exists():
+            raise RunError(
+                f"{folder}: metrics.jsonl holds no readable line: the run ended before its first evaluation"
+            )
+        raise RunError(f"{folder}: holds no metrics.jsonl; is it a run directory (`mpilsgd train --output`)?")
+    if not summary:
+        notices.append(
+            "no summary.json: the run is not finished, or was ended; figures are those of its last line"
+        )
+    return Run(folder, name, metrics, leaders, summary, config, [f"{name}: {notice}" for notice in notices])
+
+
+def _read_lines(path: Path, notices: list[str], valid: Any) -> list[dict[str, Any]]:
+    """The JSON objects of a file, a line each; damaged lines are left out with a notice.
+
+    A run that was killed may end in half a line; a run resumed from an older checkpoint may write a step
+    twice: the later line counts.
+    """
+    if not path.exists():
+        return []
+    lines, damaged = [], []
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not valid(record):
+            damaged.append(number)
+            continue
+        while lines and lines[-1]["step"] >= record["step"]:
+            lines.pop()
+        lines.append(record)
+    if damaged:
+        which = (
+            f"line {damaged[0]} is"
+            if len(damaged) == 1
+            else f"{len(damaged)} lines, the first {damaged[0]}, are"
+        )
+        notices.append(f"{path.name}: {which} damaged and left out")
+    return lines
+
+
+def _is_metrics(record: Any) -> bool:
+    return isinstance(record, dict) and math.isfinite(_number(record.get("step")))
+
+
+def _is_leaders(record: Any) -> bool:
+    if not _is_metrics(record) or not isinstance(record.get("leaders"), list):
+        return False
+    return all(
+        rank is None or (isinstance(rank, int) and rank >= 0)
+        for rank in [*record["leaders"], record.get("leader")]
+    )
+
+
+def _read_document(path: Path, notices: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            content = json.loads(text)
+        else:
+            import yaml
+
+            try:
+                content = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(error) from error
+    except ValueError:
+        content = None
+    if isinstance(content, dict):
+        return content
+    notices.append(f"{path.name} cannot be read and is left out")
+    return {}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    parts = [folder.resolve().parts for folder in folders]
+    for length in range(1, max((len(p) for p in parts), default=1) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]

@@ -1,0 +1,71 @@
+"""Which samples a worker trains on, and in which order: a function of the seed, the rank and the epoch alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mpilsgd.train.callables import InputError
+
+SAMPLINGS = ("partition", "shuffle", "replacement")
+
+
+class Sampler:
+    """The batches of one worker.
+
+    Args:
+        kind: "partition": every epoch a fresh permutation, the same on all workers, is cut into disjoint parts, one a
+            worker (LSGD 9.2); "shuffle": each worker goes through the whole set in its own order;
+            "replacement": each worker draws its samples independently (an epoch is as long as a partition's).
+            The last incomplete batch is dropped, and every worker has the same number of batches.
+        samples: number of training samples.
+        batch_size: samples a batch.
+        rank, size: this worker and the number of workers.
+        seed: shared by all workers.
+
+    Raises:
+        InputError: there are more workers than samples, or no batch can be filled.
+
+    The state is the position (epoch, batch): nothing else needs saving.
+    """
+
+    def __init__(self, kind: str, samples: int, batch_size: int, rank: int = 0, size: int = 1, seed: int = 0):
+        if kind not in SAMPLINGS:
+            raise InputError(f"sampling must be one of {', '.join(SAMPLINGS)}, not {kind!r}")
+        if samples < size:
+            raise InputError(f"{size} workers, but only {samples} training sample(s): start at most {samples} rank(s)")
+        self.part = samples if kind == "shuffle" else samples // size
+        if batch_size > self.part:
+            share = f"each of {size} workers has {self.part} of the {samples} training samples"
+            raise InputError(f"batch_size={batch_size} cannot be filled: {share}; use at most {self.part}")
+        self.kind, self.samples, self.batch_size = kind, samples, batch_size
+        self.rank, self.size, self.seed = rank, size, seed
+        self.batches = self.part // batch_size
+
+    def epoch(self, epoch: int) -> torch.Tensor:
+        """The sample numbers of each batch, (batches, batch_size)."""
+        taken = self.batches * self.batch_size
+        if self.kind == "partition":
+            order = torch.randperm(self.samples, generator=generator(self.seed, "order", epoch))
+            start = self.rank * self.part
+            order = order[start : start + taken]
+        elif self.kind == "shuffle":
+            order = torch.randperm(self.samples, generator=generator(self.seed, "order", epoch, self.rank))[:taken]
+        else:
+            order = torch.randint(self.samples, (taken,), generator=generator(self.seed, "order", epoch, self.rank))
+        return order.view(self.batches, self.batch_size)
+
+    def augmentation(self, epoch: int, batch: int) -> torch.Generator:
+        """The random numbers for one batch's crops and flips."""
+        return generator(self.seed, "augmentation", epoch, self.rank, batch)
+
+
+def generator(seed: int, purpose: str, *position: int) -> torch.Generator:
+    """Random numbers of their own for every purpose and position."""
+    return torch.Generator().manual_seed(derived_seed(seed, purpose, *position))
+
+
+def derived_seed(seed: int, purpose: str, *position: int) -> int:
+    """A 63-bit seed mixed from all of the arguments."""
+    words = [seed, *purpose.encode(), len(position), *position]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))

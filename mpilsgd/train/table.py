@@ -1,0 +1,49 @@
+"""Tables of plain text, and numbers as a person reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned text: the first column to the left, the others to the right; a rule below the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    lines = ["  ".join(row).rstrip() for row in padded]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.2f}"
+
+
+def count(value: float) -> str:
+    return f"{value:.0f}" if math.isfinite(value) else "-"
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def in_bytes(value: float) -> str:
+    """Decimal units: 40 MB are 40e6 bytes."""
+    if not math.isfinite(value):
+        return "-"
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def in_ms(seconds: float) -> str:
+    """Milliseconds, three significant digits, never an exponent."""
+    ms = 1e3 * seconds
+    return (
+        f"{ms:.{0 if ms >= 100 else 1 if ms >= 10 else 2 if ms >= 1 else 3}f}" if math.isfinite(ms) else "-"
+    )

@@ -1,7 +1,16 @@
 """Everything that talks MPI. No other package of mpilsgd imports mpi4py, and no arithmetic lives here."""
 
-from mpilsgd.comm.fabric import Fabric, Level
-from mpilsgd.comm.topology import Topology
-from mpilsgd.comm.windows import Window
+from mpilsgd.comm.fabric import Fabric, Level, SharedMemoryWarning
+from mpilsgd.comm.topology import Topology, end_job, exit_status
+from mpilsgd.comm.windows import Window, free_shared_memory
 
-__all__ = ["Fabric", "Level", "Topology", "Window"]
+__all__ = [
+    "Fabric",
+    "Level",
+    "SharedMemoryWarning",
+    "Topology",
+    "Window",
+    "end_job",
+    "exit_status",
+    "free_shared_memory",
+]

@@ -99,7 +99,12 @@ def _group_size_error(group_size: int | None, node_size: int) -> str | None:
 
 
 _hooked = False
-exit_status = 0
+_status = 0
+
+
+def exit_status() -> int:
+    """Not 0 once this program is known to end in an error."""
+    return _status
 
 
 def _abort_on_exception() -> None:
@@ -112,26 +117,26 @@ def _abort_on_exception() -> None:
         return
     _hooked = True
 
-    def hook(kind: type[BaseException], value: BaseException, trace: Any) -> None:
-        global exit_status
-        exit_status = 1
-        rank = MPI.COMM_WORLD.rank
-        text = "".join(traceback.format_exception(kind, value, trace))
-        sys.stderr.write(f"rank {rank} failed, the job ends:\n{text}")
-        with contextlib.suppress(Exception):
-            sys.stderr.flush()
-            sys.stdout.flush()
-        if not issubclass(kind, KeyboardInterrupt) or MPI.COMM_WORLD.size > 1:
-            MPI.COMM_WORLD.Abort(1)
-
-    sys.excepthook = hook
+    sys.excepthook = end_job
     set_status = getattr(MPI, "_set_abort_status", None)  # what `python -m mpi4py` tells of sys.exit(n)
 
     def remember(status: Any) -> None:
-        global exit_status
-        exit_status = status if isinstance(status, int) else int(status is not None)
+        global _status
+        _status = status if isinstance(status, int) else int(status is not None)
         if set_status is not None:
             set_status(status)
 
     if set_status is not None:
         MPI._set_abort_status = remember
+
+
+def end_job(kind: type[BaseException], value: BaseException, trace: Any) -> None:
+    """Prints the exception with this rank's number and ends all ranks."""
+    global _status
+    _status = 1
+    text = "".join(traceback.format_exception(kind, value, trace))
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.write(f"rank {MPI.COMM_WORLD.rank} failed, the job ends:\n{text}")
+        sys.stderr.flush()
+    MPI.COMM_WORLD.Abort(1)

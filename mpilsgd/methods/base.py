@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Fabric, Topology, Window, topology as _topology
+from mpilsgd.comm import Fabric, Topology, Window, end_job, exit_status
 from mpilsgd.flat import FlatParameters, digest, find_modules, float_buffers
 
 # What a worker has come to a meeting for; the least number present decides what happens.
@@ -218,6 +218,7 @@ class Method(torch.optim.Optimizer):
 
     def _shown(self) -> contextlib.AbstractContextManager[Any]:
         """The parameters as the others shall see them: MSGD's hold the look-ahead between steps, but x is exchanged."""
+        self.flat.reseat()  # RNN.flatten_parameters, for one, moves parameters
         return getattr(self.optimizer, "iterate", contextlib.nullcontext)()
 
     # The centre
@@ -497,9 +498,12 @@ _living: list[Method] = []
 
 def _rest_at_exit() -> None:
     """The program ends on this rank: serve the others' rounds to their end, unless the job is being aborted."""
-    for method in list(_living):
-        if not _topology.exit_status:
-            method.close()
+    try:
+        for method in list(_living):
+            if not exit_status():
+                method.close()
+    except Exception as failure:
+        end_job(type(failure), failure, failure.__traceback__)
 
 
 def _wants_round(table: np.ndarray) -> bool:

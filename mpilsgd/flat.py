@@ -133,13 +133,10 @@ class FlatParameters:
         strays = [t for t in self._tensors() if not self._seated(t)]
         for tensor in strays:
             place = self._places[id(tensor)]
-            now = (tensor.dtype, tensor.device, tensor.shape)
-            if now != (place.dtype, self.device, place.shape):
-                raise ValueError(
-                    f"a tensor of shape {tuple(place.shape)}, {place.dtype} on {self.device} has become one of "
-                    f"shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}: convert a model first, then "
-                    "lay it flat"
-                )
+            was = f"shape {tuple(place.shape)}, {place.dtype} on {self.device}"
+            now = f"shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+            if was != now:
+                raise ValueError(f"a tensor of {was} has become one of {now}: convert first, then lay flat")
         for tensor in strays:
             self._seat(tensor, copy=True)
         return strays
@@ -211,7 +208,7 @@ class FlatParameters:
         first = next((i, p) for i, p in enumerate(self._tensors()) if p.dtype == dtype)
         raise ValueError(
             f"allocate({dtype}, {numel}) gave {got}; needed is a contiguous tensor of shape ({numel},), "
-            f"{dtype} on {self.device} (tensor {first[0]} of shape {tuple(first[1].shape)} would be its first)"
+            f"{dtype} on {self.device} (for tensor {first[0]} of shape {tuple(first[1].shape)} and on)"
         )
 
 

@@ -14,6 +14,7 @@ With ``stats=True`` a function returns :class:`Moved`, from the same pass; on CU
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import warnings
@@ -26,11 +27,12 @@ from torch import Tensor
 from mpilsgd import reference
 from mpilsgd.reference import Moved
 
-_core: Any
+_core: Any = None
+_missing = ""
 try:
-    from mpilsgd import _core
-except ImportError:
-    _core = None
+    _core = importlib.import_module("mpilsgd._core")
+except ImportError as error:
+    _missing = str(error)
 
 __all__ = [
     "FallbackWarning",
@@ -291,7 +293,10 @@ _warned: set[str] = set()
 def _where(x: Tensor, stats: bool, n_peers: int = 0) -> Any:
     """Where and how the extension shall run; None: it cannot, the reference must."""
     if _core is None:
-        _warn("the extension mpilsgd._core is missing", "pip install . in the checkout builds it")
+        _warn(
+            f"the extension mpilsgd._core is not there ({_missing})",
+            "pip install . in the checkout builds it",
+        )
         return None
     if x.is_cpu:
         return _core.Where(_DTYPES[x.dtype], x.numel(), -1, torch.get_num_threads(), None, stats)

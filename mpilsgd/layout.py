@@ -160,7 +160,7 @@ def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def padded(numel: int, dtype: torch.dtype) -> int:
-    line = ALIGNMENT // torch.empty((), dtype=dtype).element_size()
+    line = ALIGNMENT // dtype.itemsize
     return -(-numel // line) * line
 
 

@@ -205,7 +205,7 @@ def check(x: Tensor) -> bool:
 @torch.no_grad()
 def triad(out: Tensor, b: Tensor, c: Tensor, scale: float) -> None:
     """out <- b + scale c, the yardstick of the benchmarks"""
-    out.copy_(b + scale * c)
+    out.copy_(_wide(b) + scale * _wide(c))
 
 
 def _wide(x: Tensor) -> Tensor:

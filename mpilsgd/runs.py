@@ -28,26 +28,26 @@ def companions(parameters: Iterable[Tensor]) -> list[Tensor]:
     return out
 
 
-Row = tuple[Tensor, "Tensor | None", "Tensor | None"]  # parameter, companion, gradient
-Line = tuple[Tensor, Tensor, Any, Any]  # the first parameter; parameter, companion and gradient in 1-D
+# parameter, companions (as for every other row; one of them may be missing everywhere), gradient
+Row = tuple[Tensor, "tuple[Tensor | None, ...]", "Tensor | None"]
+# the first parameter; and in 1-D: parameter, companions, gradient
+Line = tuple[Tensor, Tensor, "tuple[Any, ...]", Any]
 
 
-def lines(rows: list[Row], merge: bool = True) -> Iterator[Line]:
-    """(first parameter, and 1-D: parameter, companion, gradient) for rows of these; neighbours come as one.
+def lines(rows: Iterable[Row], merge: bool = True) -> Iterator[Line]:
+    """Rows in 1-D; neighbours come as one.
 
     Neighbours are parameters of one FlatParameters whose companions and gradients lie in the same order. A
     parameter with gaps in its memory comes as a dense copy, which is written back.
     """
     run: tuple[FlatParameters, Row, int, int] | None = None
     for row in rows:
-        p, companion, _ = row
-        if not p.numel():
+        if not row[0].numel():
             continue
-        flat = FlatParameters.of(p) if merge else None
+        flat = FlatParameters.of(row[0]) if merge else None
         span = _flat_span(flat, row) if flat is not None else None
         if run is not None:
-            same = span is not None and flat is run[0] and p.dtype == run[1][0].dtype and span.start == run[3]
-            if same and span is not None and _same_storage(companion, run[1][1]):
+            if span is not None and flat is run[0] and span.start == run[3] and _continues(run[1], row):
                 run = (*run[:3], span.stop)
                 continue
             yield _cut(*run)
@@ -60,39 +60,44 @@ def lines(rows: list[Row], merge: bool = True) -> Iterator[Line]:
         yield _cut(*run)
 
 
+def line(dense: Tensor) -> Tensor:
+    """A dense tensor's elements in 1-D, in the order of memory."""
+    return dense.detach().as_strided((dense.numel(),), (1,))
+
+
+def like(tensor: Tensor, model: Tensor) -> Tensor:
+    """`tensor` itself if it lies in memory densely and in the order of `model`, else such a copy."""
+    same = tensor.layout == torch.strided and tensor.dtype == model.dtype
+    if (
+        same
+        and tensor.stride() == model.stride()
+        and (model.is_contiguous() or model.stride() == torch.empty_like(model, device="meta").stride())
+    ):
+        return tensor
+    copy = torch.empty_like(model, requires_grad=False)
+    return copy.copy_(tensor.to_dense() if tensor.layout != torch.strided else tensor)
+
+
 def _flat_span(flat: FlatParameters, row: Row) -> slice | None:
-    p, companion, grad = row
+    p, companions, grad = row
+    if grad is not None and p.dtype not in flat.grads:
+        return None
     span, size = flat.span(p), p.element_size()
     if span is None:
         return None
-    if companion is not None:
-        whole = companion.untyped_storage().nbytes() == flat.n_parameters[p.dtype] * size
-        if not whole or companion.storage_offset() != span.start or companion.stride() != p.stride():
-            return None
-    if grad is not None:
-        grads = flat.grads.get(p.dtype)
-        if grads is None or grad.data_ptr() != grads.data_ptr() + span.start * size:
-            return None
+    for along in companions:
+        if along is not None:
+            whole = along.untyped_storage().nbytes() == flat.n_parameters[p.dtype] * size
+            if not whole or along.storage_offset() != span.start or along.stride() != p.stride():
+                return None
+    if grad is not None and grad.data_ptr() != flat.grads[p.dtype].data_ptr() + span.start * size:
+        return None
     return span
 
 
-def _cut(flat: FlatParameters, row: Row, start: int, stop: int) -> Line:
-    p, companion, grad = row
-    along = None if companion is None else companion.as_strided((stop - start,), (1,), start)
-    grads = None if grad is None else flat.grads[p.dtype][start:stop]
-    return p, flat.data[p.dtype][start:stop], along, grads
-
-
-def _single(row: Row) -> Iterator[Line]:
-    p, companion, grad = row
-    dense = like(p, p)
-    along = None if companion is None else like(companion, dense)
-    slope = None if grad is None else line(like(grad, dense))
-    yield p, line(dense), None if along is None else line(along), slope
-    if dense is not p:
-        p.copy_(dense)
-    if companion is not None and along is not None and along is not companion:
-        companion.copy_(along)
+def _continues(first: Row, row: Row) -> bool:
+    pairs = zip(first[1], row[1], strict=True)
+    return first[0].dtype == row[0].dtype and all(_same_storage(one, two) for one, two in pairs)
 
 
 def _same_storage(one: Tensor | None, two: Tensor | None) -> bool:
@@ -101,15 +106,18 @@ def _same_storage(one: Tensor | None, two: Tensor | None) -> bool:
     return one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
 
 
-def line(dense: Tensor) -> Tensor:
-    """A dense tensor's elements in 1-D, in the order of memory."""
-    return dense.detach().as_strided((dense.numel(),), (1,))
+def _cut(flat: FlatParameters, row: Row, start: int, stop: int) -> Line:
+    p, companions, grad = row
+    along = tuple(None if c is None else c.as_strided((stop - start,), (1,), start) for c in companions)
+    return p, flat.data[p.dtype][start:stop], along, None if grad is None else flat.grads[p.dtype][start:stop]
 
 
-def like(tensor: Tensor, model: Tensor) -> Tensor:
-    """`tensor` itself if it lies in memory densely and in the order of `model`, else such a copy."""
-    strides = torch.empty_like(model, device="meta").stride()
-    if tensor.layout == torch.strided and tensor.stride() == strides and tensor.dtype == model.dtype:
-        return tensor
-    copy = torch.empty_like(model, requires_grad=False)
-    return copy.copy_(tensor.to_dense() if tensor.layout != torch.strided else tensor)
+def _single(row: Row) -> Iterator[Line]:
+    p, companions, grad = row
+    dense = like(p, p)
+    along = [None if c is None else like(c, dense) for c in companions]
+    slope = None if grad is None else line(like(grad, dense))
+    yield p, line(dense), tuple(None if c is None else line(c) for c in along), slope
+    for old, new in ((p, dense), *zip(companions, along, strict=True)):
+        if old is not None and new is not None and new is not old:
+            old.copy_(new)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -81,8 +81,8 @@ class MSGD(Optimizer):
             self._look(group, _ahead(group))
             parameters = [p for p in group["params"] if p.grad is not None]
             lr, momentum, decay = float(group["lr"]), float(group["momentum"]), float(group["weight_decay"])
-            rows: list[Row] = [(p, self.state[p].get("velocity"), _grad(p)) for p in parameters]
-            for p, x, velocity, grad in lines(rows, merge=pulls is None):
+            rows: list[Row] = [(p, (self.state[p].get("velocity"),), _grad(p)) for p in parameters]
+            for p, x, (velocity,), grad in lines(rows, merge=pulls is None):
                 settings = _pull_settings(p, pulls(p)) if pulls is not None else {}
                 kernels.msgd(x, grad, velocity, lr, momentum, bool(group["nesterov"]), decay, **settings)
         return loss
@@ -155,7 +155,7 @@ class MSGD(Optimizer):
         change = ahead - group["lookahead"]
         if change:
             moving = [p for p in group["params"] if "velocity" in self.state[p]]
-            for _, x, velocity, _ in lines([(p, self.state[p]["velocity"], None) for p in moving]):
+            for _, x, (velocity,), _ in lines((p, (self.state[p]["velocity"],), None) for p in moving):
                 kernels.iterate(x, velocity, abs(change), int(math.copysign(1, change)))
         group["lookahead"] = ahead
 
@@ -184,7 +184,7 @@ class RunningAverage(Optimizer):
             raise ValueError(f"rate is {rate}; it must lie in (0, 1], or be None for 1/(t+1)")
         self.optimizer, self.rate, self.t = optimizer, rate, 0
         self._average: dict[Tensor, Tensor] = {}
-        self._inside = 0
+        self._inside = False
         super().__setstate__({})  # the hooks' tables; state and groups are the wrapped optimizer's
 
     @property
@@ -214,7 +214,11 @@ class RunningAverage(Optimizer):
 
     @contextmanager
     def center(self) -> Iterator[None]:
-        """Inside, the parameters hold the average z; what they held comes back exactly. May be nested."""
+        """Inside, the parameters hold the average z; afterwards what they held before, exactly.
+
+        What is written into them inside does not reach z. May be nested. Needs memory for the parameters once
+        more while it is open.
+        """
         if self._inside:
             yield
             return
@@ -222,13 +226,16 @@ class RunningAverage(Optimizer):
         parameters = self._parameters()
         msgd = _find_msgd(self.optimizer)
         with nullcontext() if msgd is None else msgd.hold():
-            self._swap(parameters)
-            self._inside = 1
+            before = [p.detach().clone() for p in parameters]
+            for p in parameters:
+                p.detach().copy_(self._average[p])
+            self._inside = True
             try:
                 yield
             finally:
-                self._inside = 0
-                self._swap(reversed(parameters))  # reversed: right for two parameters on one memory, too
+                self._inside = False
+                for p, value in zip(parameters, before, strict=True):
+                    p.detach().copy_(value)
 
     def iterate(self) -> AbstractContextManager[None]:
         """As MSGD's, if that is what is wrapped; else the parameters are the iterate anyway."""
@@ -237,10 +244,7 @@ class RunningAverage(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, the average, t and the rate."""
-        average = []
-        for p in self._parameters():
-            z = self._average.get(p)
-            average.append(p.detach() if self._inside and z is not None else z)
+        average = [self._average.get(p) for p in self._parameters()]
         return {"optimizer": self.optimizer.state_dict(), "average": average, "t": self.t, "rate": self.rate}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -278,26 +282,18 @@ class RunningAverage(Optimizer):
         for group in self.param_groups:
             ahead = float(group.get("lookahead", 0.0))
             parameters = [p for p in group["params"] if only is None or p in only]
-            for p, x, z, _ in lines([(p, self._average[p], None) for p in parameters], merge=not ahead):
-                moved = kernels.pull(z, x, a, stats=bool(ahead))
-                velocity = self.state[p].get("velocity") if ahead else None
+            rows: list[Row] = [
+                (p, (self._average[p], self.state[p].get("velocity") if ahead else None), None)
+                for p in parameters
+            ]
+            for _, x, (z, velocity), _ in lines(rows):
+                moved = kernels.pull(z, x, a, stats=velocity is not None)
                 if velocity is None:
                     continue
                 # z <- z + a (y - δ v - z): the iterate is averaged without being written anywhere
-                velocity = line(like(velocity, p))
-                if (
-                    moved is not None and not moved.source_finite
-                ):  # the pull has passed over those elements, so must this
+                if moved is not None and not moved.source_finite:  # what the pull passed over, this must too
                     velocity = torch.where(x.isfinite(), velocity, torch.zeros_like(velocity))
                 kernels.iterate(z, velocity, a * abs(ahead), -int(math.copysign(1, ahead)))
-
-    @torch.no_grad()
-    def _swap(self, parameters: Iterable[Tensor]) -> None:
-        for p in parameters:
-            z = self._average[p]
-            before = p.clone()
-            p.copy_(z)
-            z.copy_(before)
 
 
 def _grad(p: Tensor) -> Tensor:

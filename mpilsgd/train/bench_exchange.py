@@ -67,8 +67,11 @@ def run(args: argparse.Namespace) -> int:
     numel = max(args.bytes // 4, PARAMETERS)
     gloo, contestants = _gloo(topology), functools.partial(_contestants, topology, numel)
     with gloo as (started, trouble), contestants(started) as (calls, methods):
+        for call in [*calls.values(), *calls.values()]:  # connections, buffers
+            call()
+        before = {name: _traffic(method) for name, method in methods.items()}
         seconds = _measure(topology, calls, args.repetitions)
-        traffic = topology.gather({name: _bytes_a_round(method.metrics) for name, method in methods.items()})
+        traffic = topology.gather({name: _traffic(methods[name]) - before[name] for name in methods})
     memory = bench_memory.measure(topology, numel)
     if traffic is not None:
         print(
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         )
         if trouble:
             print(f"gloo could not start and is left out: {trouble}\n")
-        print(_times_text(seconds, traffic))
+        print(_times_text(seconds, traffic, args.repetitions))
         print()
         print(_ratios_text(seconds))
         print()
@@ -205,9 +208,6 @@ def _measure(
     topology: Topology, calls: dict[str, Callable[[], object]], repetitions: int
 ) -> dict[str, float]:
     """Median over the repetitions of the slowest rank's seconds, a call; the calls in turn. Collective."""
-    for call in calls.values():
-        for _ in range(2):  # connections, buffers
-            call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repetition in range(repetitions):
         for name in calls if repetition % 2 == 0 else reversed(calls):
@@ -219,20 +219,20 @@ def _measure(
     return {name: statistics.median(map(max, *(rank[name] for rank in every))) for name in calls}
 
 
-def _bytes_a_round(metrics: Any) -> float:
-    return (metrics.bytes_group + metrics.bytes_across) / max(1, metrics.rounds)
+def _traffic(method: Any) -> int:
+    return method.metrics.bytes_group + method.metrics.bytes_across
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _times_text(seconds: dict[str, float], traffic: list[dict[str, float]]) -> str:
-    rows = [["exchange", "ms", "bytes in, mean of the ranks"]]
+def _times_text(seconds: dict[str, float], traffic: list[dict[str, int]], rounds: int) -> str:
+    rows = [["exchange", "ms", "bytes that a rank takes in, mean"]]
     for name, taken in seconds.items():
         rows.append([name, in_ms(taken), ""])
         if name in traffic[0]:
-            rows[-1][2] = in_bytes(statistics.mean(row[name] for row in traffic))
+            rows[-1][2] = in_bytes(statistics.mean(row[name] for row in traffic) / rounds)
     return columns(rows)
 
 

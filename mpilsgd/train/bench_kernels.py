@@ -7,7 +7,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     triads = _triads(vectors)
     nbytes = args.size * vectors[0].element_size()
     sides = [side for contest in contests for side in (contest.ours, contest.theirs)]
+    gc.collect()
     grown = [_growth(side, device) for side in sides]  # also the warm-up
     seconds = _interleaved([*sides, *(triad for _, triad, _ in triads)], args.repetitions, device)
     rates = [
@@ -201,6 +202,7 @@ def _triads(vectors: list[torch.Tensor]) -> list[tuple[str, Callable[[], object]
     """(name, call, vectors moved) of torch's triad and the extension's, with and past the caches."""
     a, b, c = vectors[:3]
     cached = 3 if a.is_cuda else 4
+    triads: list[tuple[str, Callable[[], object], int]]
     triads = [("torch.add(b, c, alpha=s, out=a)", lambda: torch.add(b, c, alpha=RATE, out=a), cached)]
     if kernels.backend(a) != "reference" and a.dtype in (torch.float32, torch.float64):
         triads.append(("the extension's", lambda: kernels.triad(a, b, c, RATE, streaming=False), cached))
@@ -209,7 +211,9 @@ def _triads(vectors: list[torch.Tensor]) -> list[tuple[str, Callable[[], object]
     return triads
 
 
-def _interleaved(calls: list[Callable[[], object]], repetitions: int, device: torch.device) -> list[float]:
+def _interleaved(
+    calls: Sequence[Callable[[], object]], repetitions: int, device: torch.device
+) -> list[float]:
     """Median seconds of each call: A B C, C B A, A B C ..., so that a slow spell of the machine meets all."""
     times: list[list[float]] = [[] for _ in calls]
     for repetition in range(repetitions):
@@ -231,12 +235,11 @@ def _wait(device: torch.device) -> None:
 def _growth(call: Callable[[], object], device: torch.device) -> float:
     """Bytes by which memory peaks, during a second call, above what is held (the first sets things up)."""
     call()
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
         call()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - held
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak (VmHWM) starts anew

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import statistics
 from collections.abc import Callable
@@ -60,8 +62,8 @@ def text(memory: list[tuple[str, float, float]], nbytes: int) -> str:
 def _memory(topology: Topology, numel: int, build: Callable[..., Any]) -> tuple[float, float]:
     """Bytes a rank holds more with the method than without: in private and in shared memory. Collective.
 
-    What is there without it: the model, its gradients, the state of SGD with momentum. Shared pages count in equal
-    parts for those who map them (the proportional set size of Linux).
+    What is there without it: the model, its gradients, the state of SGD with momentum. Shared pages count in
+    equal parts for those who map them (the proportional set size of Linux).
     """
     model = Model(numel)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
@@ -79,6 +81,8 @@ def _memory(topology: Topology, numel: int, build: Callable[..., Any]) -> tuple[
 def _held(topology: Topology) -> tuple[float, float]:
     """Mean over the ranks of the private and of the shared bytes held. Collective."""
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system (glibc)
     topology.barrier()
     sizes = dict.fromkeys(("Pss", "Pss_Anon"), float("nan"))
     try:

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from mpilsgd.train.callables import InputError, is_path, resolve
 from mpilsgd.train.data import AUGMENTATIONS, DATASETS
@@ -29,11 +30,11 @@ RESUMABLE = ("epochs", "steps", "eval_every", "checkpoint_every", "threads", "da
 
 
 class ConfigError(InputError):
-    """All mistakes of a configuration."""
+    """All mistakes of a configuration, and what can be understood of it."""
 
-    def __init__(self, mistakes: Sequence[str]):
+    def __init__(self, mistakes: Sequence[str], config: Config):
         super().__init__("\n".join(mistakes))
-        self.mistakes = list(mistakes)
+        self.mistakes, self.config = list(mistakes), config
 
 
 def _option(default: Any, group: str, help: str) -> Any:
@@ -82,10 +83,10 @@ class Config:
     epochs: int | None = _option(
         None,
         "Course of the training",
-        f"passes over the training set, by all workers together (by each, if sampling is shuffle); {DEFAULT_EPOCHS} unless steps is set",
+        f"passes over the training set, by all workers together (by each, if sampling is shuffle); {DEFAULT_EPOCHS} unless steps is given",
     )
     steps: int | None = _option(None, "Course of the training", "steps of each worker, instead of epochs")
-    eval_every: float | str = _option(1.0, "Course of the training", "epochs between evaluations of the centre (0.5), or '200 steps'")
+    eval_every: float | str = _option(1.0, "Course of the training", "epochs between evaluations of the centre (0.5, too), or '200 steps'")
     seed: int = _option(0, "Course of the training", "of parameters, sampling and dropout")
 
     output: str | None = _option(None, "Run", "run directory (null: runs/METHOD-MODEL-DATA, with a number if that exists)")
@@ -114,10 +115,13 @@ class Config:
         yield from self._name("model", MODELS)
         yield from self._name("data", DATASETS)
         if self.method in methods():
-            options = method_options(_FIELDS)
+            options = method_options(FIELDS)
             own = names_of(methods()[self.method], options)
             for key in [k for k in self.method_options if k not in own]:
                 yield f"{key}: not an option of {self.method}, which has {', '.join(own)}"
+        for key, value in self.method_options.items():
+            if is_path(value):
+                yield from _unresolved(key, value)
         for name, good, rule in self._rules():
             if not good:
                 yield f"{name}: must be {rule}, not {getattr(self, name)!r}"
@@ -143,7 +147,7 @@ class Config:
         return [
             *counts,
             ("lr", 0 < self.lr < math.inf, "above 0"),
-            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("momentum", 0 <= self.momentum < 1 or (self.optimizer == "MSGD" and -1 < self.momentum < 0), "in [0, 1)"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
             ("lr_drops", all(drop > 0 for drop in self.lr_drops), "epochs above 0"),
             ("lr_drop_factor", 0 < self.lr_drop_factor <= 1, "in (0, 1]"),
@@ -158,16 +162,13 @@ class Config:
         if known is not None:
             setattr(self, field, known)
         elif users and is_path(name):
-            try:
-                resolve(name)
-            except ValueError as error:
-                yield f"{field}: {error}"
+            yield from _unresolved(field, name)
         else:
             more = f" or {PATH}" if users else ""
             yield f"{field}: {name!r} is not one of {', '.join(names)}{more}{suggestion(name, names)}"
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Config) if "group" in field.metadata)
+FIELDS = tuple(field.name for field in dataclasses.fields(Config) if "group" in field.metadata)
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -177,7 +178,7 @@ def parse(argv: Sequence[str]) -> Config:
         ConfigError: with all mistakes.
         SystemExit: after --help and --print_config.
     """
-    options = method_options(_FIELDS)
+    options = method_options(FIELDS)
     parser = _parser(options)
     argv = _regular(argv, parser)
     if {"-h", "--help"} & set(argv):
@@ -186,9 +187,11 @@ def parse(argv: Sequence[str]) -> Config:
     values, mistakes = _collect(argv, parser)
     own = {key: values.pop(key) for key in list(values) if key in options}
     config = Config(**values, method_options=own)
+    if config.epochs is None and config.steps is None:
+        config.epochs = DEFAULT_EPOCHS
     mistakes += config.mistakes()
     if mistakes:
-        raise ConfigError(mistakes)
+        raise ConfigError(mistakes, config)
     if any(argument.startswith("--print_config") for argument in argv):
         sys.stdout.write(config.text())
         raise SystemExit(0)
@@ -214,11 +217,12 @@ def _parser(options: dict[str, MethodOption]) -> ArgumentParser:
     parser = ArgumentParser(
         prog="mpilsgd train",
         usage="mpilsgd train [CONFIG.yaml] [--option value ...]",
-        description="Train a model on all ranks: mpiexec -n 4 mpilsgd train --model lenet --data mnist --data_dir FOLDER. "
-        "One rank works too. Options on the command line go before those of the file.",
+        description="Trains a model on all ranks: mpiexec -n 4 mpilsgd train jobs/lenet.yaml --data_dir FOLDER. "
+        "One rank works too. The command line goes before the file. Defaults are in [brackets]; null means: not set.",
         exit_on_error=False,
+        formatter_class=_Help,
     )
-    parser.add_argument("--config", action="config", help="the same as CONFIG.yaml: a file of options, `option: value`")
+    parser.add_argument("--config", action="config", metavar="FILE", help="the same as CONFIG.yaml: lines `option: value`")
     hints = typing.get_type_hints(Config)
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(Config):
@@ -226,29 +230,69 @@ def _parser(options: dict[str, MethodOption]) -> ArgumentParser:
         if title is None:
             continue
         if title not in groups:
-            if groups and "Method" in groups and "Options of the method" not in groups:
-                groups["Options of the method"] = _add_method_options(parser, options)
+            if title == "Optimizer of each worker":
+                _add_method_options(parser, options)
             groups[title] = parser.add_argument_group(title)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        text = field.metadata["help"].replace("{methods}", ", ".join(methods()))
-        groups[title].add_argument(f"--{field.name}", type=hints[field.name], default=default, help=text.replace("%", "%%"))
+        text = field.metadata["help"].replace("{methods}", ", ".join(methods())) + f" [{_shown(default)}]"
+        groups[title].add_argument(
+            f"--{field.name}",
+            type=hints[field.name],
+            default=default,
+            metavar=_placeholder(field.name, hints[field.name]),
+            help=text.replace("%", "%%"),
+        )
     return parser
 
 
-def _add_method_options(parser: ArgumentParser, options: dict[str, MethodOption]) -> Any:
-    group = parser.add_argument_group("Options of the method", "Left out, the method's own default holds (in brackets).")
+def _add_method_options(parser: ArgumentParser, options: dict[str, MethodOption]) -> None:
+    group = parser.add_argument_group("Options of the method")
     for key, option in options.items():
         defaults: dict[str, list[str]] = {}
         for cls, default in option.defaults.items():
-            defaults.setdefault("null" if default is None else str(default), []).append(cls)
-        if len(option.defaults) == len(methods()):
-            owners = "all"
-        else:
-            owners = ", ".join(option.defaults)
+            defaults.setdefault(_shown(default), []).append(cls)
+        owners = "all" if len(option.defaults) == len(methods()) else ", ".join(option.defaults)
         told = "; ".join(value if len(defaults) == 1 else f"{', '.join(who)}: {value}" for value, who in defaults.items())
-        text = f"{owners}: {option.help} [{told}]" if option.help else f"{owners} [{told}]"
-        group.add_argument(f"--{key}", type=option.type, default=argparse.SUPPRESS, help=text.replace("%", "%%"))
-    return group
+        group.add_argument(
+            f"--{key}",
+            type=option.type,
+            default=argparse.SUPPRESS,
+            metavar=_placeholder(key, option.type),
+            help=f"{owners}: {option.help} [{told}]".replace("%", "%%"),
+        )
+
+
+class _Help(DefaultHelpFormatter):
+    """Says what each help text says, without Python's types."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28, width=min(110, shutil.get_terminal_size().columns))
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.dest == "print_config":
+            return "show the configuration with all defaults, and exit"
+        return action.help or ""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.dest == "help":
+            return "-h, --help"
+        return " ".join(filter(None, (action.option_strings[0], None if action.dest == "print_config" else action.metavar)))
+
+
+def _shown(default: Any) -> str:
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return f"{default:g}" if isinstance(default, float) else "none" if default == [] else str(default)
+
+
+def _placeholder(name: str, hint: Any) -> str:
+    """What stands for the value in the help."""
+    if typing.get_origin(hint) is Literal:
+        return "|".join(typing.get_args(hint))
+    special = {"data_dir": "DIR", "output": "DIR", "resume": "DIR", "lr_drops": "E,E,..", "eval_every": "E", "checkpoint_every": "E"}
+    members = [member for member in (typing.get_args(hint) or (hint,)) if member is not type(None)]
+    words = {int: "N", float: "X", bool: "true|false", str: "NAME"}
+    return special.get(name) or words.get(members[0], "VALUE")
 
 
 def _regular(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
@@ -360,6 +404,13 @@ def describe(hint: Any) -> str:
     if typing.get_origin(hint) is list:
         return "a list such as [30, 40]"
     return " or ".join(describe(argument) for argument in arguments) or "another value"
+
+
+def _unresolved(name: str, path: str) -> Iterator[str]:
+    try:
+        resolve(path)
+    except InputError as error:
+        yield f"{name}: {error}"
 
 
 def _is_rate(value: Any) -> bool:

@@ -29,7 +29,7 @@ DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)
 INK, FAINT = "#222222", "#D9D9D9"
 PART_COLORS = {"compute": "#56B4E9", "data": "#E69F00", "comm": "#B5341A", "other": "#C8C8C8"}
 PART_NAMES = {"compute": "computing", "data": "loading data", "comm": "communicating", "other": "other"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
     "font.size": 10.5,
@@ -62,7 +62,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
             ("test_error", "test error of the centre [%]", 100.0),
             ("test_loss", "test loss of the centre", 1.0),
         ]
-        handles = []
+        handles: list[Any] = []
         for row, (y, y_label, y_scale) in zip(axes, rows, strict=True):
             for axis, (x, x_label, x_unit) in zip(row, columns, strict=True):
                 curves = [run.curve(x, y) for run in runs]
@@ -179,16 +179,12 @@ def _draw_lanes(axis: Axes, run: Run) -> None:
     typical = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
     end = max(steps[-1] + typical, run.last("step"))
     for group in range(run.n_groups):
-        held = [line["leaders"][group] if group < len(line["leaders"]) else None for line in run.leaders]
-        for rank, spans in _spans(steps, held, end).items():
-            axis.broken_barh(
-                spans, (rank - 0.36, 0.72), facecolor=PALETTE[group % 6], alpha=0.75, linewidth=0
-            )
+        for rank, spans in _spans(run.elections(group), end).items():
+            color = PALETTE[group % 6]
+            axis.broken_barh(spans, (rank - 0.36, 0.72), facecolor=color, alpha=0.75, linewidth=0)
     if run.n_groups > 1:
-        elections = [(line["step"], line["leader"]) for line in run.leaders if line.get("leader") is not None]
-        if elections:
-            for rank, spans in _spans(*zip(*elections, strict=True), end).items():
-                axis.broken_barh(spans, (rank - 0.13, 0.26), facecolor=INK, linewidth=0)
+        for rank, spans in _spans(run.elections(None), end).items():
+            axis.broken_barh(spans, (rank - 0.13, 0.26), facecolor=INK, linewidth=0)
     axis.set_xlim(0, end)
     axis.set_ylim(run.world_size - 0.45, -0.55)
     ranks = range(0, run.world_size, max(1, run.world_size // 16))
@@ -199,20 +195,16 @@ def _draw_lanes(axis: Axes, run: Run) -> None:
     axis.tick_params(axis="y", length=0)
 
 
-def _spans(
-    steps: Sequence[float], leaders: Sequence[int | None], end: float
-) -> dict[int, list[tuple[float, float]]]:
+def _spans(elections: Sequence[tuple[float, int]], end: float) -> dict[int, list[tuple[float, float]]]:
     """(start, length) of each unbroken lead, by rank."""
+    changes = [
+        (step, rank)
+        for (step, rank), (_, before) in zip(elections, [(0.0, None), *elections], strict=False)
+        if rank != before
+    ]
     spans: dict[int, list[tuple[float, float]]] = {}
-    start = 0
-    for i in range(1, len(steps) + 1):
-        if i < len(steps) and leaders[i] == leaders[start]:
-            continue
-        rank = leaders[start]
-        if rank is not None:
-            stop = steps[i] if i < len(steps) else end
-            spans.setdefault(rank, []).append((steps[start], stop - steps[start]))
-        start = i
+    for (start, rank), (stop, _) in zip(changes, [*changes[1:], (end, -1)], strict=True):
+        spans.setdefault(rank, []).append((start, stop - start))
     return spans
 
 

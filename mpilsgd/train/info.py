@@ -32,17 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Gathers the facts of all ranks; rank 0 prints them. Exit status 2: `group_size` does not fit."""
-    facts = inquiry.info()
+    nodes = Topology()
     try:
-        topology = Topology(group_size=args.group_size)
-    except ValueError as error:
-        if inquiry.rank() == 0:
-            print(f"mpilsgd info: {error}", file=sys.stderr)
-        return 2
-    rows = topology.gather(_own_facts())
-    if rows is not None:
-        print(_text(facts, topology.groups, rows))
-    topology.free()
+        facts = inquiry.info(nodes.world)
+        rows = nodes.gather(_own_facts())
+        try:
+            topology = Topology(group_size=args.group_size)
+        except ValueError as error:
+            if rows is not None:
+                print(f"mpilsgd info: {error}", file=sys.stderr)
+            return 2
+        if rows is not None:
+            print(_text(facts, topology.groups, rows))
+        topology.free()
+    finally:
+        nodes.free()
     return 0
 
 
@@ -91,20 +95,18 @@ def _text(facts: dict[str, Any], groups: Sequence[Sequence[int]], rows: Sequence
         ("ranks", f"{facts['size']} on {len(facts['nodes'])} node(s) in {len(groups)} group(s)"),
     ]
     if (facts["launched"] or 0) > facts["size"]:
-        lines.append(
-            (
-                "  WARNING",
-                "the launcher started {launched} processes, but MPI sees {size}: mpiexec and ".format(**facts)
-                + "mpi4py are of different MPIs; use the mpiexec that lies beside this python",
-            )
+        told = (
+            f"the launcher started {facts['launched']} processes, but MPI sees {facts['size']}: they are of "
         )
+        lines.append(("  WARNING", told + "different MPIs; use the mpiexec that lies beside this python"))
     for ranks, shared, memory in zip(facts["nodes"], facts["shared_memory"], facts["memory"], strict=True):
         lines.append((f"  {facts['hosts'][ranks[0]]}", _node_text(ranks, groups)))
-        lines.append(("", _memory_text(len(ranks), shared, memory)))
+        lines += [("", text) for text in _memory_text(len(ranks), shared, memory)]
     lines += [
         ("threads", _by_rank([row["threads"] for row in rows])),
         ("CUDA devices", _by_rank(["; ".join(row["devices"]) for row in rows])),
         ("CUDA and MPI", _cuda_text(facts["cuda"])),
+        ("", facts["cuda"].why),
         ("extension", _by_rank([row["extension"] for row in rows])),
     ]
     width = max(len(name) for name, _ in lines)
@@ -118,7 +120,7 @@ def _node_text(ranks: Sequence[int], groups: Sequence[Sequence[int]]) -> str:
     return "; ".join(parts)
 
 
-def _memory_text(ranks: int, shared: int, memory: int) -> str:
+def _memory_text(ranks: int, shared: int, memory: int) -> list[str]:
     """Free shared memory, and the model that fits: a window of the model's size for each rank of the node."""
     free = min(shared, memory) if memory else shared
     largest = free // ranks
@@ -126,16 +128,17 @@ def _memory_text(ranks: int, shared: int, memory: int) -> str:
     if memory:
         text += f", {memory / 1e9:.2f} GB memory available"
     if ranks == 1:
-        return f"{text}; one rank needs no shared windows"
-    return (
-        f"{text}; windows fit up to {_count(largest // 4)} float32 parameters a rank, else messages are used"
-    )
+        return [text, "one rank needs no shared windows"]
+    return [
+        text,
+        f"shared windows hold models of up to {_count(largest // 4)} float32 parameters, else messages",
+    ]
 
 
 def _cuda_text(support: inquiry.CudaSupport) -> str:
     if support.aware:
-        return f"MPI says that it is CUDA-aware ({support.why})"
-    return f"staged through pinned host memory: MPI is not CUDA-aware ({support.why})"
+        return "MPI says that it is CUDA-aware"
+    return "MPI is not CUDA-aware: CUDA tensors are staged through pinned host memory"
 
 
 def _by_rank(values: Sequence[Hashable]) -> str:

@@ -8,7 +8,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,27 @@ from mpilsgd.train.callables import is_path, resolve
 
 _NOT_OPTIONS = ("self", "optimizer", "topology", "model")
 _SIMPLE = (int, float, bool, str, type(None))
+# In a newcomer's words; an option that is not listed is explained by its class' docstring.
+_HELP = {
+    "init": "same: all start from rank 0's parameters; different: each from its own",
+    "buffers": "BatchNorm statistics: average (exchanged like parameters), keep (each worker its own) or recalibrate "
+    "(recomputed on training data before each evaluation)",
+    "period": "steps between exchanges; LocalSGD also takes a list of steps ([1,10,100]), null (only at the end) or "
+    "package.module:callable (step -> true or false)",
+    "pull": "rate of the pull toward the leader of the group, in [0, 1]",
+    "global_pull": "rate of the pull toward the leader of all, in [0, 1] (null: as pull)",
+    "global_period": "steps between pulls toward the leader of all (null: 2 period)",
+    "loss_window": "batches over whose mean training loss leaders are elected",
+    "when": "after_step, with_step (pull and gradient at the same point) or every_step (pull at every step, toward the "
+    "leaders as they last were)",
+    "sequential": "where both pulls are due: the local one first, then the global one",
+    "center_rate": "rate at which the centre moves to the mean of the workers",
+    "moving_rate": "rate at which a worker moves to the centre (null: center_rate / ranks)",
+    "form": "jacobi: workers and centre move at once; gauss-seidel: the centre moves first",
+    "until_grad_norm": "each worker steps until its squared gradient norm is at most this, in place of period",
+    "average": "what is evaluated: last (the mean of the workers) or quadratic (their mean over time, weights (a+t)^2)",
+    "a": "see average (null: the period)",
+}
 
 
 @dataclass
@@ -43,13 +64,15 @@ def method_options(reserved: Iterable[str] = ()) -> dict[str, MethodOption]:
     for class_name, cls in methods().items():
         hints, texts = _hints(cls), _argument_texts(cls)
         for parameter in _parameters(cls):
+            if _is_code(hints.get(parameter.name)):
+                continue
             key = f"method_{parameter.name}" if parameter.name in reserved else parameter.name
             kind = _parser_type(hints.get(parameter.name, Any))
             option = options.setdefault(key, MethodOption(parameter.name, kind, {}, ""))
             if option.type != kind:
                 option.type = Any if Any in (option.type, kind) else option.type | kind
             option.defaults[class_name] = parameter.default
-            option.help = option.help or texts.get(parameter.name, "")
+            option.help = option.help or _HELP.get(parameter.name) or texts.get(parameter.name, "")
     return options
 
 
@@ -99,13 +122,22 @@ def _hints(cls: type[Method]) -> dict[str, Any]:
 
 def _parser_type(hint: Any) -> Any:
     """The hint, if the command line can parse it strictly; else anything, and the class itself checks the value."""
-    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return hint if all(member in _SIMPLE for member in members) else Any
+    return hint if all(member in _SIMPLE for member in _members(hint)) else Any
+
+
+def _is_code(hint: Any) -> bool:
+    """Whether only a function of the program's will do, which no configuration can name."""
+    kinds = [typing.get_origin(member) or member for member in _members(hint) if member is not type(None)]
+    return bool(kinds) and all(kind in (Callable, typing.Callable) for kind in kinds)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _argument_texts(cls: type[Method]) -> dict[str, str]:
     """What the class says about each argument in the `Args:` part of its docstring."""
-    document = inspect.cleandoc(f"{cls.__doc__ or ''}\n\n{inspect.getdoc(cls.__init__) or ''}")
+    document = inspect.cleandoc(cls.__doc__ or "")
     section = re.search(r"^Args:\n((?:[ \t]+.*\n|\s*\n)+)", document + "\n\n", re.MULTILINE)
     if section is None:
         return {}

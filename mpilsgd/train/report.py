@@ -135,5 +135,11 @@ def _row(one: Run) -> list[str]:
         count(one.total("rounds")),
         in_bytes(one.total("bytes_group")),
         in_bytes(one.total("bytes_across")),
-        count(one.total("resets")) if "resets" in one.summary else "-",
+        _resets(one),
     ]
+
+
+def _resets(one: Run) -> str:
+    """How many times a worker was set back after a non-finite state, over all ranks."""
+    resets = one.summary.get("resets", [])
+    return str(sum(resets) if isinstance(resets, list) else resets) if "resets" in one.summary else "-"

@@ -78,17 +78,33 @@ class Run:
 
     @property
     def n_groups(self) -> int:
-        return max((len(line["leaders"]) for line in self.leaders), default=1)
+        groups = self.summary.get("groups")
+        named = len(groups) if isinstance(groups, list) else 1
+        return max([named, *(len(line["leaders"]) for line in self.leaders)])
+
+    def elections(self, group: int | None) -> list[tuple[float, int]]:
+        """(step, rank) of each election of a group's leader; with None, of the leader of all.
+
+        A line without a rank is of a step at which others were elected: this leader stays.
+        """
+        if group is None:
+            found = [(line["step"], line.get("leader")) for line in self.leaders]
+        else:
+            found = [
+                (line["step"], line["leaders"][group])
+                for line in self.leaders
+                if group < len(line["leaders"])
+            ]
+        return [(step, rank) for step, rank in found if rank is not None]
 
     def leads(self) -> tuple[list[int], list[int]]:
         """How often each rank led its group, and how often it led all of them."""
         local, overall = [0] * self.world_size, [0] * self.world_size
-        for line in self.leaders:
-            for rank in line["leaders"]:
-                if rank is not None:
-                    local[rank] += 1
-            if line.get("leader") is not None:
-                overall[line["leader"]] += 1
+        for group in range(self.n_groups):
+            for _, rank in self.elections(group):
+                local[rank] += 1
+        for _, rank in self.elections(None):
+            overall[rank] += 1
         return local, overall
 
     def seconds(self) -> dict[str, list[float]]:
@@ -156,7 +172,8 @@ def _read_lines(path: Path, notices: list[str], valid: Any) -> list[dict[str, An
     """
     if not path.exists():
         return []
-    lines, damaged = [], []
+    lines: list[dict[str, Any]] = []
+    damaged = []
     text = path.read_bytes().decode("utf-8", errors="replace")
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():

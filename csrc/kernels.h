@@ -1,0 +1,144 @@
+// What can be asked of the kernels. An operation is a plain struct of pointers, lengths and rates; the CPU
+// (cpu.cpp) and CUDA (cuda.cu) each run all of them. The meaning of every operation stands in
+// mpilsgd/kernels.py, its formula in updates.h.
+#pragma once
+
+#include <cstdint>
+
+namespace mpilsgd {
+
+enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+// Vectors are contiguous, of n elements of one dtype. Sums over workers ("total") are float for the half
+// types.
+struct Operation {
+  DType dtype = DType::kFloat32;
+  std::int64_t n = 0;
+  bool stats = false;  // fill the tally
+};
+
+// An operation over several workers' vectors.
+struct PeersOperation : Operation {
+  void* const* peers = nullptr;
+  int n_peers = 0;
+  unsigned char* bad_peers =
+      nullptr;  // with stats: n_peers zeros; 1 is written for a peer with a value not finite
+};
+
+struct Pull : Operation {
+  void* x = nullptr;
+  const void* leader = nullptr;
+  const void* other = nullptr;  // may be null
+  double rate = 0, other_rate = 0;
+};
+
+struct Elastic : PeersOperation {
+  void* center = nullptr;
+  double moving_rate = 0, rate = 0;  // moving_rate 0: the peers are only read
+  bool gauss_seidel = false;
+};
+
+struct ElasticSum : PeersOperation {
+  void* total = nullptr;
+  const void* center = nullptr;
+  double moving_rate = 0;
+};
+
+struct ElasticApply : PeersOperation {
+  void* center = nullptr;
+  const void* total = nullptr;
+  double moving_rate = 0, rate = 0;
+};
+
+struct Total : PeersOperation {
+  void* out = nullptr;
+};
+
+struct Assign : PeersOperation {
+  const void* total = nullptr;
+  double scale = 1;
+};
+
+struct Average : PeersOperation {};
+
+struct Msgd : Operation {
+  void* x = nullptr;
+  const void* grad = nullptr;
+  void* velocity = nullptr;  // null: momentum is 0
+  const void* leader = nullptr;
+  const void* other = nullptr;  // may be null; both may
+  double lr = 0, momentum = 0, weight_decay = 0, rate = 0, other_rate = 0;
+  bool nesterov = true;
+};
+
+struct Iterate : Operation {
+  void* x = nullptr;
+  const void* velocity = nullptr;
+  double step = 0;  // x <- x + step velocity
+};
+
+// Reads only; the tally's `finite` is the answer.
+struct Check : Operation {
+  const void* x = nullptr;
+};
+
+// a <- b + scale c: the yardstick for the memory's speed, not an update. float32 and float64.
+struct Triad : Operation {
+  void* a = nullptr;
+  const void* b = nullptr;
+  const void* c = nullptr;
+  double scale = 0;
+  bool streaming = true;  // stores that bypass the caches, so that a is not read first
+};
+
+// What an operation found out on its way.
+struct Tally {
+  double squared_distance =
+      0;               // sum of (after - before)^2 over the moved elements that are finite before and after
+  bool finite = true;  // of the vectors that are moved, before and after
+  bool source_finite = true;  // of leaders and centre
+
+  void add(const Tally& part) {
+    squared_distance += part.squared_distance;
+    finite = finite && part.finite;
+    source_finite = source_finite && part.source_finite;
+  }
+};
+
+#define MPILSGD_OPERATIONS(DO)                                                                      \
+  DO(Pull)                                                                                          \
+  DO(Elastic) DO(ElasticSum) DO(ElasticApply) DO(Total) DO(Assign) DO(Average) DO(Msgd) DO(Iterate) \
+      DO(Check) DO(Triad)
+
+namespace cpu {
+
+// Runs on the calling thread and up to threads - 1 helpers; long vectors only are split.
+#define MPILSGD_DECLARE(Op) Tally run(const Op& op, int threads);
+MPILSGD_OPERATIONS(MPILSGD_DECLARE)
+#undef MPILSGD_DECLARE
+
+const char* instruction_set();                  // the one in use: the best of this CPU
+bool has_instruction_set(const char* name);     // built in, and the CPU has it
+bool select_instruction_set(const char* name);  // for tests; false: not there
+
+}  // namespace cpu
+
+namespace cuda {
+
+// workspace: device memory of workspace_bytes(n_peers), for operations with stats or with many peers; else
+// may be null.
+struct Stream {
+  int device = 0;
+  void* stream = nullptr;
+  void* workspace = nullptr;
+};
+
+#define MPILSGD_DECLARE(Op) Tally run(const Op& op, const Stream& stream);
+MPILSGD_OPERATIONS(MPILSGD_DECLARE)
+#undef MPILSGD_DECLARE
+
+std::int64_t workspace_bytes(int n_peers);
+int device_count();  // 0 where there is no driver
+
+}  // namespace cuda
+}  // namespace mpilsgd

@@ -1,0 +1,237 @@
+// The binding: gathers the arguments of an operation, releases the GIL, runs it, returns its tally. All
+// checks are done in mpilsgd/kernels.py: the addresses that come in here are taken as they are.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using mpilsgd::DType;
+using mpilsgd::Tally;
+using Address = std::uintptr_t;
+using Addresses = std::vector<Address>;
+
+namespace {
+
+// What every function takes first. device is -1 for the CPU, where queue is the number of threads; else the
+// CUDA device, where queue is the stream.
+struct Where {
+  DType dtype;
+  std::int64_t n;
+  int device;
+  Address queue;
+  bool stats;
+  py::object workspace;  // None, or a tensor in the device's memory; held until the operation is done
+};
+
+template <class T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class Op>
+Tally run(const Op& op, const Where& where, [[maybe_unused]] void* workspace) {
+  if (where.device < 0) return mpilsgd::cpu::run(op, int(where.queue));
+#ifdef MPILSGD_WITH_CUDA
+  return mpilsgd::cuda::run(op, {where.device, at(where.queue), workspace});
+#else
+  throw std::runtime_error("mpilsgd was built without CUDA");
+#endif
+}
+
+// None, or (squared_distance, finite, source_finite, bad_peers).
+template <class Op>
+py::object finish(Op& op, const Where& where) {
+  op.dtype = where.dtype;
+  op.n = where.n;
+  op.stats = where.stats;
+  void* workspace = nullptr;
+  if (!where.workspace.is_none()) workspace = at(where.workspace.attr("data_ptr")().cast<Address>());
+  Tally tally;
+  {
+    py::gil_scoped_release release;
+    tally = run(op, where, workspace);
+  }
+  if (!op.stats) return py::none();
+  return py::make_tuple(tally.squared_distance, tally.finite, tally.source_finite, py::tuple());
+}
+
+template <class Op>
+py::object finish(Op& op, const Where& where, const Addresses& peers) {
+  std::vector<void*> pointers;
+  for (Address peer : peers) pointers.push_back(at(peer));
+  std::vector<unsigned char> bad(peers.size());
+  op.peers = pointers.data();
+  op.n_peers = int(peers.size());
+  op.bad_peers = bad.data();
+  py::object result = finish(op, where);
+  if (!op.stats) return result;
+  py::list indices;
+  for (std::size_t i = 0; i < bad.size(); ++i) {
+    if (bad[i]) indices.append(i);
+  }
+  py::tuple tally = result;
+  return py::make_tuple(tally[0], tally[1], tally[2], py::tuple(indices));
+}
+
+py::object pull(const Where& where, Address x, Address leader, double rate, Address other,
+                double other_rate) {
+  mpilsgd::Pull op;
+  op.x = at(x);
+  op.leader = at(leader);
+  op.other = at(other);
+  op.rate = rate;
+  op.other_rate = other_rate;
+  return finish(op, where);
+}
+
+py::object elastic(const Where& where, Address center, const Addresses& peers, double moving_rate,
+                   double rate, bool gauss_seidel) {
+  mpilsgd::Elastic op;
+  op.center = at(center);
+  op.moving_rate = moving_rate;
+  op.rate = rate;
+  op.gauss_seidel = gauss_seidel;
+  return finish(op, where, peers);
+}
+
+py::object elastic_sum(const Where& where, Address total, Address center, const Addresses& peers,
+                       double moving_rate) {
+  mpilsgd::ElasticSum op;
+  op.total = at(total);
+  op.center = at(center);
+  op.moving_rate = moving_rate;
+  return finish(op, where, peers);
+}
+
+py::object elastic_apply(const Where& where, Address center, const Addresses& peers, Address total,
+                         double moving_rate, double rate) {
+  mpilsgd::ElasticApply op;
+  op.center = at(center);
+  op.total = at(total);
+  op.moving_rate = moving_rate;
+  op.rate = rate;
+  return finish(op, where, peers);
+}
+
+py::object total(const Where& where, Address out, const Addresses& peers) {
+  mpilsgd::Total op;
+  op.out = at(out);
+  return finish(op, where, peers);
+}
+
+py::object assign(const Where& where, const Addresses& peers, Address total, double scale) {
+  mpilsgd::Assign op;
+  op.total = at(total);
+  op.scale = scale;
+  return finish(op, where, peers);
+}
+
+py::object average(const Where& where, const Addresses& peers) {
+  mpilsgd::Average op;
+  return finish(op, where, peers);
+}
+
+py::object msgd(const Where& where, Address x, Address grad, Address velocity, double lr, double momentum,
+                bool nesterov, double weight_decay, Address leader, double rate, Address other,
+                double other_rate) {
+  mpilsgd::Msgd op;
+  op.x = at(x);
+  op.grad = at(grad);
+  op.velocity = at(velocity);
+  op.lr = lr;
+  op.momentum = momentum;
+  op.nesterov = nesterov;
+  op.weight_decay = weight_decay;
+  op.leader = at(leader);
+  op.rate = rate;
+  op.other = at(other);
+  op.other_rate = other_rate;
+  return finish(op, where);
+}
+
+py::object iterate(const Where& where, Address x, Address velocity, double step) {
+  mpilsgd::Iterate op;
+  op.x = at(x);
+  op.velocity = at(velocity);
+  op.step = step;
+  return finish(op, where);
+}
+
+py::object check(const Where& where, Address x) {
+  mpilsgd::Check op;
+  op.x = at(x);
+  return finish(op, where);
+}
+
+py::object triad(const Where& where, Address a, Address b, Address c, double scale, bool streaming) {
+  mpilsgd::Triad op;
+  op.a = at(a);
+  op.b = at(b);
+  op.c = at(c);
+  op.scale = scale;
+  op.streaming = streaming;
+  return finish(op, where);
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const char* name : {"baseline", "avx2", "avx512"}) {
+    if (mpilsgd::cpu::has_instruction_set(name)) names.push_back(name);
+  }
+  return names;
+}
+
+void select_instruction_set(const std::string& name) {
+  if (!mpilsgd::cpu::select_instruction_set(name.c_str())) {
+    throw py::value_error("no instruction set '" + name + "' on this CPU");
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The kernels of mpilsgd; use them through mpilsgd.kernels, which checks its arguments.";
+
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::kFloat32)
+      .value("float64", DType::kFloat64)
+      .value("bfloat16", DType::kBFloat16)
+      .value("float16", DType::kFloat16);
+
+  py::class_<Where>(m, "Where")
+      .def(py::init([](DType dtype, std::int64_t n, int device, Address queue, py::object workspace,
+                       bool stats) { return Where{dtype, n, device, queue, stats, std::move(workspace)}; }),
+           py::arg("dtype"), py::arg("n"), py::arg("device"), py::arg("queue"), py::arg("workspace"),
+           py::arg("stats"));
+
+  m.def("pull", &pull);
+  m.def("elastic", &elastic);
+  m.def("elastic_sum", &elastic_sum);
+  m.def("elastic_apply", &elastic_apply);
+  m.def("total", &total);
+  m.def("assign", &assign);
+  m.def("average", &average);
+  m.def("msgd", &msgd);
+  m.def("iterate", &iterate);
+  m.def("check", &check);
+  m.def("triad", &triad);
+
+  m.def("instruction_set", &mpilsgd::cpu::instruction_set);
+  m.def("instruction_sets", &instruction_sets, "Those that are built in and that this CPU has.");
+  m.def("select_instruction_set", &select_instruction_set, "For tests.");
+
+#ifdef MPILSGD_WITH_CUDA
+  m.attr("cuda") = true;
+  m.def("cuda_device_count", &mpilsgd::cuda::device_count);
+  m.def("cuda_workspace_bytes", &mpilsgd::cuda::workspace_bytes);
+#else
+  m.attr("cuda") = false;
+  m.def("cuda_device_count", [] { return 0; });
+  m.def("cuda_workspace_bytes", [](int) { return std::int64_t(0); });
+#endif
+}

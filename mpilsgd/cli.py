@@ -1,0 +1,76 @@
+"""The command line: `mpilsgd train`, `report`, `info`, `bench`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a model on all ranks: mpiexec -n 4 mpilsgd train",
+    "report": "draw figures of one or several run directories",
+    "info": "show MPI, ranks, shared memory, CUDA and the extension as they are here",
+    "bench": "measure the kernels, or the exchange between ranks",
+}
+# What launchers call the rank, for messages that must appear once before MPI is there
+_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status. Commands are imported when they are asked for."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with _told_once():
+        command, rest = _command(arguments)
+    if command == "train":
+        from mpilsgd.train import job
+
+        return job.main(rest)
+    module = importlib.import_module(f"mpilsgd.train.{command}")
+    parser = argparse.ArgumentParser(prog=f"mpilsgd {command}")
+    module.add_arguments(parser)
+    with _told_once():
+        parsed = parser.parse_args(rest)
+    return module.run(parsed)
+
+
+def _command(arguments: list[str]) -> tuple[str, list[str]]:
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="mpilsgd",
+        usage="mpilsgd [-h] [--version] COMMAND ...",
+        description="Train PyTorch models on many MPI processes that talk rarely.",
+        epilog=f"commands:\n{listed}\n\n`mpilsgd COMMAND --help` tells more. A first run: mpiexec -n 4 mpilsgd train",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    first = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
+    parsed = parser.parse_args(arguments[: first + 1])
+    if parsed.version:
+        from mpilsgd import __version__
+
+        print(f"mpilsgd {__version__}")
+        raise SystemExit(0)
+    if parsed.command is None:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    return parsed.command, arguments[first + 1 :]
+
+
+@contextlib.contextmanager
+def _told_once():  # type: ignore[no-untyped-def]
+    """Of many ranks that print the same help or complaint, only the first is heard."""
+    rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0")
+    if rank == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The training job of the command line: configuration, data, models, loop, checkpoints, metrics, report."""

@@ -1,0 +1,124 @@
+"""What rank 0 tells while it trains, on a terminal or into a log, and the summary at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from mpilsgd.train.config import Config
+
+_LIVE_PERIOD = 0.2  # seconds between changes of the live line
+
+
+class Display:
+    """One line for each evaluation; on a terminal a live line below it, too. Silent on all ranks but 0."""
+
+    def __init__(self, rank: int, total_steps: int, batches: int, stream: TextIO | None = None):
+        self.on = rank == 0
+        self.stream = sys.stdout if stream is None else stream
+        self.total, self.batches = total_steps, batches
+        self.live = self.on and self.stream.isatty()
+        self._drawn = 0
+        self._last = 0.0
+        self._start: tuple[float, int] | None = None
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self.on:
+            self._erase()
+            self.stream.write(text + "\n")
+            self.stream.flush()
+
+    def step(self, step: int, loss: float) -> None:
+        """The live line, a few times a second."""
+        if not self.live:
+            return
+        now = time.monotonic()
+        if self._start is None:
+            self._start = (now, step)
+        if now - self._last < _LIVE_PERIOD:
+            return
+        self._last = now
+        seconds, steps = now - self._start[0], step - self._start[1]
+        text = f"step {step}/{self.total}  epoch {step / self.batches:.2f}  loss {loss:.4f}"
+        if steps and seconds:
+            text += f"  {steps / seconds:.3g} steps/s  {duration((self.total - step) * seconds / steps)} left"
+        self._erase()
+        self.stream.write(text)
+        self.stream.flush()
+        self._drawn = len(text)
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """The line for a line of metrics.jsonl."""
+        width = len(str(self.total))
+        text = (
+            f"epoch {row['epoch']:6.2f}  step {row['step']:{width}}  {duration(row['wall_s']):>8}  "
+            f"train loss {number(row['train_loss'])}  test loss {number(row['test_loss'])}  "
+            f"test error {100 * row['test_error']:5.2f} %"
+        )
+        self.say(text + (f"  leader {row['leader']}" if row["leader"] is not None else ""))
+
+    def _erase(self) -> None:
+        if self._drawn:
+            self.stream.write("\r" + " " * self._drawn + "\r")
+            self._drawn = 0
+
+
+def opening(config: Config, world_size: int, groups: list[list[int]], threads: int, samples: int, parameters: int) -> str:
+    """What will be done, in two lines."""
+    sizes = sorted({len(group) for group in groups})
+    of = "" if len(groups) == 1 else f" in {len(groups)} groups of {' or '.join(map(str, sizes))}"
+    options = "".join(f" {key}={value}" for key, value in config.method_options.items())
+    return (
+        f"{config.method}{options}: {config.model} ({parameters} parameters) on {config.data} ({samples} samples)\n"
+        f"{world_size} rank(s){of}, {threads} thread(s) each; {config.optimizer} lr={config.lr:g}, batches of {config.batch_size}"
+    )
+
+
+def closing(summary: dict[str, Any], directory: str) -> str:
+    """The summary for a reader."""
+    parts = {name: sum(summary[f"t_{name}"]) / summary["world_size"] for name in ("compute", "data", "comm")}
+    whole = max(sum(parts.values()), 1e-12)
+    words = {"compute": "computing", "data": "loading data", "comm": "communicating"}
+    times = ", ".join(f"{words[k]} {duration(v)} ({100 * v / whole:.1f} %)" for k, v in parts.items())
+    best = summary["best_worker"]
+    lines = [
+        ("test error of the centre", f"{100 * summary['test_error']:.2f} %   (loss {number(summary['test_loss'])})"),
+        ("of the best worker", f"{100 * best['test_error']:.2f} %   (rank {best['rank']})"),
+    ]
+    if any(summary["leads"]):
+        lines.append(("times each rank led", "  ".join(f"{r}: {n}" for r, n in enumerate(summary["leads"]))))
+    if any(summary["resets"]):
+        told = "  ".join(f"{r}: {n}" for r, n in enumerate(summary["resets"]) if n)
+        lines.append(("set back, not finite", told))
+    lines += [
+        ("training time", f"{duration(summary['wall_s'])}, evaluation not counted; {summary['steps']} steps a rank"),
+        ("time of a rank, mean", times),
+        ("read from other ranks", f"{size(summary['bytes_group'])} in groups, {size(summary['bytes_across'])} across groups"),
+        ("rounds", str(summary["rounds"])),
+        ("run directory", directory),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n" + "\n".join(f"{name:{width}}  {text}" for name, text in lines)
+
+
+def duration(seconds: float) -> str:
+    """As 3.2 s, 4 min 05 s, 2 h 03 min."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float) -> str:
+    """As 12.3 MB."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def number(value: float | None) -> str:
+    """A loss in seven columns."""
+    return "   none" if value is None else f"{value:7.4f}" if abs(value) < 99 else f"{value:7.3g}"

@@ -1,0 +1,50 @@
+"""Test loss and test error of the model as it stands."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from mpilsgd.comm import Topology
+from mpilsgd.train.data import Dataset
+
+_BATCH = 500  # samples at a time
+
+
+class Result(NamedTuple):
+    """Mean cross-entropy, and the share of samples that were classified wrongly."""
+
+    loss: float
+    error: float
+
+
+def evaluate(model: torch.nn.Module, test: Dataset, topology: Topology | None = None) -> Result:
+    """Evaluates the whole test set; with a topology each rank takes its share of it (collective)."""
+    rank, size = (topology.world.rank, topology.world.size) if topology is not None else (0, 1)
+    loss, wrong = 0.0, 0
+    with evaluating(model), torch.no_grad():
+        for indices in torch.arange(rank, len(test), size).split(_BATCH):
+            inputs, targets = test.batch(indices)
+            outputs = model(inputs)
+            loss += float(functional.cross_entropy(outputs, targets, reduction="sum"))
+            # argmax of a NaN row is an index all the same: what is not finite is an error
+            right = (outputs.argmax(1) == targets) & outputs.isfinite().all(1)
+            wrong += len(indices) - int(right.sum())
+    parts = [(loss, wrong)] if topology is None else topology.allgather((loss, wrong))
+    return Result(sum(part[0] for part in parts) / len(test), sum(part[1] for part in parts) / len(test))
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every submodule's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

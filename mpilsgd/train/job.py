@@ -1,0 +1,196 @@
+"""`mpilsgd train`: everything before and after the training loop, on all ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mpilsgd.comm import Topology, inquiry
+from mpilsgd.methods import Method
+from mpilsgd.train import data, models, optimizers
+from mpilsgd.train.callables import InputError
+from mpilsgd.train.config import FIELDS, Config, ConfigError, default_output, parse
+from mpilsgd.train.data import Dataset
+from mpilsgd.train.display import Display, closing, opening
+from mpilsgd.train.evaluation import evaluating
+from mpilsgd.train.loop import Trainer
+from mpilsgd.train.options import keyword_arguments, method_options, methods, names_of
+from mpilsgd.train.run_directory import RunDirectory
+from mpilsgd.train.sampling import Sampler, derived_seed
+from mpilsgd.train.together import Stopped, all_here, on_first, together
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `mpilsgd train` with these arguments on all ranks; returns the exit status, the same on every rank."""
+    base = Topology()
+    try:
+        return _main(argv, base)
+    except Stopped as stop:
+        everyone = all_here(base)
+        if base.world.rank == 0 or not everyone:
+            sys.stdout.flush()
+            sys.stderr.write(f"mpilsgd train: error: {stop}\n")
+            sys.stderr.flush()
+        if not everyone:
+            base.world.Abort(stop.status)
+        return stop.status
+
+
+def _main(argv: Sequence[str], base: Topology) -> int:
+    _refuse_singletons(base)
+    config, status = _configure(argv, base)
+    if config is None:
+        return status
+    topology = Topology(group_size=config.group_size, shared=config.shared)
+    _set_threads(config.threads, topology)
+    train, test = together(topology, data.load, config.data, config.data_dir, config.augment, config.seed)
+    size, rank = topology.world.size, topology.world.rank
+    sampler = together(topology, Sampler, config.sampling, len(train), config.batch_size, rank, size, config.seed)
+    model = together(topology, _model, config, train, topology)
+    directory = _directory(config, topology, model)
+    try:
+        opt = _method(config, topology, optimizers.build(config, model.parameters()), model)
+    except ValueError as error:  # raised on every rank
+        raise Stopped(str(error)) from None
+    torch.manual_seed(derived_seed(config.seed, "dropout", rank))
+    total = config.steps if config.steps is not None else (config.epochs or 0) * sampler.batches
+    display = Display(rank, total, sampler.batches)
+    trainer = Trainer(config, topology, model, opt, train, test, sampler, directory, display, total)
+    parameters = sum(p.numel() for p in model.parameters())
+    display.say(opening(config, size, topology.groups, torch.get_num_threads(), len(train), parameters))
+    if config.resume:
+        _resume(trainer, directory, topology, display)
+    summary = trainer.run()
+    display.say(closing(summary, str(directory.path)))
+    opt.close()
+    topology.free()
+    return 0
+
+
+def _refuse_singletons(base: Topology) -> None:
+    """mpiexec of one MPI and mpi4py of another: every process believes to be alone."""
+    launched = inquiry.launched_processes(os.environ)
+    if launched is not None and launched > base.world.size:
+        raise Stopped(
+            f"the launcher started {launched} processes, but MPI sees {base.world.size}: mpiexec and mpi4py belong to "
+            "different MPIs; use the mpiexec that lies beside this python (`mpilsgd info` shows the library)"
+        )
+
+
+def _configure(argv: Sequence[str], base: Topology) -> tuple[Config | None, int]:
+    """Rank 0 reads the configuration, all check what depends on the ranks. (None, status): the job ends here, well."""
+    config: Config | None = None
+    mistakes: list[str] = []
+    status = 0
+    if base.world.rank == 0:
+        try:
+            config = parse(argv)
+            config.output = config.output or default_output(config)
+        except ConfigError as error:
+            config, mistakes = error.config, error.mistakes
+        except SystemExit as exit:
+            status = int(exit.code or 0)
+    config, mistakes, status = base.broadcast((config, mistakes, status))
+    if config is not None:
+        mistakes += _mistakes_of_ranks(config, base)
+    if mistakes:
+        raise Stopped("\n  ".join(["the configuration is refused:", *mistakes, "(mpilsgd train --help)"]))
+    return config, status
+
+
+def _mistakes_of_ranks(config: Config, base: Topology) -> list[str]:
+    """What the topology and the method have against their arguments, tried on a model of one parameter. Collective."""
+    mistakes = []
+    if config.group_size is None or config.group_size >= 1:
+        try:
+            Topology(group_size=config.group_size).free()
+        except ValueError as error:
+            mistakes.append(str(error))
+    if config.method in methods():
+        trial = torch.nn.Linear(1, 1)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the real one will say it
+                _method(config, base, torch.optim.SGD(trial.parameters(), lr=0.1), trial).close()
+        except ValueError as error:
+            mistakes += str(error).split("; ")
+    return mistakes
+
+
+def _method(config: Config, topology: Topology, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Method:
+    """Collective; ValueError on every rank if an argument is wrong on any."""
+    options = method_options(FIELDS)
+    own = names_of(methods()[config.method], options)
+    given = {key: value for key, value in config.method_options.items() if key in own}
+    arguments = together(topology, keyword_arguments, given, options)
+    make: Any = methods()[config.method]
+    return make(optimizer, topology, model=model, **arguments)
+
+
+def _set_threads(threads: int | None, topology: Topology) -> None:
+    """Gives this rank its threads: those asked for, those of OMP_NUM_THREADS, or its share of the node's cores."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    everyone = topology.node.allgather(cores)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(fair_share(cores, everyone))
+
+
+def fair_share(cores: Sequence[int], everyone: Sequence[Sequence[int]]) -> int:
+    """This rank's part of the cores it may run on, each divided among all the ranks that may; at least 1."""
+    parts = sum(1 / max(1, sum(core in others for others in everyone)) for core in cores)
+    return max(1, int(parts + 1e-9))
+
+
+def _model(config: Config, train: Dataset, topology: Topology) -> torch.nn.Module:
+    """The model on its device, seen to give a row of class scores for a sample."""
+    alike = config.method_options.get("init") != "different"
+    seed = config.seed if alike else derived_seed(config.seed, "parameters", topology.world.rank)
+    model = models.build(config.model, train.input_shape, train.classes, seed)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(f"{config.model}: has no trainable parameter")
+    device = torch.device("cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device=cuda: torch finds no GPU here")
+    if config.device != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", topology.node.rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    model.to(device)
+    train.to(device)
+    inputs, _ = train.batch(torch.arange(min(2, len(train))))
+    with evaluating(model), torch.no_grad():
+        scores = model(inputs)
+    if not isinstance(scores, torch.Tensor) or scores.shape != (len(inputs), train.classes):
+        found = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise InputError(
+            f"{config.model}: must give scores of shape (batch, classes) = {(len(inputs), train.classes)}, gave {found}"
+        )
+    return model
+
+
+def _directory(config: Config, topology: Topology, model: torch.nn.Module) -> RunDirectory:
+    """The run directory, seen to be writable from every rank and to have room for the checkpoints."""
+    assert config.output is not None
+    directory = RunDirectory(config.output)
+    nbytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+    on_first(topology, directory.claim, config.text(), config.overwrite, bool(config.resume))
+    together(topology, directory.probe)
+    # parameters and about two vectors of optimizer state a rank, while old and new files are both there
+    on_first(topology, directory.room_for, 2 * 3 * nbytes * topology.world.size)
+    return directory
+
+
+def _resume(trainer: Trainer, directory: RunDirectory, topology: Topology, display: Display) -> None:
+    """Goes back to the last finished checkpoint, or to the start if there is none."""
+    step = together(topology, directory.sealed_step, topology.world.size)
+    if step is not None:
+        trainer.restore(together(topology, directory.load, topology.world.rank, step))
+    on_first(topology, directory.cut, step or 0)
+    display.say(f"resumed at step {step}" if step is not None else "no finished checkpoint: starting anew")

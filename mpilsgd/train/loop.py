@@ -1,0 +1,328 @@
+"""The training loop: steps, measurements, evaluations of the centre, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from mpilsgd.comm import Topology
+from mpilsgd.methods import Method
+from mpilsgd.train.config import Config, parse_every
+from mpilsgd.train.data import Dataset
+from mpilsgd.train.display import Display
+from mpilsgd.train.evaluation import Result, evaluate
+from mpilsgd.train.run_directory import METRICS, RunDirectory
+from mpilsgd.train.sampling import Sampler, generator
+from mpilsgd.train.schedule import Schedule
+from mpilsgd.train.together import FAILED, Stopped, on_first, stop_if, together
+
+_CALIBRATION_BATCHES = 20  # per rank, for buffers="recalibrate"
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a worker is, and what it measured; saved with every checkpoint.
+
+    Attributes:
+        step: steps taken; with the sampler's batches an epoch it gives the position in the data.
+        wall: seconds of training, evaluations and checkpoints not counted.
+        compute, data, comm: seconds of it, by what was done.
+        loss_sum, loss_count: of the batches since the last evaluation.
+        evaluated: the step of the last evaluation.
+        leader: the last known leader of all.
+        leads: how often this worker led its group.
+    """
+
+    step: int = 0
+    wall: float = 0.0
+    compute: float = 0.0
+    data: float = 0.0
+    comm: float = 0.0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    evaluated: int = 0
+    leader: int = -1
+    leads: int = 0
+
+
+class Trainer:
+    """Trains one worker's model in step with the others.
+
+    Args:
+        model, opt: the model, and the method that holds its parameters.
+        train, test: the data sets; sampler: this worker's batches.
+        directory: where rank 0 writes; display: where it tells.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        model: torch.nn.Module,
+        opt: Method,
+        train: Dataset,
+        test: Dataset,
+        sampler: Sampler,
+        directory: RunDirectory,
+        display: Display,
+        total_steps: int,
+    ):
+        self.config, self.topology, self.model, self.opt = config, topology, model, opt
+        self.train_set, self.test_set, self.sampler = train, test, sampler
+        self.directory, self.display, self.total = directory, display, total_steps
+        self.schedule = Schedule(config.lr_drops, config.lr_drop_factor, config.lr_gamma)
+        self.eval_interval = steps_of(config.eval_every, sampler.batches)
+        self.checkpoint_interval = steps_of(config.checkpoint_every, sampler.batches)
+        self.progress = Progress()
+        self.rank, self.size = topology.world.rank, topology.world.size
+        self._elections: list[tuple[int, int, int, int]] = []  # step, group, its leader, leader of all (-1: none elected)
+        self._last_loss = 0.0
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end and returns the summary. Collective."""
+        at = self.progress
+        self.model.train()
+        order, epoch = torch.empty(0), -1
+        while at.step < self.total:
+            if at.step // self.sampler.batches != epoch:
+                epoch = at.step // self.sampler.batches
+                order = self.sampler.epoch(epoch)
+            self._step(order[at.step % self.sampler.batches], epoch)
+            self.display.step(at.step, self._last_loss)
+            if at.step == self.total or (self.eval_interval and at.step % self.eval_interval == 0):
+                self.evaluate()
+            if self.checkpoint_interval and at.step % self.checkpoint_interval == 0 and at.step < self.total:
+                self.save()
+        return self._finish()
+
+    def _step(self, indices: torch.Tensor, epoch: int) -> None:
+        at, opt, measured = self.progress, self.opt, self.opt.metrics
+        rounds, comm = measured.rounds, measured.t_comm
+        measured.leader, measured.leaders = -1, [-1] * len(measured.leaders)  # to see who is elected in this step
+        self.schedule.apply(opt.param_groups, at.step, at.step / self.sampler.batches)
+
+        start = time.perf_counter()
+        batch = at.step % self.sampler.batches
+        inputs, targets = self.train_set.batch(indices, self.sampler.augmentation(epoch, batch))
+        loaded = time.perf_counter()
+        opt.zero_grad()
+        loss = functional.cross_entropy(self.model(inputs), targets)
+        loss.backward()
+        value = loss.item()
+        if at.step == 0:
+            self._refuse_first(value)
+        with self._divergence():
+            opt.step(loss=value)
+        end = time.perf_counter()
+
+        at.step += 1
+        comm = measured.t_comm - comm
+        at.wall += end - start
+        at.data += loaded - start
+        at.comm += comm
+        at.compute += end - loaded - comm
+        at.loss_sum += value
+        at.loss_count += 1
+        self._last_loss = value
+        if measured.rounds > rounds and measured.leaders:
+            at.leader = measured.leader if measured.leader >= 0 else at.leader
+            group = self.topology.group_index
+            at.leads += measured.leaders[group] == self.rank
+            if self.topology.group.rank == 0:
+                self._elections.append((at.step, group, measured.leaders[group], measured.leader))
+
+    def _refuse_first(self, loss: float) -> None:
+        """A first loss that is not finite never becomes finite. Collective."""
+        wrong = f"the loss is {loss} at the first step: check the values of the data, the model's initial values, and lr"
+        stop_if(self.topology, None if math.isfinite(loss) else wrong, FAILED)
+
+    @contextlib.contextmanager
+    def _divergence(self) -> Iterator[None]:
+        """A method that finds every worker non-finite says so on all ranks: no trace is needed."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "diverged" not in str(error):
+                raise
+            raise Stopped(str(error), FAILED) from None
+
+    # Evaluation
+
+    def evaluate(self) -> tuple[Result, dict[str, Any] | None]:
+        """Evaluates the centre and writes a line; after the last step also returns the centre's state. Collective."""
+        at = self.progress
+        state = None
+        traffic = dataclasses.replace(self.opt.fabric.traffic)
+        with self._centre():
+            result = evaluate(self.model, self.test_set, self.topology)
+            if at.step >= self.total and self.rank == 0:
+                state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self.opt.fabric.traffic.group, self.opt.fabric.traffic.across = traffic.group, traffic.across
+        if at.evaluated == at.step:
+            return result, state  # of a finished run that was resumed
+        rows = self.topology.allgather((at.loss_sum, at.loss_count, self._measured(), self._elections, self._last_loss))
+        self._elections = []
+        at.loss_sum, at.loss_count, at.evaluated = 0.0, 0, at.step
+        losses, counts, measured, elections, last = zip(*rows, strict=True)
+        totals = {key: sum(row[key] for row in measured) for key in measured[0]}
+        row = {
+            "step": at.step,
+            "epoch": at.step / self.sampler.batches,
+            "wall_s": totals["wall"] / self.size,
+            "grad_evals": at.step * self.size,
+            "rounds": max(row["rounds"] for row in measured),
+            "bytes_group": totals["bytes_group"],
+            "bytes_across": totals["bytes_across"],
+            "train_loss": sum(losses) / max(sum(counts), 1),
+            "test_loss": result.loss,
+            "test_error": result.error,
+            "leader": at.leader if at.leader >= 0 else None,
+            **{f"t_{key}": totals[key] / self.size for key in ("compute", "data", "comm")},
+        }
+        assert tuple(row) == METRICS
+        on_first(self.topology, self._write, row, merged(elections, self.topology.n_groups), status=FAILED)
+        self.display.evaluation(row)
+        if not any(math.isfinite(loss) for loss in last):
+            reason = f"the loss of every worker is non-finite at step {at.step}: the run has diverged; try a smaller lr"
+            stop_if(self.topology, reason, FAILED)
+        return result, state
+
+    def _centre(self) -> contextlib.AbstractContextManager[None]:
+        recalibrates = self.opt.buffers_policy == "recalibrate" and bool(self.opt.flat.buffers)
+        return self.opt.center(self._calibration()) if recalibrates else self.opt.center()
+
+    def _calibration(self) -> Iterator[torch.Tensor]:
+        """Training inputs of this worker's part."""
+        epoch = self.progress.step // self.sampler.batches
+        for batch, indices in enumerate(self.sampler.epoch(epoch)[:_CALIBRATION_BATCHES]):
+            yield self.train_set.batch(indices, generator(self.config.seed, "calibration", self.rank, batch))[0]
+
+    def _write(self, row: dict[str, Any] | None, elections: list[dict[str, Any]]) -> None:
+        self.directory.append("leaders.jsonl", elections)
+        self.directory.append("metrics.jsonl", [] if row is None else [row])
+
+    def _measured(self) -> dict[str, float]:
+        at, measured = self.progress, self.opt.metrics
+        own = {key: getattr(at, key) for key in ("wall", "compute", "data", "comm")}
+        return {**own, **{key: getattr(measured, key) for key in ("rounds", "bytes_group", "bytes_across")}}
+
+    # The end
+
+    def _finish(self) -> dict[str, Any]:
+        result, state = self.evaluate()
+        self.save()
+        on_first(self.topology, self.directory.save_center, state, status=FAILED)
+        with getattr(self.opt.optimizer, "iterate", contextlib.nullcontext)():
+            own = evaluate(self.model, self.test_set)
+        measured = dataclasses.asdict(self.opt.metrics)
+        rows = self.topology.allgather({**measured, **dataclasses.asdict(self.progress), "error": own.error})
+        columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0]}
+        best = min(range(self.size), key=lambda r: (columns["error"][r], r))
+        summary = {
+            "method": self.config.method,
+            "world_size": self.size,
+            "group_size": max(map(len, self.topology.groups)),
+            "groups": self.topology.groups,
+            "steps": self.progress.step,
+            "epochs": self.progress.step / self.sampler.batches,
+            "grad_evals": self.progress.step * self.size,
+            "test_error": result.error,
+            "test_loss": result.loss,
+            "best_worker": {"rank": best, "test_error": columns["error"][best]},
+            "worker_test_errors": columns["error"],
+            "leads": columns["leads"],
+            "resets": columns["resets"],
+            "rounds": max(columns["rounds"]),
+            "bytes_group": sum(columns["bytes_group"]),
+            "bytes_across": sum(columns["bytes_across"]),
+            "wall_s": sum(columns["wall"]) / self.size,
+            **{f"t_{key}": columns[key] for key in ("compute", "data", "comm")},
+        }
+        on_first(self.topology, self.directory.summarize, summary, status=FAILED)
+        return summary
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Writes a checkpoint that counts when all of it is there. Collective."""
+        step = self.progress.step
+        elections = merged(self.topology.allgather(self._elections), self.topology.n_groups)
+        self._elections = []
+        on_first(self.topology, self._write, None, elections, status=FAILED)
+        together(self.topology, self.directory.save, self.rank, step, self._state(), status=FAILED)
+        on_first(self.topology, self.directory.seal, step, self.size, status=FAILED)
+        together(self.topology, self.directory.sweep, self.rank, step, status=FAILED)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up the state that a checkpoint holds of this rank."""
+        self.model.load_state_dict(state["model"])
+        self.opt.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        self._last_loss = state["last_loss"]
+        for key, value in state["metrics"].items():
+            setattr(self.opt.metrics, key, value)
+        traffic = self.opt.fabric.traffic
+        traffic.group, traffic.across = self.opt.metrics.bytes_group, self.opt.metrics.bytes_across
+        restore_random_state(state["random"])
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.opt.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+            "last_loss": self._last_loss,
+            "metrics": dataclasses.asdict(self.opt.metrics),
+            "random": random_state(),
+        }
+
+
+def steps_of(every: float | str | None, batches: int) -> int:
+    """An interval of the configuration in steps; 0 for none."""
+    interval = parse_every(every)
+    if interval is None:
+        return 0
+    number, unit = interval
+    return int(number) if unit == "steps" else max(1, round(number * batches))
+
+
+def merged(elections: Iterable[Iterable[tuple[int, int, int, int]]], n_groups: int) -> list[dict[str, Any]]:
+    """The lines of leaders.jsonl from what the first rank of each group noted."""
+    lines: dict[int, dict[str, Any]] = {}
+    for step, group, local, overall in itertools.chain.from_iterable(elections):
+        line = lines.setdefault(step, {"step": step, "leaders": [None] * n_groups, "leader": None})
+        line["leaders"][group] = local if local >= 0 else None
+        if overall >= 0:
+            line["leader"] = overall
+    return [lines[step] for step in sorted(lines)]
+
+
+def random_state() -> dict[str, Any]:
+    """The state of all global random numbers that a model may draw, in plain types."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "python": list(random.getstate()),
+        "numpy": [str(kind), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """What `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

@@ -1,0 +1,182 @@
+"""What every test run shares: the rank before each failure, a watchdog over hung ranks, a record of outcomes.
+
+tests/run.sh sets the environment below and reads the record with tally.py; a plain `pytest` works without it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+RUN = os.environ.get("MPILSGD_TEST_RUN", "")  # the run's name, as tally.py prints it
+RECORD = os.environ.get("MPILSGD_TEST_RECORD")  # the folder of the outcomes
+RANKS = int(os.environ.get("MPILSGD_TEST_RANKS", "0"))  # the world's size, 0 for any
+NODES = int(os.environ.get("MPILSGD_TEST_NODES", "0"))  # shared-memory nodes there have to be, 0 for any
+SECONDS = float(os.environ.get("MPILSGD_TEST_SECONDS", "120"))  # the longest one test may take
+SLOW = 15  # times as long for a test marked slow
+
+
+class Watchdog(threading.Thread):
+    """Ends the job when a test takes too long, after every rank has printed its stacks.
+
+    A rank that sees the time pass leaves a file for the others, which may already wait in a later test. A
+    rank that hangs with the interpreter's lock held cannot look; faulthandler's timer prints its stacks.
+    """
+
+    def __init__(self, name: str, rank: int, stderr: int):
+        super().__init__(name="watchdog", daemon=True)
+        self.label, self.stderr = name, stderr
+        self.alarm = Path(RECORD or os.devnull) / f"{RUN}.alarm"
+        self.own = Path(RECORD or os.devnull) / f"{RUN}.{rank}.jsonl"
+        self.test, self.limit, self.started = "", SECONDS, time.monotonic()
+
+    def begin(self, test: str, limit: float) -> None:
+        self.limit, self.started, self.test = limit, time.monotonic(), test
+        faulthandler.dump_traceback_later(limit + 2, exit=True, file=self.stderr)
+
+    def end(self) -> None:
+        self.test = ""
+        faulthandler.cancel_dump_traceback_later()
+
+    def run(self) -> None:
+        while True:
+            time.sleep(0.5)
+            test, late = self.test, time.monotonic() - self.started > self.limit
+            if not (test and late) and not self.alarm.exists():
+                continue
+            if RECORD:
+                self.alarm.touch()
+            faulthandler.cancel_dump_traceback_later()
+            seconds = time.monotonic() - self.started
+            where = f"for {seconds:.0f} s in {test}" if test else "between two tests"
+            write(self.stderr, f"\n{self.label}: hung? {where}; all its stacks:\n")
+            faulthandler.dump_traceback(file=self.stderr, all_threads=True)
+            if test and RECORD:
+                append(self.own, test, "failed", f"no end after {seconds:.0f} s")
+            time.sleep(3)  # the others' turn to print
+            os._exit(70)
+
+
+class Recorder:
+    """Prints a failure at once, with the rank, and appends every outcome to this rank's file."""
+
+    def __init__(self, name: str, rank: int, with_mpi: bool, stderr: int):
+        self.label, self.with_mpi, self.stderr = name, with_mpi, stderr
+        self.path = Path(RECORD) / f"{RUN}.{rank}.jsonl" if RECORD else None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed or report.skipped or report.when == "call":
+            self.take(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed or report.skipped:
+            self.take(report)
+
+    def take(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if self.path:
+            append(self.path, report.nodeid, report.outcome, reason(report))
+        if report.failed and self.with_mpi:  # a rank's failure ends the job before pytest's own summary
+            parts = [f"\n{self.label}: FAILED {report.nodeid}", report.longreprtext]
+            parts += [f"--- {title} ---\n{text}" for title, text in report.sections]
+            write(self.stderr, "\n".join(parts) + "\n")
+
+
+def reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why a test was skipped or failed, in a line."""
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2]  # (file, line, reason)
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash else getattr(report, "wasxfail", "")
+    return (text.splitlines() or [""])[0]
+
+
+def append(path: Path, test: str, outcome: str, reason: str) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps({"test": test, "outcome": outcome, "reason": reason}) + "\n")
+
+
+def write(descriptor: int, text: str) -> None:
+    """One system call, so that the ranks' lines do not mix."""
+    os.write(descriptor, text.encode(errors="replace"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    rank, label = 0, RUN or "pytest"
+    with_mpi = bool(config.getoption("--with-mpi", False))
+    if with_mpi:
+        from mpi4py import MPI
+
+        world = MPI.COMM_WORLD
+        rank, label = world.rank, f"{RUN or 'pytest'}, rank {world.rank} of {world.size}"
+        if RANKS and world.size != RANKS:
+            pytest.exit(f"{label}, not of {RANKS}: launcher and MPI library do not match", returncode=3)
+        if NODES:
+            node = world.Split_type(MPI.COMM_TYPE_SHARED)
+            nodes = world.allreduce(int(node.rank == 0))
+            node.Free()
+            if nodes != NODES:
+                pytest.exit(f"{label}: {nodes} shared-memory nodes, should be {NODES}", returncode=3)
+        # Ranks that make their temporary folders in one place get in each other's way.
+        temporary = Path(os.environ.get("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir()), f"pytest-rank{rank}")
+        temporary.mkdir(exist_ok=True)
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(temporary)
+        if rank:
+            config.pluginmanager.unregister(name="terminalreporter")
+        for plugin in config.pluginmanager.get_plugins():
+            if type(plugin).__name__ == "MPIPlugin":
+                plugin._is_testing_mpi = False  # else pytest-mpi ends with a page about the MPI library
+    stderr = os.dup(2)  # pytest captures 2 during the tests
+    config.pluginmanager.register(Recorder(label, rank, with_mpi, stderr), "mpilsgd-recorder")
+    if not config.getoption("usepdb"):
+        config.stash[WATCHDOG] = watchdog = Watchdog(label, rank, stderr)
+        watchdog.start()
+
+
+WATCHDOG = pytest.StashKey[Watchdog]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    watchdog = item.config.stash.get(WATCHDOG, None)
+    if watchdog is None:
+        return (yield)
+    watchdog.begin(item.nodeid, SECONDS * (SLOW if "slow" in item.keywords else 1))
+    try:
+        return (yield)
+    finally:
+        watchdog.end()
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out, instead of skipping, the tests that want more ranks: another run has to have them."""
+    if not config.getoption("--with-mpi", False):
+        return
+    from mpi4py import MPI
+
+    def wanted(item: pytest.Item) -> int:
+        return max((mark.kwargs.get("min_size") or 1 for mark in item.iter_markers("mpi")), default=1)
+
+    small = [item for item in items if wanted(item) > MPI.COMM_WORLD.size]
+    if small:
+        config.hook.pytest_deselected(items=small)
+        if RECORD and MPI.COMM_WORLD.rank == 0:
+            for item in small:
+                append(Path(RECORD, f"{RUN}.0.jsonl"), item.nodeid, "left out", f"needs {wanted(item)} ranks")
+        items[:] = [item for item in items if item not in small]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """No test for this number of ranks is no failure; tally.py sees to it that something ran."""
+    if RUN and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK

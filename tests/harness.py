@@ -1,0 +1,191 @@
+"""A method of mpilsgd and its simulation, set up alike on every rank; imported by the tests that run under MPI."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import simulation
+import torch
+from mpi4py import MPI
+from numpy.typing import NDArray
+from problems import Problem, flatten, state_of
+from simulation import Local, Simulation
+
+import mpilsgd
+
+# A method looks for its model among all live objects. What the imports left (torch._dynamo too, with the first
+# optimizer) is no model: frozen, it is not looked through in each of the hundreds of runs.
+torch.optim.SGD([torch.zeros(1)])
+gc.collect()
+gc.freeze()
+
+WORLD = MPI.COMM_WORLD
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the workers are grouped, by shared windows or messages; groups: what that has to come to."""
+
+    group_size: int | None
+    shared: bool
+    groups: tuple[tuple[int, ...], ...]
+
+    def __str__(self) -> str:
+        sizes = [len(group) for group in self.groups]
+        shape = f"{len(sizes)}x{sizes[0]}" if len(set(sizes)) == 1 else "+".join(map(str, sizes))
+        return f"{shape}-{'windows' if self.shared else 'messages'}"
+
+
+def layouts(comm: MPI.Comm = WORLD) -> list[Layout]:
+    """Every way to group the ranks of `comm`, whatever the nodes they came up on; the first: a group a node."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+    lowest = comm.allgather(node.bcast(comm.rank))
+    node.Free()
+    nodes = [[rank for rank in range(comm.size) if lowest[rank] == first] for first in sorted(set(lowest))]
+    found: dict[tuple[tuple[int, ...], ...], int | None] = {}
+    for size in (None, *range(1, min(map(len, nodes)) + 1)):
+        groups = []
+        for ranks in nodes:
+            step = size or len(ranks)
+            groups += [tuple(ranks[i : i + step]) for i in range(0, len(ranks), step)]
+        found.setdefault(tuple(groups), size)
+    return [Layout(size, shared, groups) for groups, size in found.items() for shared in (True, False)]
+
+
+LAYOUTS = layouts()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with its arguments."""
+
+    method: type[mpilsgd.AllreduceSGD] | Any
+    options: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.method.__name__}{'-' + self.name if self.name else ''}"
+
+    def simulate(self, problem: Problem, local: Local, layout: Layout, **options: Any) -> Simulation:
+        own = {name: value for name, value in self.options.items() if name != "average"}
+        if self.method is mpilsgd.LSGD:
+            own["groups"] = layout.groups
+        workers = sum(len(group) for group in layout.groups)
+        made: Simulation = getattr(simulation, self.method.__name__)(problem, workers, local, **own, **options)
+        return made
+
+
+def optimizer(local: Local, parameters: Any) -> torch.optim.Optimizer:
+    """The optimizer of a `Local`, at its rate for t = 0."""
+    rate = local.rate(0)
+    if local.kind == "msgd":
+        return mpilsgd.MSGD(parameters, rate, local.momentum, local.nesterov, local.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=rate, momentum=local.momentum, nesterov=local.nesterov, weight_decay=local.weight_decay
+    )
+
+
+class Run:
+    """This rank's worker: its model, its optimizer, its method."""
+
+    def __init__(
+        self,
+        case: Case,
+        problem: Problem,
+        local: Local,
+        layout: Layout,
+        *,
+        same: bool = True,
+        dtype: torch.dtype = torch.float64,
+        losses: Callable[[int, int], float] | None = None,
+        comm: MPI.Comm = WORLD,
+        **options: Any,
+    ):
+        self.topo = mpilsgd.Topology(comm, group_size=layout.group_size, shared=layout.shared)
+        self.rank, self.size = self.topo.world.rank, self.topo.world.size
+        self.problem, self.losses, self.t = problem, losses, 0
+        # Every rank starts elsewhere; init="same" has to bring them to rank 0's start.
+        self.model = problem.build(dtype, problem.start(self.rank))
+        self.inner = optimizer(local, self.model.parameters())
+        self.opt: Any = case.method(
+            self.inner, self.topo, **{**case.options, **options}, init="same" if same else "different"
+        )
+
+    def step(self) -> None:
+        self.opt.zero_grad()
+        loss = self.problem.loss(self.model, self.rank, self.t)
+        loss.backward()
+        self.opt.step(loss=loss if self.losses is None else self.losses(self.rank, self.t))
+        self.t += 1
+
+    def still(self, loss: float = 1.0) -> None:
+        """A step with a gradient of zero, whatever the parameters are."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.opt.step(loss=loss)
+        self.t += 1
+
+    def run(self, steps: int) -> Run:
+        for _ in range(steps):
+            self.step()
+        return self
+
+    def held(self) -> NDArray[np.float64]:
+        """What the model holds: parameters, then float buffers."""
+        return flatten(state_of(self.model))
+
+    def x(self) -> NDArray[np.float64]:
+        """The iterate."""
+        with self.inner.iterate() if isinstance(self.inner, mpilsgd.MSGD) else contextlib.nullcontext():
+            return self.held()
+
+    def center(self, **options: Any) -> NDArray[np.float64]:
+        with self.opt.center(**options):
+            return self.held()
+
+    def close(self) -> None:
+        self.opt.close()
+        self.topo.free()
+
+
+@contextlib.contextmanager
+def running(*args: Any, **options: Any) -> Iterator[Run]:
+    """A `Run` that is closed at the end (which is collective, so not after an exception of one rank)."""
+    run = Run(*args, **options)
+    yield run
+    run.close()
+
+
+def distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """‖a − b‖/‖b‖; infinite where a value is not finite."""
+    gap = float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-30)
+    return gap if np.isfinite(gap) else np.inf
+
+
+def together(errors: list[str]) -> None:
+    """Fails on every rank if any rank has an error, so that none goes on alone."""
+    found = [f"rank {rank}: {error}" for rank, own in enumerate(WORLD.allgather(errors)) for error in own[:3]]
+    assert not found, "\n".join(found)
+
+
+def compare(run: Run, other: Simulation, steps: int, tolerance: float, label: str = "", every: bool = True) -> list[str]:
+    """Runs both; the steps (t, after it) at which this rank's iterate or the centre is not the simulation's."""
+    errors = []
+    for t in range(1, steps + 1):
+        run.step()
+        other.step()
+        if every or t == steps:
+            gap = distance(run.x(), other.x[run.rank])
+            if gap > tolerance:
+                errors.append(f"{label} t={t}: x differs by {gap:.1e}")
+        if t in (steps // 2, steps):
+            gap = distance(run.center(), other.center())
+            if gap > tolerance:
+                errors.append(f"{label} t={t}: centre differs by {gap:.1e}")
+    return errors

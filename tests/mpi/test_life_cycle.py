@@ -1,0 +1,397 @@
+"""What every method has to live through: saving, evaluating its centre, broken workers, uneven data, wrong arguments."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import LAYOUTS, WORLD, Case, Layout, Run, distance, running, together
+from numpy.typing import NDArray
+from problems import Buffered, LeastSquares, Quadratic, TanhNet, fill
+from simulation import Local
+
+import mpilsgd
+from mpilsgd import EASGD, LSGD, AllreduceSGD, LocalSGD, Topology
+
+pytestmark = pytest.mark.mpi
+
+TWO_PULLS = {"pull": 0.3, "global_pull": 0.2, "period": 2, "global_period": 4, "loss_window": 3}
+METHODS = [
+    Case(AllreduceSGD),
+    Case(LocalSGD, {"period": 3}),
+    Case(LocalSGD, {"period": 3, "average": "quadratic", "a": 5.0}, "quadratic"),
+    Case(LSGD, {**TWO_PULLS}, "after-step"),
+    Case(LSGD, {**TWO_PULLS, "when": "with_step"}, "with-step"),
+    Case(LSGD, {**TWO_PULLS, "period": 3, "global_period": 6, "when": "every_step"}, "every-step"),
+    Case(EASGD, {"period": 3}, "jacobi"),
+    Case(EASGD, {"period": 3, "form": "gauss-seidel"}, "gauss-seidel"),
+]
+LOCALS = {
+    "SGD": Local(lr=0.05),
+    "momentum": Local("momentum", lr=0.05, momentum=0.7),
+    "MSGD": Local("msgd", lr=0.05, momentum=0.7, nesterov=True),
+}
+by_method = pytest.mark.parametrize("case", METHODS, ids=str)
+by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+by_local = pytest.mark.parametrize("name", ["momentum", "MSGD"])
+
+
+@by_local
+@by_method
+def test_resume_is_uninterrupted(case: Case, name: str) -> None:
+    """Model and method saved to a file in mid-period, loaded into fresh ones: the same bits from there on."""
+    errors: list[str] = []
+    for layout in LAYOUTS[:2]:
+        with running(case, Buffered(), LOCALS[name], layout, same=False) as run:
+            run.run(5)
+            file = io.BytesIO()
+            torch.save({"model": run.model.state_dict(), "method": run.opt.state_dict()}, file)
+            run.run(8)
+            x, center = run.x(), run.center()
+        file.seek(0)
+        saved = torch.load(file)
+        with running(case, Buffered(), LOCALS[name], layout, same=False) as run:
+            run.run(1)  # whatever it did before must not matter
+            run.model.load_state_dict(saved["model"])
+            run.opt.load_state_dict(saved["method"])
+            run.t = 5
+            run.run(8)
+            errors += [] if (run.x() == x).all() else [f"{layout}: x differs by {distance(run.x(), x):.1e}"]
+            again = run.center()
+            errors += [] if (again == center).all() else [f"{layout}: centre differs by {distance(again, center):.1e}"]
+    together(errors)
+
+
+@by_layout
+@by_method
+def test_center_comes_and_goes(case: Case, layout: Layout) -> None:
+    """Inside, every rank holds the same centre; afterwards, and in the run that follows, nothing has changed."""
+    with running(case, Buffered(), LOCALS["MSGD"], layout, same=False) as run:
+        run.run(7)
+        x = run.x()
+    with running(case, Buffered(), LOCALS["MSGD"], layout, same=False) as run:
+        run.run(4)
+        held, first = run.held(), run.center()
+        errors = [] if (run.held() == held).all() else ["the model changed"]
+        errors += [] if (run.center() == first).all() else ["a second look differs"]
+        errors += [] if all((first == other).all() for other in WORLD.allgather(first)) else ["the ranks differ"]
+        try:
+            with run.opt.center():
+                raise KeyError("in the user's evaluation")
+        except KeyError:
+            errors += [] if (run.held() == held).all() else ["the model changed with an exception"]
+        run.run(3)
+        errors += [] if (run.x() == x).all() else ["the run went on otherwise"]
+    together(errors)
+
+
+@by_layout
+def test_the_model_outlives_the_method(layout: Layout) -> None:
+    with running(Case(LSGD, {**TWO_PULLS}), TanhNet(), LOCALS["SGD"], layout) as run:
+        run.run(3)
+        held = run.held()
+    assert (run.held() == held).all()
+    copied = copy.deepcopy(run.model)
+    run.problem.loss(copied, 0, 0).backward()
+    torch.optim.SGD(copied.parameters(), lr=0.1).step()
+    assert (run.held() == held).all()
+
+
+def break_down(run: Run, kind: str) -> None:
+    """A worker's parameters, or its next gradient, or an only element of them, become non-finite."""
+    for parameter in run.model.parameters():
+        if kind == "element":
+            parameter.data.view(-1)[0] = math.inf
+        else:
+            parameter.data.fill_(math.nan)
+
+
+NAN_CASES = [
+    Case(AllreduceSGD),
+    Case(LocalSGD, {"period": 1}),
+    *(
+        Case(LSGD, {"pull": 0.3, "global_pull": 0.2, "period": 1, "global_period": 1, "loss_window": 1, "when": w}, w)
+        for w in ("after_step", "with_step", "every_step")
+    ),
+    Case(EASGD, {"period": 1, "center_rate": 0.6}, "jacobi"),
+    Case(EASGD, {"period": 1, "center_rate": 0.6, "form": "gauss-seidel"}, "gauss-seidel"),
+]
+
+
+def without(case: Case, layout: Layout, bad: int, x: NDArray[np.float64], c: NDArray[np.float64]) -> tuple[Any, Any, Any]:
+    """One round without worker `bad` by the papers: the others' x after it, centre, what the bad one may become."""
+    fine = [i for i in range(len(x)) if i != bad]
+    new = x.copy()
+    if case.method is AllreduceSGD:
+        return new, new[fine].mean(0), [new[i] for i in fine]
+    if case.method is LocalSGD:
+        new[:] = x[fine].mean(0)
+        return new, new[0], [new[0]]
+    if case.method is EASGD:
+        alpha = 0.6 / len(x)
+        moved = c + alpha * (x[fine] - c).sum(0)
+        new = x - alpha * (x - (moved if case.options.get("form") else c))
+        return new, moved, [moved, c]
+    best = fine[0]  # the losses grow with the rank
+    for group in layout.groups:
+        leader = next((i for i in group if i in fine), best)
+        for i in group:
+            new[i] = x[i] - 0.3 * (x[i] - x[leader]) - 0.2 * (x[i] - x[best])
+    allowed = [best, *(next((i for i in g if i in fine), best) for g in layout.groups if bad in g)]
+    return new, None, [values[i] for values in (x, new) for i in allowed]
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("case", NAN_CASES, ids=str)
+def test_a_broken_worker_is_set_back(case: Case, bad: int) -> None:
+    """To its leader or centre, at the next round, counted; the others go on as if it were not there."""
+    errors: list[str] = []
+    for layout in LAYOUTS:
+        with running(case, Quadratic(0.0), Local("momentum", lr=0.1, momentum=0.5), layout, same=False) as run:
+            if case.method is AllreduceSGD:  # its workers are equal
+                fill(list(run.model.parameters()), run.problem.start(9))
+            run.still(float(run.rank))
+            x, c = np.stack(WORLD.allgather(run.held())), run.center()
+            if run.rank == bad:
+                break_down(run, "all")
+            run.still(math.nan if run.rank == bad else float(run.rank))
+            after, center, allowed = without(case, layout, bad, x, c)
+            got = run.held()
+            if run.rank == bad:
+                if min(distance(got, value) for value in allowed) > 1e-12:
+                    errors.append(f"{layout}: became {got}, none of {allowed}")
+            elif distance(got, after[run.rank]) > 1e-12:
+                errors.append(f"{layout}: x is {got} without NaN it were {after[run.rank]}")
+            resets = run.opt.metrics.resets
+            if resets != (run.rank == bad):
+                errors.append(f"{layout}: {resets} resets counted")
+            if center is not None and distance(run.center(), center) > 1e-12:
+                errors.append(f"{layout}: the centre is not the others'")
+            for _ in range(3):
+                run.still(float(run.rank))
+            if not (np.isfinite(run.held()).all() and np.isfinite(run.center()).all()):
+                errors.append(f"{layout}: not finite later")
+            if run.opt.metrics.resets != resets:
+                errors.append(f"{layout}: reset again")
+    together(errors)
+
+
+@pytest.mark.mpi(min_size=2)
+@by_local
+@pytest.mark.parametrize("case", NAN_CASES[1:], ids=str)
+def test_a_broken_gradient(case: Case, name: str) -> None:
+    """A NaN gradient of the worker that leads breaks parameters and momentum; two rounds later all are finite."""
+    errors: list[str] = []
+    for layout in LAYOUTS:
+        with running(case, Quadratic(0.5), LOCALS[name], layout, same=False, losses=lambda w, t: float(w)) as run:
+            run.run(2)
+            for parameter in run.model.parameters():
+                parameter.grad = torch.full_like(parameter, math.nan if run.rank == 0 else 0.0)
+                if run.rank == 0:
+                    parameter.grad[1:] = 0.0
+            run.opt.step(loss=float(run.rank))
+            if run.rank != 0 and not np.isfinite(run.held()).all():
+                errors.append(f"{layout}: NaN came over at once")
+            for t in range(2):
+                if run.rank == 0:
+                    run.still(0.0)
+                else:
+                    run.step()
+                if run.rank != 0 and not np.isfinite(run.held()).all():
+                    errors.append(f"{layout}: NaN came over in round {t}")
+            if not (np.isfinite(run.held()).all() and np.isfinite(run.center()).all()):
+                errors.append(f"{layout}: still not finite")
+            if run.opt.metrics.resets != (run.rank == 0):
+                errors.append(f"{layout}: {run.opt.metrics.resets} resets counted")
+            run.run(3)
+            if not np.isfinite(run.held()).all():
+                errors.append(f"{layout}: not finite later")
+    together(errors)
+
+
+@pytest.mark.parametrize("case", NAN_CASES, ids=str)
+def test_all_broken_ends_on_every_rank(case: Case) -> None:
+    for layout in LAYOUTS[:2]:
+        with running(case, Quadratic(0.5), Local(lr=0.1), layout, same=False) as run:
+            run.run(2)
+            break_down(run, "all")
+            with pytest.raises(RuntimeError):
+                for _ in range(2):
+                    run.still(math.nan)
+        together([])
+
+
+@pytest.mark.mpi(min_size=2)
+@by_layout
+@by_method
+def test_a_rank_runs_out_of_data(case: Case, layout: Layout) -> None:
+    """It takes part in the others' rounds from center() or close(), and nothing hangs."""
+    for last in (WORLD.size - 1, 0):
+        with running(case, TanhNet(), LOCALS["MSGD"], layout) as run:
+            run.run(3 + (4 if run.rank != last else 0))
+            first = run.center()
+            run.run(2 + 2 * (run.rank % 2))
+            errors = [] if np.isfinite(run.held()).all() and np.isfinite(first).all() else ["not finite"]
+            errors += [] if all((first == other).all() for other in WORLD.allgather(first)) else ["centres differ"]
+            run.run(3 * (run.rank == last))  # and then straight into close()
+        together(errors)
+
+
+def batch_norm_run(case: Case, buffers: str) -> tuple[Any, Any, list[torch.Tensor]]:
+    topo = Topology()
+    torch.manual_seed(topo.world.rank)
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3)).double()
+    opt: Any = case.method(torch.optim.SGD(model.parameters(), lr=0.1), topo, **case.options, buffers=buffers)
+    problem = LeastSquares()
+    seen = []
+    for t in range(6):
+        opt.zero_grad()
+        loss = problem.loss(model, topo.world.rank, t)
+        seen.append(torch.from_numpy(problem.batch(topo.world.rank, t)[0]))
+        loss.backward()
+        opt.step(loss=loss)
+    return topo, (model, opt), seen
+
+
+@by_method
+def test_batch_norm_kept(case: Case) -> None:
+    """buffers="keep": the statistics are the worker's own, as if it were alone."""
+    topo, (model, opt), seen = batch_norm_run(case, "keep")
+    alone = torch.nn.BatchNorm1d(5).double()
+    for inputs in seen:
+        alone(inputs)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(getattr(model[0], name), getattr(alone, name)), name
+    opt.close()
+    topo.free()
+
+
+@by_method
+def test_batch_norm_recalibrated(case: Case) -> None:
+    """buffers="recalibrate": inside center(batches) the statistics are those of the batches, then the old ones again."""
+    topo, (model, opt), seen = batch_norm_run(case, "recalibrate")
+    before = {name: value.clone() for name, value in model[0].named_buffers()}
+    inputs = torch.from_numpy(LeastSquares().data(0)[0])
+    with opt.center([inputs]):
+        assert torch.allclose(model[0].running_mean, inputs.mean(0), rtol=1e-12)
+        assert torch.allclose(model[0].running_var, inputs.var(0), rtol=1e-12)
+        assert model.training
+        model.eval()
+        model(inputs)
+    for name, value in model[0].named_buffers():
+        assert torch.equal(value, before[name]), name
+    opt.close()
+    topo.free()
+
+
+@by_method
+def test_batch_norm_averaged(case: Case) -> None:
+    """buffers="average": at the centre all ranks have the same finite statistics, variances positive."""
+    topo, (model, opt), _ = batch_norm_run(case, "average")
+    with opt.center():
+        own = torch.cat([model[0].running_mean, model[0].running_var])
+        assert all(torch.equal(own, other) for other in WORLD.allgather(own))
+        assert (model[0].running_var > 0).all()
+    opt.close()
+    topo.free()
+
+
+def linear(inputs: int, outputs: int, *more: torch.nn.Module) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(inputs, outputs), *more)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: linear(4, 3),
+        lambda: linear(5, 2),
+        lambda: linear(5, 3, torch.nn.Linear(3, 3)),
+        lambda: linear(5, 3).double(),
+        lambda: linear(5, 3, torch.nn.BatchNorm1d(3, affine=False)),
+        lambda: torch.nn.Sequential(torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(1, 3)),  # as many values
+    ],
+    ids=["inputs", "outputs", "count", "dtype", "buffers", "shapes"],
+)
+@pytest.mark.parametrize("case", [METHODS[0], METHODS[1], METHODS[3], METHODS[6]], ids=str)
+@pytest.mark.mpi(min_size=2)
+def test_models_that_differ_are_refused(case: Case, other: Callable[[], torch.nn.Module]) -> None:
+    """Everywhere, before anything is exchanged; and a topology goes on working after it."""
+    for shared in (True, False):
+        topo = Topology(shared=shared)
+        model = other() if topo.world.rank == topo.world.size - 1 else linear(5, 3)
+        with pytest.raises(ValueError, match=r"(?i)differ|rank"):
+            case.method(torch.optim.SGD(model.parameters(), lr=0.1), topo, **case.options)
+        good = linear(5, 3)
+        opt = case.method(torch.optim.SGD(good.parameters(), lr=0.1), topo, **case.options)
+        opt.close()
+        topo.free()
+
+
+WRONG: list[tuple[Any, dict[str, Any]]] = [
+    *((LSGD, {"pull": value}) for value in (1.5, -0.1, math.nan)),
+    *((LSGD, {"global_pull": value}) for value in (2.0, -1.0)),
+    *((method, {"period": value}) for method in (LSGD, EASGD, LocalSGD) for value in (0, -3, 2.5)),
+    *((LSGD, {"global_period": value}) for value in (0, 1.5)),
+    (LSGD, {"loss_window": 0}),
+    (LSGD, {"when": "sometimes"}),
+    (LSGD, {"score": 3}),
+    (LocalSGD, {"average": "cubic"}),
+    (LocalSGD, {"until_grad_norm": -1.0}),
+    (LocalSGD, {"period": "never"}),
+    (LocalSGD, {"average": "quadratic", "a": -5.0}),
+    *((EASGD, {name: value}) for name in ("center_rate", "moving_rate") for value in (-0.1, math.nan)),
+    (EASGD, {"form": "sor"}),
+    *((m, o) for m in (AllreduceSGD, LocalSGD, LSGD, EASGD) for o in ({"init": "random"}, {"buffers": "drop"})),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), WRONG, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
+def test_wrong_arguments_are_refused(method: Any, options: dict[str, Any]) -> None:
+    """On every rank, also where only one of them is wrong; the message names the argument."""
+    topo = Topology()
+    for own in (options, options if topo.world.rank == topo.world.size - 1 else {}):
+        model = linear(5, 3)
+        with pytest.raises(ValueError, match=next(iter(options))):
+            method(torch.optim.SGD(model.parameters(), lr=0.1), topo, **own)
+    topo.free()
+
+
+def test_group_sizes_that_do_not_fit() -> None:
+    for size in (0, -1, 1.5, WORLD.size + 1):
+        with pytest.raises(ValueError, match="group_size"):
+            Topology(group_size=size)  # type: ignore[arg-type]
+
+
+def test_leader_sgd_needs_a_loss() -> None:
+    with running(Case(LSGD), TanhNet(), LOCALS["SGD"], LAYOUTS[0]) as run:
+        run.problem.loss(run.model, 0, 0).backward()
+        with pytest.raises((TypeError, ValueError), match="loss"):
+            run.opt.step()
+
+
+@by_method
+def test_metrics_start_at_nothing_and_grow(case: Case) -> None:
+    errors = []
+    with running(case, TanhNet(), LOCALS["SGD"], LAYOUTS[0]) as run:
+        metrics = run.opt.metrics
+        if (metrics.rounds, metrics.bytes_group, metrics.bytes_across, metrics.resets, metrics.leads) != (0,) * 5:
+            errors.append(f"at the start {metrics}")
+        run.run(6)
+        if run.opt.metrics.rounds < 1 or run.opt.metrics.t_comm <= 0:
+            errors.append(f"after six steps {run.opt.metrics}")
+        if len({len(group) for group in LAYOUTS[0].groups}) == 1 and run.topo.n_groups == 1:
+            if run.opt.metrics.bytes_across != 0:
+                errors.append(f"{run.opt.metrics.bytes_across} bytes across groups, but there is one group")
+        if not math.isfinite(run.opt.metrics.distance):
+            errors.append(f"distance {run.opt.metrics.distance}")
+        if run.opt.t != 6:
+            errors.append(f"the clock is at {run.opt.t}")
+    assert mpilsgd.__version__
+    together(errors)

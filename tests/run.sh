@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# Sets everything up and runs the tests:  bash tests/run.sh [unit] [mpi] [--slow NAME] [-- PYTEST OPTIONS]
+#
+#   unit          the tests of one process
+#   mpi           the tests of several ranks: 1, 2, 3 and 4, on one node and on emulated ones (MPICH), and once more on
+#                 a second MPI where one can be had
+#   --slow NAME   instead of these, the long tests whose name contains NAME (as pytest's -k), at MPILSGD_RANKS (4) ranks
+#
+# The last line is "N passed, N failed, N skipped" over all runs; the status is not 0 if any test failed, hung, died or
+# was skipped for a reason that tests/tally.py does not list. See jobs/setup.sh for what is set up, and how to change it.
+set -euo pipefail
+
+usage() {
+  sed -n '2,/^set/p' "${BASH_SOURCE[0]}" | sed -n 's/^# \{0,1\}//p'
+  exit "$1"
+}
+
+parts=() slow="" options=()
+while (($#)); do
+  case $1 in
+    unit | mpi) parts+=("$1") ;;
+    --slow)
+      [[ $# -ge 2 ]] || usage 2 >&2
+      slow=$2
+      shift
+      ;;
+    --)
+      shift
+      options=("$@")
+      break
+      ;;
+    -h | --help) usage 0 ;;
+    *) usage 2 >&2 ;;
+  esac
+  shift
+done
+[[ ${#parts[@]} -gt 0 ]] || parts=(unit mpi)
+
+source "$(dirname "${BASH_SOURCE[0]}")/../jobs/setup.sh"
+set_up dev,report
+find_mpi
+cd "$ROOT"
+say "MPI: $MPI, started by $MPIEXEC${MPI4PY_LIBMPI:+, library $MPI4PY_LIBMPI}"
+
+# Shared memory that killed ranks leave behind: ours, from this run, and mapped by nobody.
+sweep() {
+  local file
+  find /dev/shm -maxdepth 1 \( -name 'mpich_shm_*' -o -name 'sm_segment.*' \) -user "$(id -u)" -newer "$scratch/start" 2>/dev/null | while read -r file; do
+    grep -qsF "$file" /proc/[0-9]*/maps || rm -f "$file"
+  done
+}
+scratch=$(mktemp -d)
+touch "$scratch/start"
+trap 'sweep; rm -rf "$scratch"' EXIT
+trap 'exit 130' INT TERM
+record=$scratch/record
+mkdir "$record"
+
+export OMP_NUM_THREADS=1 MPILSGD_TEST_RECORD=$record MPILSGD_MPIEXEC=$MPIEXEC
+select_tests=(-m "not slow")
+[[ -t 1 ]] || select_tests+=(--color=no) # Open MPI's ranks always see a terminal
+[[ -z $slow ]] || select_tests+=(-m slow -k "$slow")
+
+# run NAME COMMAND...: one line before, the seconds after, the status for the tally.
+run() {
+  local name=$1 status=0 started=$SECONDS
+  shift
+  say "$name"
+  mkdir -p "$scratch/tmp"
+  MPILSGD_TEST_RUN=$name PYTEST_DEBUG_TEMPROOT=$scratch/tmp "$@" || status=$?
+  echo "$status" >"$record/$name.status"
+  rm -rf "$scratch/tmp"
+  ((status == 0)) || sweep
+  echo "   $((SECONDS - started)) s"
+}
+
+unit() {
+  run "unit" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/unit
+}
+
+mpi() { # mpi NAME RANKS [NODES]
+  export MPILSGD_TEST_RANKS=$2 MPILSGD_TEST_NODES=${3:-0}
+  run "$1" run_ranks "$2" "$PY" -m mpi4py -m pytest --with-mpi -x -q --no-summary -p no:cacheprovider \
+    "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/mpi
+}
+
+cliques() { # cliques RANKS NODES: MPICH makes blocks of the ranks take each other for other nodes
+  export MPIR_CVAR_NUM_CLIQUES=$2 MPIR_CVAR_CLIQUES_BY_BLOCK=1
+  mpi "$1 ranks on $2 nodes, $MPI" "$1" "$2"
+  unset MPIR_CVAR_NUM_CLIQUES MPIR_CVAR_CLIQUES_BY_BLOCK
+}
+
+all_ranks() { # all_ranks COUNT...
+  local n
+  for n in "$@"; do mpi "$n ranks, $MPI" "$n"; done
+}
+
+emulated_nodes() {
+  cliques 3 2
+  cliques 3 3
+  cliques 4 2
+}
+
+if [[ " ${parts[*]} " == *" unit "* ]]; then unit; fi
+if [[ " ${parts[*]} " == *" mpi "* && -n $slow ]]; then
+  LIMIT=14400 all_ranks "${MPILSGD_RANKS:-4}"
+elif [[ " ${parts[*]} " == *" mpi "* ]]; then
+  LIMIT=900
+  all_ranks 1 2 3 4
+  [[ $MPI != MPICH ]] || emulated_nodes
+  other=MPICH
+  [[ $MPI != MPICH ]] || other="Open MPI"
+  if find_mpi "$other"; then
+    say "now $MPI, started by $MPIEXEC"
+    export MPILSGD_MPIEXEC=$MPIEXEC
+    all_ranks 2 4
+    [[ $MPI != MPICH ]] || emulated_nodes
+  else
+    say "$other: none here and none to be had, so not tested"
+  fi
+fi
+
+"$PY" tests/tally.py "$record"

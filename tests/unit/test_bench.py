@@ -1,0 +1,115 @@
+"""`mpilsgd bench kernels` and `mpilsgd info` in one process, small; no speed is asked for."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+
+from mpilsgd.comm import inquiry
+from mpilsgd.train import bench, bench_kernels, info
+
+
+def call(module: object, *arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)  # type: ignore[attr-defined]
+    return module.run(parser.parse_args(arguments))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_kernels_table(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(bench, "kernels", "--size", "1e4", "--dtype", dtype, "--repetitions", "3") == 0
+    out = capsys.readouterr().out
+    assert f"10,000 x {dtype}" in out
+    for name in ("pull to two leaders", "elastic pair", "msgd (Nesterov)", "running average", "triad"):
+        assert name in out
+    assert ">= 1.3" in out and ">= 2.2" in out
+
+
+def test_threads_are_set_for_the_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert call(bench, "kernels", "--size", "1000", "--threads", "2", "--repetitions", "1") == 0
+    finally:
+        torch.set_num_threads(before)
+    assert "2 thread(s)" in capsys.readouterr().out
+
+
+def test_no_cuda_device_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert call(bench, "kernels", "--device", "cuda") == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "1.5", "many"])
+def test_a_size_that_is_none(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        call(bench, "kernels", "--size", size)
+    assert end.value.code == 2
+    assert "--size" in capsys.readouterr().err
+
+
+def test_repetitions_are_interleaved_there_and_back() -> None:
+    order: list[str] = []
+    calls = [lambda: order.append("a"), lambda: order.append("b")]
+    bench_kernels._interleaved(calls, 3, torch.device("cpu"))
+    assert "".join(order) == "abbaab"
+
+
+def test_growth_sees_a_temporary_and_nothing_else() -> None:
+    x, n = torch.zeros(16_000_000), 64_000_000
+    if bench_kernels._growth(lambda: None, x.device) != bench_kernels._growth(lambda: None, x.device):
+        pytest.skip("needs root or a /proc/self/clear_refs that may be written")
+    assert bench_kernels._growth(lambda: x.add_(1.0), x.device) < 0.05 * n
+    assert 0.9 * n < bench_kernels._growth(lambda: (x + 1.0, None)[1], x.device) < 1.1 * n
+
+
+def test_info_on_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(info) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "MPI_THREAD_",
+        "1 on 1 node(s) in 1 group(s)",
+        "shared memory",
+        "CPU instructions",
+        "CUDA devices",
+    ):
+        assert word in out
+
+
+def test_info_refuses_a_group_size_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(info, "--group_size", "2") == 2
+    assert "group_size=2 does not fit" in capsys.readouterr().err
+
+
+def test_launched_processes() -> None:
+    assert inquiry.launched_processes({}) is None
+    assert inquiry.launched_processes({"PMI_SIZE": "4"}) == 4
+    assert inquiry.launched_processes({"OMPI_COMM_WORLD_SIZE": "many"}) is None
+
+
+def test_a_launcher_of_another_mpi_is_named() -> None:
+    rows = [{"python": "", "threads": "", "devices": (), "extension": ""}]
+    text = info._text(inquiry.info() | {"launched": 4}, [[0]], rows)
+    assert "WARNING" in text and "the launcher started 4 processes, but MPI sees 1" in text
+
+
+def test_cuda_support_by_memory_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inquiry, "memory_kinds", lambda comm: "mpi,system,cuda:device")
+    assert inquiry.cuda_support().aware
+    monkeypatch.setattr(inquiry, "memory_kinds", lambda comm: "mpi,system")
+    monkeypatch.setattr(inquiry, "_query_cuda_support", lambda: 0)
+    assert inquiry.cuda_support() == (
+        False,
+        "mpi_memory_alloc_kinds is mpi,system; MPIX_Query_cuda_support() is 0",
+    )
+    monkeypatch.setattr(inquiry, "memory_kinds", lambda comm: None)
+    monkeypatch.setattr(inquiry, "_query_cuda_support", lambda: None)
+    assert not inquiry.cuda_support().aware
+
+
+def test_ranks_are_written_as_ranges() -> None:
+    assert info._ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert info._by_rank(["x", "x", "x"]) == "x"
+    assert info._by_rank(["x", "y", "x"]) == "rank 0, 2: x; rank 1: y"

@@ -1,0 +1,261 @@
+"""Options, files and the command line: what is understood, and that all mistakes are told at once."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpilsgd.cli import main
+from mpilsgd.train.config import Config, ConfigError, default_output, parse, parse_every
+from mpilsgd.train.options import method_options, methods
+
+
+def write(folder: Path, text: str, name: str = "c.yaml") -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def refused(*argv: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(argv)
+    return caught.value.mistakes
+
+
+def test_defaults_train_digits() -> None:
+    config = parse([])
+    assert (config.data, config.model, config.method, config.epochs, config.steps) == ("digits", "mlp", "LSGD", 20, None)
+    assert config.method_options == {}
+
+
+def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "lr: 0.5\nmethod: easgd\nperiod: 4\nlr_drops: [3, 5]\n")
+    config = parse([file, "--lr", "0.25", "--center_rate=0.5"])
+    assert (config.lr, config.method, config.lr_drops) == (0.25, "EASGD", [3.0, 5.0])
+    assert config.method_options == {"period": 4, "center_rate": 0.5}
+    assert parse(["--config", file]).lr == 0.5
+
+
+def test_several_files_the_later_counts(tmp_path: Path) -> None:
+    one, two = write(tmp_path, "lr: 0.5\nseed: 7\n", "1.yaml"), write(tmp_path, "lr: 0.25\n", "2.yaml")
+    config = parse([one, two])
+    assert (config.lr, config.seed) == (0.25, 7)
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--data-dir", "x"], "data_dir", "x"),
+        (["--overwrite"], "overwrite", True),
+        (["--overwrite", "--lr", "0.5"], "overwrite", True),
+        (["--nesterov", "false"], "nesterov", False),
+        (["--lr_drops", "30,40"], "lr_drops", [30.0, 40.0]),
+        (["--lr_drops=[30]"], "lr_drops", [30.0]),
+        (["--running_average", "running"], "running_average", "running"),
+        (["--running_average", "0.01"], "running_average", 0.01),
+        (["--eval_every", "200 steps"], "eval_every", "200 steps"),
+        (["--eval_every", "0.5"], "eval_every", 0.5),
+        (["--method", "local-sgd"], "method", "LocalSGD"),
+        (["--method", "all_reduce_sgd"], "method", "AllreduceSGD"),
+        (["--optimizer", "adamw"], "optimizer", "AdamW"),
+        (["--model", "ResNet-20"], "model", "resnet20"),
+        (["--data", "FashionMNIST"], "data", "fashion-mnist"),
+        (["--steps", "7"], "epochs", None),
+        (["--model", "torch.nn:Linear"], "model", "torch.nn:Linear"),
+        (["--momentum", "-0.5", "--optimizer", "MSGD"], "momentum", -0.5),
+    ],
+)
+def test_ways_to_write_an_option(argv: list[str], name: str, value: object) -> None:
+    assert getattr(parse(argv), name) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", 3), ("[1,10,100]", [1, 10, 100]), ("null", None), ("math:isfinite", "math:isfinite")],
+)
+def test_period_may_be_anything_that_local_sgd_takes(text: str, value: object) -> None:
+    config = parse(["--method", "LocalSGD", "--period", text])
+    assert config.method_options == {"period": value}
+
+
+def test_an_option_that_is_left_out_keeps_the_class_default() -> None:
+    assert "pull" not in parse([]).method_options
+    assert parse(["--global_pull", "null"]).method_options == {"global_pull": None}
+
+
+def test_every_constructor_argument_is_an_option() -> None:
+    options = method_options()
+    assert set(methods()) >= {"AllreduceSGD", "LocalSGD", "LSGD", "EASGD"}
+    assert {"pull", "global_pull", "period", "global_period", "loss_window", "when", "sequential"} <= set(options)
+    assert {"center_rate", "moving_rate", "form", "average", "a", "until_grad_norm", "init", "buffers"} <= set(options)
+    assert not {"optimizer", "topology", "model", "self", "score"} & set(options)
+    assert set(options["period"].defaults) == {"LocalSGD", "LSGD", "EASGD"}
+    assert "method_momentum" in method_options(["momentum"]) or "momentum" not in options
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    file = write(tmp_path, "pul: 0.1\nbatch_size: many\n")
+    mistakes = "\n".join(
+        refused(
+            *(file, "--lr", "x", "--model", "lenett", "--data", "mnits", "--seed", "-1", "--threads", "0"),
+            *("--epochs", "3", "--steps", "4", "--optimizer", "nowhere:thing", "--lr_drops", "0", "--nope", "1"),
+            *("--eval_every", "often", "--checkpoint_every", "0", "--method", "LocalSGD", "--pull", "0.1", "stray"),
+        )
+    )
+    for part in (
+        "pul: unknown option; did you mean pull?",
+        "batch_size: expected a whole number, found 'many'",
+        "lr: expected a number, found 'x'",
+        "model: 'lenett' is not one of mlp, lenet, cnn7, resnet20",
+        "did you mean lenet?",
+        "data: 'mnits' is not one of",
+        "seed: must be",
+        "threads: must be a whole number of at least 1, not 0",
+        "epochs, steps: give one of them",
+        "optimizer: cannot import 'nowhere:thing'",
+        "lr_drops: must be",
+        "nope: unknown option",
+        "eval_every: must be a number of epochs above 0 or 'N steps', not 'often'",
+        "checkpoint_every: must be",
+        "pull: not an option of LocalSGD, which has",
+        "stray",
+    ):
+        assert part in mistakes, part
+    assert file in mistakes
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--method", "SGDD"], "method: 'SGDD' is not one of AllreduceSGD"),
+        (["--lr", "0"], "lr: must be above 0"),
+        (["--lr", "inf"], "lr:"),
+        (["--momentum", "1"], "momentum: must be in [0, 1)"),
+        (["--weight_decay", "-1"], "weight_decay: must be at least 0"),
+        (["--lr_gamma", "-1"], "lr_gamma: must be at least 0"),
+        (["--lr_drop_factor", "2"], "lr_drop_factor: must be in (0, 1]"),
+        (["--running_average", "2"], "running_average: must be running or in (0, 1]"),
+        (["--running_average", "often"], "running_average: expected"),
+        (["--group_size", "0"], "group_size: must be a whole number"),
+        (["--sampling", "all"], "sampling: expected one of partition, shuffle, replacement"),
+        (["--optimizer", "Adam", "--momentum", "0.9"], "Adam has neither"),
+        (["--nesterov"], "nesterov: needs a momentum above 0"),
+        (["--lr"], "lr: needs a value"),
+        (["--epochs", "1.5"], "epochs: expected a whole number"),
+        (["--model", "json:nothing"], "cannot import 'json:nothing': AttributeError"),
+        (["--model", "math:pi"], "not something to call"),
+        (["--pull", "much"], "pull: expected a number, found 'much'"),
+        (["no-such-file.yaml"], "no-such-file.yaml: cannot be read: No such file"),
+    ],
+)
+def test_mistakes(argv: list[str], part: str) -> None:
+    assert any(part in mistake for mistake in refused(*argv)), refused(*argv)
+
+
+@pytest.mark.parametrize("text", ["lr: [", "just words", "- a\n- list"])
+def test_a_file_that_is_no_configuration(tmp_path: Path, text: str) -> None:
+    file = write(tmp_path, text)
+    assert any(file in mistake for mistake in refused(file))
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert parse([write(tmp_path, "")]) == parse([])
+
+
+def test_print_config_is_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--method", "EASGD", "--period", "7", "--lr_drops", "3,4", "--eval_every", "5 steps", "--steps", "9"]
+    with pytest.raises(SystemExit) as ended:
+        parse([*argv, "--print_config"])
+    assert ended.value.code == 0
+    assert parse([write(tmp_path, capsys.readouterr().out)]) == parse(argv)
+
+
+def test_help_is_grouped_and_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    for part in ("Task:", "Method:", "Options of the method:", "Optimizer of each worker:", "Run:", "--lr X", "[0.1]"):
+        assert part in text
+    for option in [*vars(Config()), *method_options()]:
+        assert f"--{option}" in text or option == "method_options"
+    assert "type:" not in text and "Union" not in text
+
+
+def test_resume_takes_the_run_s_configuration(tmp_path: Path) -> None:
+    write(tmp_path, parse(["--method", "EASGD", "--epochs", "3", "--lr", "0.5"]).text(), "config.yaml")
+    config = parse(["--resume", str(tmp_path), "--epochs", "5"])
+    assert (config.method, config.lr, config.epochs, config.output) == ("EASGD", 0.5, 5, str(tmp_path))
+    config = parse(["--resume", str(tmp_path), "--steps", "50"])
+    assert (config.epochs, config.steps) == (None, 50)
+    assert "lr: cannot change when a run is resumed" in refused("--resume", str(tmp_path), "--lr", "1")[0]
+    assert "cannot be read" in refused("--resume", str(tmp_path / "nowhere"))[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "interval"),
+    [(1, (1.0, "epochs")), ("0.5", (0.5, "epochs")), ("2 epochs", (2.0, "epochs")), ("200 steps", (200.0, "steps"))],
+)
+def test_intervals(text: object, interval: tuple[float, str]) -> None:
+    assert parse_every(text) == interval  # type: ignore[arg-type]
+    assert parse_every(None) is None
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5 steps", "soon", math.nan, "", "1..5"])
+def test_wrong_intervals(text: object) -> None:
+    with pytest.raises(ValueError, match="must be a number of epochs"):
+        parse_every(text)  # type: ignore[arg-type]
+
+
+def test_default_output_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_output(Config()) == "runs/lsgd-mlp-digits"
+    (tmp_path / "runs/lsgd-mlp-digits").mkdir(parents=True)
+    assert default_output(Config()) == "runs/lsgd-mlp-digits-2"
+    assert default_output(Config(model="my.models:net")) == "runs/lsgd-my.models_net-digits"
+
+
+def test_the_command_line_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(f"\n  {command} " in text for command in ("train", "report", "info", "bench"))
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("mpilsgd ")
+
+
+@pytest.mark.parametrize("argv", [[], ["tarin"]])
+def test_no_such_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert "train" in capsys.readouterr().err
+
+
+def test_only_the_first_rank_complains() -> None:
+    for rank, told in (("0", True), ("1", False)):
+        done = subprocess.run(
+            [sys.executable, "-m", "mpilsgd.cli", "tarin"],
+            env={**clean_environment(), "SLURM_PROCID": rank},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2
+        assert bool(done.stderr) == told
+
+
+def clean_environment() -> dict[str, str]:
+    """Without what a launcher has set."""
+    prefixes = ("PMI", "OMPI", "PRTE", "SLURM", "MPI_", "HYDI", "HYDRA")
+    return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}

@@ -1,0 +1,454 @@
+"""Every kernel, on every instruction set, against NumPy expressions (bit for bit) and the torch reference."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mpilsgd import kernels, reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LENGTHS = [0, 1, 7, 64, 1000, 100003]
+SPECIAL = [float("nan"), float("inf"), float("-inf")]
+ISAS = kernels._core.instruction_sets()
+R, Q, M, WD, LR = 0.3, 0.07, 0.9, 0.01, 0.05  # rates that no type represents exactly
+
+Vectors = dict[str, torch.Tensor]
+Arrays = dict[str, np.ndarray]
+
+
+def peers_of(v: dict[str, Any]) -> list[Any]:
+    return [v[key] for key in v if key.startswith("p")]
+
+
+def np_pull(a: Arrays, s: Callable[[float], Any], two: bool) -> Arrays:
+    x, leader, other = a["x"], a["l"], a["o"]
+    new = x - s(R) * (x - leader)
+    return {"x": new - s(Q) * (x - other) if two else new}
+
+
+def np_sum(terms: list[np.ndarray]) -> np.ndarray:
+    result = terms[0]
+    for term in terms[1:]:
+        result = result + term
+    return result
+
+
+def np_elastic(a: Arrays, s: Callable[[float], Any], gauss_seidel: bool, moving_rate: float = R) -> Arrays:
+    c, peers = a["c"], {key: a[key] for key in a if key.startswith("p")}
+    new = c + s(Q) * np_sum([x - c for x in peers.values()])
+    anchor = new if gauss_seidel else c
+    return {"c": new} | {key: x - s(moving_rate) * (x - anchor) for key, x in peers.items()}
+
+
+def np_elastic_sum(a: Arrays, s: Callable[[float], Any]) -> Arrays:
+    c, peers = a["c"], {key: a[key] for key in a if key.startswith("p")}
+    moved = {key: x - s(R) * (x - c) for key, x in peers.items()}
+    return {"t": np_sum([x - c for x in peers.values()])} | moved
+
+
+def np_elastic_apply(a: Arrays, s: Callable[[float], Any]) -> Arrays:
+    c = a["c"] + s(Q) * a["t"]
+    return {"c": c} | {key: a[key] - s(R) * (a[key] - c) for key in a if key.startswith("p")}
+
+
+def np_average(a: Arrays, s: Callable[[float], Any]) -> Arrays:
+    keys = [key for key in a if key.startswith("p")]
+    return dict.fromkeys(keys, np_sum([a[key] for key in keys]) / s(len(keys)))
+
+
+def np_msgd(
+    a: Arrays, s: Callable[[float], Any], momentum: float, nesterov: bool, pulls: int, velocity: bool = True
+) -> Arrays:
+    x, look = a["x"], s(momentum if nesterov else 0)
+    v = a["v"] if velocity else np.zeros_like(x)
+    new_v = s(momentum) * v - s(LR) * (a["g"] + s(WD) * x)
+    old = x - look * v
+    new = old + new_v
+    new = new - s(R) * (old - a["l"]) if pulls > 0 else new
+    new = new - s(Q) * (old - a["o"]) if pulls > 1 else new
+    return {"x": new + look * new_v} | ({"v": new_v} if velocity else {})
+
+
+def msgd_case(
+    momentum: float, nesterov: bool, pulls: int, velocity: bool = True
+) -> tuple[Callable, Callable]:
+    def call(f: Any, v: Vectors, stats: bool) -> Any:
+        leaders = {"leader": v["l"], "rate": R} if pulls > 0 else {}
+        leaders |= {"other": v["o"], "other_rate": Q} if pulls > 1 else {}
+        vel = v["v"] if velocity else None
+        return f.msgd(v["x"], v["g"], vel, LR, momentum, nesterov, WD, **leaders, stats=stats)
+
+    return call, lambda a, s: np_msgd(a, s, momentum, nesterov, pulls, velocity)
+
+
+# name: (call of kernels or reference, what NumPy says the changed vectors are)
+CASES: dict[str, tuple[Callable, Callable]] = {
+    "pull": (lambda f, v, s: f.pull(v["x"], v["l"], R, stats=s), lambda a, s: np_pull(a, s, False)),
+    "pull two": (
+        lambda f, v, s: f.pull(v["x"], v["l"], R, v["o"], Q, stats=s),
+        lambda a, s: np_pull(a, s, True),
+    ),
+    "pull itself": (lambda f, v, s: f.pull(v["x"], v["x"], R, stats=s), lambda a, s: {}),
+    "jacobi": (
+        lambda f, v, s: f.elastic(v["c"], peers_of(v), R, Q, stats=s),
+        lambda a, s: np_elastic(a, s, False),
+    ),
+    "gauss-seidel": (
+        lambda f, v, s: f.elastic(v["c"], peers_of(v), R, Q, gauss_seidel=True, stats=s),
+        lambda a, s: np_elastic(a, s, True),
+    ),
+    "moving average": (
+        lambda f, v, s: f.elastic(v["c"], peers_of(v), 0.0, Q, stats=s),
+        lambda a, s: {"c": np_elastic(a, s, False)["c"]},
+    ),
+    "elastic_sum": (
+        lambda f, v, s: f.elastic_sum(v["t"], v["c"], peers_of(v), R, stats=s),
+        np_elastic_sum,
+    ),
+    "elastic_apply": (
+        lambda f, v, s: f.elastic_apply(v["c"], peers_of(v), v["t"], R, Q),
+        np_elastic_apply,
+    ),
+    "elastic_apply centre": (
+        lambda f, v, s: f.elastic_apply(v["c"], [], v["t"], R, Q),
+        lambda a, s: {"c": a["c"] + s(Q) * a["t"]},
+    ),
+    "total": (
+        lambda f, v, s: f.total(v["t"], peers_of(v), stats=s),
+        lambda a, s: {"t": np_sum(peers_of(a))},
+    ),
+    "assign": (
+        lambda f, v, s: f.assign(peers_of(v), v["t"], R),
+        lambda a, s: {key: s(R) * a["t"] for key in a if key.startswith("p")},
+    ),
+    "average": (lambda f, v, s: f.average(peers_of(v), stats=s), np_average),
+    "msgd nesterov": msgd_case(M, True, 0),
+    "msgd heavy ball": msgd_case(M, False, 0),
+    "msgd no velocity": msgd_case(0.0, True, 0, velocity=False),
+    "msgd no velocity pull": msgd_case(0.0, True, 1, velocity=False),
+    "msgd pull": msgd_case(M, True, 1),
+    "msgd pull two": msgd_case(M, True, 2),
+    "msgd heavy ball pull two": msgd_case(M, False, 2),
+    "iterate": (
+        lambda f, v, s: f.iterate(v["x"], v["v"], M, -1),
+        lambda a, s: {"x": a["x"] - s(M) * a["v"]},
+    ),
+    "triad": (lambda f, v, s: f.triad(v["x"], v["l"], v["o"], R), lambda a, s: {"x": a["l"] + s(R) * a["o"]}),
+}
+WITH_STATS = [name for name in CASES if not name.startswith(("elastic_apply", "assign", "iterate", "triad"))]
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def make(dtype: torch.dtype, n: int, n_peers: int, start: int = 0, seed: int = 0) -> Vectors:
+    """Vectors that begin `start` elements into their memory."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = ["x", "l", "o", "g", "v", "c", "t", *(f"p{i}" for i in range(n_peers))]
+    return {
+        key: torch.randn(n + start, generator=generator, dtype=torch.float64).to(
+            accumulation(dtype) if key == "t" else dtype
+        )[start:]
+        for key in keys
+    }
+
+
+def clone(v: Vectors) -> Vectors:
+    return {key: t.clone() for key, t in v.items()}
+
+
+def wide(v: Vectors) -> Arrays:
+    return {key: t.to(accumulation(t.dtype)).numpy().copy() for key, t in v.items()}
+
+
+def assert_same(got: Vectors, wanted: Vectors, why: str) -> None:
+    assert got.keys() == wanted.keys()
+    for key, t in got.items():
+        if not np.array_equal(t.double().numpy(), wanted[key].double().numpy(), equal_nan=True):
+            raise AssertionError(f"{why}: {key} is {t}, should be {wanted[key]}")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    best = kernels.instruction_set()
+    kernels._core.select_instruction_set(request.param)
+    yield kernels.instruction_set()
+    kernels._core.select_instruction_set(best)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch's own threads only hinder each other on vectors this short."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_numpy_and_reference(isa: str, dtype: torch.dtype, name: str) -> None:
+    call, oracle = CASES[name]
+    scalar = np.float64 if dtype == torch.float64 else np.float32
+    shapes = [(n, p, start) for n in LENGTHS[:-1] for p, start in ((1, 1), (3, 0), (5, 3))]
+    for n, n_peers, start in [*shapes, (LENGTHS[-1], 2, 1)]:
+        vectors = make(dtype, n, n_peers, start)
+        by_torch = clone(vectors)
+        by_numpy = clone(vectors)
+        for key, values in oracle(wide(vectors), scalar).items():
+            by_numpy[key].copy_(torch.from_numpy(values))
+        call(kernels, vectors, False)
+        call(reference, by_torch, False)
+        assert_same(vectors, by_numpy, f"{name} n={n} peers={n_peers} start={start}, numpy")
+        assert_same(vectors, by_torch, f"{name} n={n} peers={n_peers} start={start}, torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_threads(threads: int, dtype: torch.dtype, name: str) -> None:
+    call, _ = CASES[name]
+    vectors = make(dtype, 500_009, 3, start=1)
+    by_torch = clone(vectors)
+    moved, wanted = call(kernels, vectors, True), call(reference, by_torch, True)
+    assert_same(vectors, by_torch, name)
+    assert_moved(moved, wanted)
+
+
+def assert_moved(moved: kernels.Moved | None, wanted: kernels.Moved | None) -> None:
+    if wanted is None:
+        assert moved is None
+    else:
+        assert moved is not None
+        assert moved.squared_distance == pytest.approx(wanted.squared_distance, rel=1e-9)
+        assert moved[1:] == wanted[1:]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", WITH_STATS)
+def test_stats_change_nothing_and_are_right(isa: str, dtype: torch.dtype, name: str) -> None:
+    call, _ = CASES[name]
+    for n in LENGTHS:
+        vectors = make(dtype, n, 3, start=1)
+        quiet, by_torch, before = clone(vectors), clone(vectors), wide(vectors)
+        moved = call(kernels, vectors, True)
+        assert call(kernels, quiet, False) is None
+        assert_same(vectors, quiet, name)
+        assert_moved(moved, call(reference, by_torch, True))
+        after, ignored = wide(vectors), "tv"
+        distance = sum(
+            ((after[key].astype(float) - before[key]) ** 2).sum() for key in after if key not in ignored
+        )
+        assert moved.squared_distance == pytest.approx(distance, rel=1e-5)
+        assert moved[1:] == (True, True, ())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_values_not_finite(isa: str, dtype: torch.dtype, name: str) -> None:
+    """Each vector in turn holds NaN and infinities, in the SIMD part, the tail and a second tile."""
+    call, _ = CASES[name]
+    for n, places in ((1, [0]), (100, [0, 33, 99]), (5003, [17, 2049, 5002])):
+        for key in ("x", "l", "o", "g", "v", "c", "t", "p0", "p2", "all"):
+            vectors = make(dtype, n, 3)
+            for victim in [key] if key != "all" else list(vectors):
+                for i, place in enumerate(places):
+                    vectors[victim][place] = SPECIAL[i]
+            by_torch = clone(vectors)
+            moved, wanted = call(kernels, vectors, True), call(reference, by_torch, True)
+            assert_same(vectors, by_torch, f"{name} n={n} not finite in {key}")
+            assert_moved(moved, wanted)
+
+
+@pytest.mark.parametrize("bad", SPECIAL)
+def test_guards_by_hand(isa: str, bad: float) -> None:
+    def vec(*values: float) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    x = vec(1, 2)
+    assert kernels.pull(x, vec(bad, 4), 0.5, vec(3, bad), 0.25, stats=True) == (1.25, True, False, ())
+    assert x.tolist() == [0.5 * 1 + 1, 3]
+    c, p, q = vec(0, 0, 1), vec(bad, 2, 3), vec(4, 4, 3)
+    moved = kernels.elastic(c, [p, q], 0.5, 0.25, stats=True)
+    assert c.tolist() == [1, 1.5, 2] and q.tolist() == [2, 2, 2] and p.tolist()[1:] == [1, 2]
+    assert np.array_equal(p.numpy()[:1], [bad], equal_nan=True)
+    assert moved == (1 + 2.25 + 1 + 4 + 4 + 1 + 1 + 1, False, True, (0,))
+    p, q = vec(bad, 2, bad), vec(4, 4, bad)
+    moved = kernels.average([p, q], stats=True)
+    assert (
+        p.tolist()[:2] == q.tolist()[:2] == [4, 3] and not torch.isfinite(p[2]) and not torch.isfinite(q[2])
+    )
+    assert moved is not None and moved.bad_peers == (0, 1) and not moved.finite
+    out = vec(0, 0)
+    assert kernels.total(out, [vec(bad, 1), vec(2, 2)], stats=True) == (0.0, False, True, (0,))
+    assert out.tolist() == [2, 3]
+    assert not kernels.check(vec(1, bad)) and kernels.check(vec(1, 2)) and kernels.check(vec())
+
+
+def test_overflow_is_seen(isa: str) -> None:
+    for dtype in DTYPES:
+        big = torch.finfo(dtype).max
+        x = torch.tensor([1.0, big], dtype=dtype)
+        moved = kernels.pull(x, torch.tensor([1.0, -big], dtype=dtype), -1.0, stats=True)
+        assert moved == (0.0, False, True, ())
+        assert kernels.check(torch.tensor([big, -big, torch.finfo(dtype).tiny], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_value_is_converted_right(isa: str, dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    total = torch.empty(every.numel())
+    kernels.total(total, [every])
+    torch.testing.assert_close(total, torch.where(torch.isfinite(every), every.float(), 0.0), rtol=0, atol=0)
+    generator = torch.Generator().manual_seed(1)
+    values = (
+        torch.randint(-(2**31), 2**31, (1 << 20,), generator=generator).to(torch.int32).view(torch.float32)
+    )
+    ties = (every[torch.isfinite(every)].float().unique()).double()
+    values = torch.cat([values, ((ties[1:] + ties[:-1]) / 2).float()])
+    rounded = torch.empty(values.numel(), dtype=dtype)
+    kernels.assign([rounded], values, 1.0)
+    torch.testing.assert_close(rounded, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_many_peers(threads: int) -> None:
+    peers = [torch.full((50,), float(i), dtype=torch.float64) for i in range(201)]
+    peers[150][3] = float("nan")
+    moved = kernels.average(peers, stats=True)
+    assert moved is not None and moved.bad_peers == (150,)
+    assert peers[7].tolist()[:3] == [100.0] * 3 and peers[150][3] == (200 * 201 / 2 - 150) / 200
+
+
+def test_calls_from_several_python_threads(threads: int) -> None:
+    vectors = [torch.zeros(400_000) for _ in range(4)]
+    leader = torch.ones(400_000)
+
+    def pulls(x: torch.Tensor) -> None:
+        for _ in range(20):
+            kernels.pull(x, leader, 0.5)
+
+    with ThreadPoolExecutor(4) as executor:
+        list(executor.map(pulls, vectors))
+    for x in vectors:
+        torch.testing.assert_close(x, torch.full_like(x, 1 - 0.5**20), rtol=0, atol=0)
+
+
+def run_python(script: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_no_memory_is_taken_and_a_fork_is_survived() -> None:
+    """In a process of its own: the peak memory is that of the process."""
+    script = """
+import os, resource, torch
+from mpilsgd import kernels as k
+torch.set_num_threads(2)
+n = 16_000_000
+x, l, o, v, t = (torch.full((n,), float(i)) for i in range(5))
+warm = [torch.ones(300_000) for _ in range(2)]
+k.pull(*warm, 0.5, stats=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+k.pull(x, l, 0.1, o, 0.1, stats=True)
+k.elastic(x, [l, o], 0.1, 0.1, stats=True)
+k.elastic(x, [l, o], 0.1, 0.1, gauss_seidel=True)
+k.elastic_sum(t, x, [l, o], 0.1)
+k.elastic_apply(x, [l, o], t, 0.1, 0.1)
+k.total(t, [x, l, o])
+k.assign([x, l], t, 0.3)
+k.average([x, l, o], stats=True)
+k.msgd(x, l, v, 0.1, 0.9, leader=o, rate=0.1, stats=True)
+k.iterate(x, v, 0.9, -1)
+k.check(x)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+x.zero_()
+child = os.fork()
+k.pull(x, torch.ones(n), 0.5)
+if child == 0:
+    os._exit(0 if x.min() == x.max() == 0.5 else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    grown_by_mib = int(run_python("import warnings; warnings.simplefilter('ignore')\n" + script))
+    assert grown_by_mib < 8  # a vector has 61
+
+
+def test_without_the_extension() -> None:
+    script = """
+import sys, warnings
+sys.modules["mpilsgd._core"] = None
+import torch
+from mpilsgd import kernels as k
+x, l = torch.zeros(3), torch.ones(3)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    moved = k.pull(x, l, 0.5, stats=True)
+    k.average([x, l])
+assert [w.category for w in seen] == [k.FallbackWarning], seen
+assert "pip install" in str(seen[0].message)
+assert seen[0].filename == "<string>"
+assert moved == (0.75, True, True, ()) and x.tolist() == [0.75] * 3
+assert (k.backend(x), k.instruction_set()) == ("reference", "reference")
+"""
+    run_python(script)
+
+
+def test_backend() -> None:
+    assert kernels.backend(torch.zeros(3)) == "cpu"
+    assert kernels.backend(torch.zeros(3, dtype=torch.int32)) == "reference"
+    assert kernels.instruction_set() in ISAS == kernels._core.instruction_sets()
+    with pytest.raises(ValueError, match="sse9"):
+        kernels._core.select_instruction_set("sse9")
+
+
+X, Y, Z = torch.zeros(4), torch.ones(4), torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kernels.pull(X, torch.zeros(5), 0.1), "leader has length 5, but x has length 4"),
+        (lambda: kernels.pull(X, Y.double(), 0.1), "leader is torch.float64, but x is torch.float32"),
+        (lambda: kernels.pull(X, Y, 0.1, Z.to("meta"), 0.1), "other is on meta, but x is on cpu"),
+        (lambda: kernels.pull(X.int(), Y.int(), 0.1), "x must be float32, float64"),
+        (lambda: kernels.pull(X.view(2, 2), Y, 0.1), "x must be a contiguous 1-D vector"),
+        (lambda: kernels.pull(X, torch.zeros(8)[::2], 0.1), "leader must be a contiguous 1-D vector"),
+        (lambda: kernels.pull(X, Y, float("nan")), "rate must be a finite number"),
+        (lambda: kernels.pull(X, Y, 0.1, Z, float("inf")), "other_rate must be a finite number"),
+        (lambda: kernels.pull(X[:3], X[1:], 0.1), "leader overlaps x"),
+        (lambda: kernels.elastic(X, [], 0.1, 0.1), "at least one"),
+        (lambda: kernels.elastic(X, Y, 0.1, 0.1), "sequence of vectors"),
+        (lambda: kernels.elastic(X, [Y, torch.zeros(3)], 0.1, 0.1), r"peers\[1\] has length 3"),
+        (lambda: kernels.elastic(X, [Y, Y], 0.1, 0.1), r"peers\[0\] and peers\[1\] overlap"),
+        (lambda: kernels.elastic(X, [X], 0.1, 0.1), "overlap"),
+        (lambda: kernels.elastic_sum(Y.double(), X, [Z], 0.1), "must be torch.float32"),
+        (lambda: kernels.elastic_sum(Y, X, [Y], 0.1), "the total overlaps"),
+        (lambda: kernels.total(torch.zeros(3), [Y]), "must have length 4"),
+        (lambda: kernels.total(torch.zeros(4).half(), [Y.half()]), "must be torch.float32"),
+        (lambda: kernels.average([]), "at least one"),
+        (lambda: kernels.msgd(X, Y, None, 0.1, momentum=0.9), "needs a velocity"),
+        (lambda: kernels.msgd(X, Y, torch.zeros(5), 0.1, 0.9), "velocity has length 5"),
+        (lambda: kernels.msgd(X, Y, Z, float("nan")), "lr must be a finite number"),
+    ],
+)
+def test_bad_arguments(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,241 @@
+"""`mpilsgd report` on run directories made up here: tables, figures, and what is wrong with them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpilsgd.train import report
+from mpilsgd.train.run_reader import RunError, read_runs
+
+
+def made_up_run(
+    folder: Path,
+    method: str = "LSGD",
+    groups: tuple[int, ...] = (4,),
+    speed: float = 1.0,
+    seed: int = 0,
+    points: int = 20,
+) -> Path:
+    """A run as `mpilsgd train` leaves it: `points` evaluations 40 steps apart, an election every 8 steps."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    workers, steps = sum(groups), 40 * points
+    per_rank = {
+        part: [base * (1 + 0.05 * rng.random()) for _ in range(workers)]
+        for part, base in _seconds(method).items()
+    }
+    lines = []
+    for i in range(points + 1):
+        error = 0.9 * math.exp(-i * speed / 3) + 0.02 + 0.004 * rng.random()
+        part = {f"t_{name}": values[0] * i / points for name, values in per_rank.items()}
+        line = {
+            "step": 40 * i,
+            "epoch": i / 4,
+            "wall_s": sum(part.values()),
+            "grad_evals": 40 * i * workers,
+            "rounds": 5 * i,
+        }
+        line |= {"bytes_group": 40_000_000 * 5 * i, "bytes_across": 8_000_000 * i * (len(groups) > 1)}
+        lines.append(
+            line
+            | {"train_loss": 2 * error, "test_loss": 2.5 * error, "test_error": error, "leader": 0}
+            | part
+        )
+    _write_lines(folder / "metrics.jsonl", lines)
+    first = np.cumsum([0, *groups[:-1]])
+    if method == "LSGD":
+        held, elections = [int(rank) for rank in first], []
+        for step in range(8, steps + 1, 8):
+            held = [
+                int(first[g] + rng.integers(size)) if rng.random() < 0.6 else held[g]
+                for g, size in enumerate(groups)
+            ]
+            overall = held[int(rng.integers(len(groups)))] if step % 16 == 0 else None
+            elections.append(
+                {"step": step, "leaders": held, "leader": held[0] if len(groups) == 1 else overall}
+            )
+        _write_lines(folder / "leaders.jsonl", elections)
+    summary = {
+        "method": method,
+        "world_size": workers,
+        "group_size": groups[0],
+        "test_error": lines[-1]["test_error"],
+    }
+    summary |= {
+        "best_worker": {"rank": 1, "test_error": 0.03},
+        "leads": [0] * workers,
+        "wall_s": lines[-1]["wall_s"],
+    }
+    summary |= {f"t_{part}": values for part, values in per_rank.items()}
+    summary |= {name: lines[-1][name] for name in ("bytes_group", "bytes_across", "rounds", "grad_evals")} | {
+        "resets": [0] * workers
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.yaml").write_text(f"method: {method}\nlr: 0.1\n")
+    return folder
+
+
+def _seconds(method: str) -> dict[str, float]:
+    comm = {"LSGD": 0.9, "EASGD": 2.5, "LocalSGD": 1.7, "AllreduceSGD": 31.0}.get(method, 0.0)
+    return {"compute": 120.0, "data": 9.0, "comm": comm}
+
+
+def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def call(*arguments: str | Path) -> int:
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    return report.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 10_000
+
+
+def test_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = made_up_run(tmp_path / "lsgd")
+    assert call(folder) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for name in ("curves.png", "leaders.png", "time.png"):
+        assert is_png(folder / "report" / name)
+        assert str(folder / "report" / name) in out
+    row = next(line for line in out.splitlines() if line.startswith("lsgd  "))
+    assert "LSGD" in row and "4 GB" in row and " 100 " in row and "2:1" in row
+    assert "lsgd: 100 elections" in out
+
+
+def test_eight_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = ["LSGD", "LSGD", "EASGD", "LocalSGD", "AllreduceSGD", "LSGD", "EASGD", "AllreduceSGD"]
+    shapes = [(4,), (2, 2), (4,), (4,), (4,), (2, 1), (2, 2), (1,)]
+    folders = [
+        made_up_run(tmp_path / f"run{i}", method, shape, speed=0.6 + 0.1 * i, seed=i)
+        for i, (method, shape) in enumerate(zip(methods, shapes, strict=True))
+    ]
+    assert call(*folders, "-o", tmp_path / "pictures") == 0
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
+        "curves.png",
+        "leaders.png",
+        "time.png",
+    }
+    assert all(is_png(path) for path in (tmp_path / "pictures").iterdir())
+    out = capsys.readouterr().out
+    assert all(f"run{i}  " in out for i in range(8))
+    assert "4 (2 groups)" in out and "led all" in out and "160 MB" in out
+
+
+def test_no_leaders_no_leader_picture(tmp_path: Path) -> None:
+    folder = made_up_run(tmp_path / "easgd", "EASGD")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "leaders.png").write_bytes(b"of an earlier report")
+    assert call(folder, "-o", tmp_path / "out") == 0
+    assert not (tmp_path / "out" / "leaders.png").exists()
+
+
+def test_counts_of_a_multi_leader_run(tmp_path: Path) -> None:
+    folder = made_up_run(tmp_path / "run", groups=(2, 1))
+    elections = [
+        {"step": 2, "leaders": [0, 2], "leader": None},
+        {"step": 4, "leaders": [1, 2], "leader": 2},
+        {"step": 6, "leaders": [None, 2], "leader": 2},
+    ]
+    _write_lines(folder / "leaders.jsonl", elections)
+    (run,) = read_runs([folder])
+    assert run.n_groups == 2 and run.world_size == 3
+    assert run.leads() == ([1, 1, 3], [0, 0, 2])
+    assert call(folder) == 0
+
+
+@pytest.mark.parametrize("damage", ["half a line", "not utf-8", "not an object"])
+def test_damaged_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    folder = made_up_run(tmp_path / "run")
+    tail = {"half a line": b'{"step": 840, "wall_', "not utf-8": b"\xff\xfe\x00", "not an object": b"[1, 2]"}[
+        damage
+    ]
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(tail)
+    assert call(folder) == 0
+    assert "run: metrics.jsonl: line 22 is damaged and left out" in capsys.readouterr().err
+    assert len(read_runs([folder])[0].metrics) == 21
+
+
+def test_unfinished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = made_up_run(tmp_path / "run", points=1)
+    (folder / "summary.json").unlink()
+    (folder / "config.yaml").write_text("method: [LSGD\n")
+    assert call(folder) == 0
+    err = capsys.readouterr().err
+    assert "no summary.json: the run is not finished" in err and "config.yaml cannot be read" in err
+
+
+def test_resumed_run_keeps_the_later_lines(tmp_path: Path) -> None:
+    folder = made_up_run(tmp_path / "run", points=3)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 80, "wall_s": 1.0, "test_error": 0.25}) + "\n")
+    (run,) = read_runs([folder])
+    assert [line["step"] for line in run.metrics] == [0, 40, 80]
+    assert run.column("test_error")[-1] == 0.25
+
+
+def test_diverged_run(tmp_path: Path) -> None:
+    good, bad = made_up_run(tmp_path / "good"), made_up_run(tmp_path / "bad", "EASGD")
+    lines = [json.loads(line) for line in (bad / "metrics.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines[4:]):
+        line["test_loss"] = 10.0**i if i < 6 else [math.nan, math.inf, None][i % 3]
+        line["test_error"] = 0.9
+    _write_lines(bad / "metrics.jsonl", lines)
+    assert call(good, bad, "-o", tmp_path / "out") == 0
+
+
+def test_lines_without_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = made_up_run(tmp_path / "run", points=3)
+    lines = [
+        json.loads(line) | {"test_error": None, "test_loss": None}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    _write_lines(folder / "metrics.jsonl", lines)
+    (folder / "summary.json").unlink()
+    assert call(folder) == 0
+    assert "LSGD" in capsys.readouterr().out
+
+
+def test_bad_directories_are_named_all_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "started").mkdir()
+    (tmp_path / "started" / "metrics.jsonl").write_text("")
+    names = ["missing", "file", "empty", "started"]
+    assert call(*(tmp_path / name for name in names)) == 2
+    err = capsys.readouterr().err
+    for name, reason in zip(
+        names,
+        ["no such run directory", "is a file", "holds no metrics.jsonl", "before its first evaluation"],
+        strict=True,
+    ):
+        assert any(f"{tmp_path / name}:" in line and reason in line for line in err.splitlines())
+
+
+def test_unwritable_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = made_up_run(tmp_path / "run", points=2)
+    (tmp_path / "taken").write_text("")
+    assert call(folder, "-o", tmp_path / "taken") == 2
+    assert "the folder for the figures cannot be made" in capsys.readouterr().err
+
+
+def test_names_tell_runs_apart(tmp_path: Path) -> None:
+    folders = [made_up_run(tmp_path / name / "run", points=2) for name in ("a", "b")]
+    assert [run.name for run in read_runs([*folders, folders[0]])] == ["a/run", "b/run"]
+
+
+def test_a_missing_run_raises(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no such run directory"):
+        read_runs([tmp_path / "nothing"])

@@ -100,7 +100,7 @@ def elastic(
         for x in peers:
             x.copy_(_wide(x) - moving_rate * elastic_term(_wide(x), anchor))
     center.copy_(new_center)
-    return _moved(before, peers, [old_center, center], center=(old_center, center)) if stats else None
+    return _moved_peers(before, peers, [old_center, center], center=(old_center, center)) if stats else None
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def elastic_sum(
     if moving_rate:
         for x in peers:
             x.copy_(_wide(x) - moving_rate * elastic_term(_wide(x), c))
-    return _moved(before, peers, [center]) if stats else None
+    return _moved_peers(before, peers, [center]) if stats else None
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def elastic_apply(
 def total(out: Tensor, peers: Sequence[Tensor], stats: bool = False) -> Moved | None:
     """out <- sum_i x_i, over the finite values"""
     out.copy_(_sum(torch.where(torch.isfinite(x), _wide(x), 0.0) for x in peers))
-    return _moved(peers, peers, [], also=[out]) if stats else None
+    return _moved_peers(peers, peers, [], also=[out]) if stats else None
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def average(peers: Sequence[Tensor], stats: bool = False) -> Moved | None:
     mean = _sum(torch.where(torch.isfinite(x), _wide(x), 0.0) for x in peers) / count
     for x in peers:
         x.copy_(torch.where(count > 0, mean, _wide(x)))
-    return _moved(before, peers, []) if stats else None
+    return _moved_peers(before, peers, []) if stats else None
 
 
 # --- SGD with momentum ----------------------------------------------------------------------------
@@ -222,18 +222,28 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return result
 
 
-def _moved(
+def _moved(before: Sequence[Tensor], after: Sequence[Tensor], sources: Sequence[Tensor]) -> Moved:
+    distances = ((_wide(new) - _wide(old)).double() for old, new in zip(before, after, strict=True))
+    return Moved(
+        squared_distance=math.fsum(float((d[torch.isfinite(d)] ** 2).sum()) for d in distances),
+        finite=all(check(t) for t in (*before, *after)),
+        source_finite=all(check(t) for t in sources),
+    )
+
+
+def _moved_peers(
     before: Sequence[Tensor],
     after: Sequence[Tensor],
     sources: Sequence[Tensor],
     center: tuple[Tensor, Tensor] | None = None,
     also: Sequence[Tensor] = (),
 ) -> Moved:
-    pairs = [*zip(before, after, strict=True), *([center] if center else [])]
-    distances = ((_wide(new) - _wide(old)).double() for old, new in pairs)
+    """As _moved, over peers; with the distance of a centre, and other vectors that must be finite."""
+    moved = _moved(before, after, sources)
+    distance = _moved([center[0]], [center[1]], []).squared_distance if center else 0.0
     return Moved(
-        squared_distance=math.fsum(float((d[torch.isfinite(d)] ** 2).sum()) for d in distances),
-        finite=all(check(t) for t in (*before, *after, *also)),
-        source_finite=all(check(t) for t in sources),
+        squared_distance=moved.squared_distance + distance,
+        finite=moved.finite and all(check(t) for t in also),
+        source_finite=moved.source_finite,
         bad_peers=tuple(i for i, t in enumerate(before) if not check(t)),
     )

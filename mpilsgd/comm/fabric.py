@@ -110,7 +110,12 @@ class Level:
     """
 
     def __init__(
-        self, fabric: Fabric, comm: MPI.Comm, seats: Sequence[tuple[int, int]], mates: set[int], world_ranks: list[int]
+        self,
+        fabric: Fabric,
+        comm: MPI.Intracomm,
+        seats: Sequence[tuple[int, int]],
+        mates: set[int],
+        world_ranks: list[int],
     ):
         self._fabric = fabric
         self._mates = mates
@@ -174,7 +179,9 @@ class Level:
             target = landing.views[0][: window.mine.numel()] if source is None else source
             if self.heads != MPI.COMM_NULL:
                 heads = self.heads
-                _in_pieces(target.view(torch.uint8), lambda piece: heads.Bcast([piece.numpy(), MPI.BYTE], root=home))
+                _in_pieces(
+                    target.view(torch.uint8), lambda piece: heads.Bcast([piece.numpy(), MPI.BYTE], root=home)
+                )
                 self._count(owner, 0 if here else target.numel() * target.element_size())
             if not here:
                 self.fence()
@@ -223,7 +230,9 @@ def _in_pieces(vector: torch.Tensor, operation: Callable[[torch.Tensor], None]) 
         for piece in vector.split(_PIECE // vector.element_size()):
             operation(piece)
         return
-    stage = torch.empty(min(vector.numel(), _STAGE // vector.element_size()), dtype=vector.dtype, pin_memory=True)
+    stage = torch.empty(
+        min(vector.numel(), _STAGE // vector.element_size()), dtype=vector.dtype, pin_memory=True
+    )
     for piece in vector.split(max(stage.numel(), 1)):
         host = stage[: piece.numel()]
         host.copy_(piece)

@@ -35,7 +35,14 @@ class AllreduceSGD(Method):
         model: torch.nn.Module | None = None,
     ):
         super().__init__(
-            optimizer, topology, init=init, buffers=buffers, model=model, problems=(), settings={}, gradients=True
+            optimizer,
+            topology,
+            init=init,
+            buffers=buffers,
+            model=model,
+            problems=(),
+            settings={},
+            gradients=True,
         )
 
     def _acts_on_gradient(self) -> bool:
@@ -62,7 +69,9 @@ class AllreduceSGD(Method):
             ]
         bad = self._average(spans, active)
         if len(bad) == len(active):
-            raise RuntimeError(f"every worker's gradient is non-finite at step {self.t}: the run has diverged")
+            raise RuntimeError(
+                f"every worker's gradient is non-finite at step {self.t}: the run has diverged"
+            )
         self.metrics.rounds += 1
         self.metrics.resets += self.fabric.world.rank in bad
         if table[:, 3].any() or len(active) < len(table):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import math
-import numbers
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpilsgd import kernels
 from mpilsgd.comm import Fabric, Topology, Window, end_job, exit_status
 from mpilsgd.flat import FlatParameters, digest, find_modules, float_buffers
+from mpilsgd.methods.arguments import choice
+from mpilsgd.methods.averaging import Span, accumulation_dtype, average, recalibrate
 
 # What a worker has come to a meeting for; the least number present decides what happens.
 ROUND, CENTER, CLOSE = 0.0, 1.0, 2.0
@@ -72,10 +71,10 @@ class Method(torch.optim.Optimizer):
         vectors: float = 0.0,
         gradients: bool = False,
     ):
-        super().__setstate__({})  # type: ignore[misc]  # step hooks, without a copy of the parameter groups
+        super().__setstate__({})  # step hooks, without a copy of the parameter groups
         self.topology = Topology() if topology is None else topology
         self._owns_topology = topology is None
-        found = [p for p in problems if p]
+        found = list(problems)
         if not isinstance(optimizer, torch.optim.Optimizer):
             found.append(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
         found += [choice("init", init, ("same", "different")), choice("buffers", buffers, _BUFFERS)]
@@ -87,7 +86,8 @@ class Method(torch.optim.Optimizer):
         self._open = False
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._modules = [model] if model is not None else find_modules(parameters)
-        held = float_buffers(self._modules)
+        # constants such as a mask of -inf are not statistics
+        held = [b for b in float_buffers(self._modules) if bool(torch.isfinite(b).all())]
         self._check_equal(parameters, held, {**settings, "init": init, "buffers": buffers})
         device = parameters[0].device
         nbytes = sum(-(-t.numel() * t.element_size() // 64) * 64 for t in [*parameters, *held])
@@ -118,9 +118,7 @@ class Method(torch.optim.Optimizer):
 
     # The life of a step. Subclasses say what is due before and after the wrapped optimizer's step.
 
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, loss: Any = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
         """One step of this worker's optimizer, and the exchange if one is due.
 
         Args:
@@ -175,7 +173,9 @@ class Method(torch.optim.Optimizer):
         table = level.table([purpose, self._stamp(), self._score(), self._note()])
         stamps = {int(row[1]) for row in table if row[0] == ROUND}
         if len(stamps) > 1:
-            raise RuntimeError(f"workers came to one round at different steps {sorted(stamps)}: are their periods equal?")
+            raise RuntimeError(
+                f"workers came to one round at different steps {sorted(stamps)}: are their periods equal?"
+            )
         return table
 
     def _stamp(self) -> int:
@@ -217,7 +217,11 @@ class Method(torch.optim.Optimizer):
         self.t = int(table[:, 1].max())
 
     def _shown(self) -> contextlib.AbstractContextManager[Any]:
-        """The parameters as the others shall see them: MSGD's hold the look-ahead between steps, but x is exchanged."""
+        """The parameters as the others shall see them in a round."""
+        return self._iterates()
+
+    def _iterates(self) -> contextlib.AbstractContextManager[Any]:
+        """The parameters hold x, which is what is exchanged: between steps MSGD's hold the look-ahead."""
         self.flat.reseat()  # RNN.flatten_parameters, for one, moves parameters
         return getattr(self.optimizer, "iterate", contextlib.nullcontext)()
 
@@ -236,7 +240,9 @@ class Method(torch.optim.Optimizer):
         if batches is not None and self.buffers_policy != "recalibrate":
             raise ValueError('center(batches) goes with buffers="recalibrate"')
         if batches is None and self.buffers_policy == "recalibrate" and self.flat.buffers:
-            raise ValueError('buffers="recalibrate" needs center(batches): inputs to recompute the statistics from')
+            raise ValueError(
+                'buffers="recalibrate" needs center(batches): inputs to recompute the statistics from'
+            )
         grad = torch.is_grad_enabled()
         with torch.no_grad():
             self._rest(CENTER)
@@ -245,17 +251,19 @@ class Method(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def _held_centre(self, batches: Iterable[Any]) -> Iterator[None]:
-        with getattr(self.optimizer, "iterate", contextlib.nullcontext)():
-            own = {d: w.mine.clone() for d, w in self._x.items()}
-            self.fabric.world.table([0.0])
-            try:
+        own = {
+            d: w.mine.clone() for d, w in self._x.items()
+        }  # as it lies there, so that it comes back exactly
+        try:
+            with self._iterates():
+                self.fabric.world.table([0.0])
                 self._set_centre()
                 if self.buffers_policy == "recalibrate" and self.flat.buffers:
                     self._recalibrate(batches)
                 yield
-            finally:
-                for d, w in self._x.items():
-                    w.mine.copy_(own[d])
+        finally:
+            for d, w in self._x.items():
+                w.mine.copy_(own[d])
 
     def _set_centre(self) -> None:
         """Puts the centre into every worker's parameters: the mean of the workers. Collective, after a barrier."""
@@ -270,25 +278,7 @@ class Method(torch.optim.Optimizer):
 
     def _recalibrate(self, batches: Iterable[Any]) -> None:
         """BatchNorm statistics of the centre over each worker's batches, averaged over those that had any."""
-        modules = [m for root in self._modules for m in root.modules()]
-        norms = [m for m in modules if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-        kept = [(m, m.momentum, m.num_batches_tracked.clone()) for m in norms]
-        modes = [(m, m.training) for m in modules]
-        for m in norms:
-            m.reset_running_stats()
-            m.momentum = None  # the plain average over the batches
-        for root in self._modules:
-            root.train()
-        seen = 0
-        for batch in batches:
-            seen += 1
-            for root in self._modules:
-                root(batch[0] if isinstance(batch, (tuple, list)) else batch)
-        for m, momentum, tracked in kept:
-            m.momentum = momentum
-            m.num_batches_tracked.copy_(tracked)
-        for m, training in modes:
-            m.training = training
+        seen = recalibrate(self._modules, batches)
         had = self.fabric.world.table([float(seen)])[:, 0]
         spans = [(w, self.flat.n_parameters[d], w.mine.numel()) for d, w in self._x.items()]
         if had.any():
@@ -296,59 +286,11 @@ class Method(torch.optim.Optimizer):
 
     # Building blocks for the methods
 
-    def _spans(self) -> list[tuple[Window, int, int]]:
+    def _spans(self) -> list[Span]:
         return [(w, 0, self._n[d]) for d, w in self._x.items()]
 
-    def _average(self, spans: list[tuple[Window, int, int]], active: Iterable[int]) -> set[int]:
-        """Replaces every worker's window[start:stop] by the mean over the active workers. Collective; barrier at its end.
-
-        Each rank handles its slice of every window on its island; across islands the sums meet in `_scratch`.
-        Returns the world ranks that had non-finite values; those do not count in the mean.
-        """
-        level = self.fabric.world
-        active = set(active)
-        counted = [r for r in level.local_ranks if r in active]
-        bad = np.zeros(level.size)
-        for window, start, stop in spans:
-            a, b = self._share(start, stop)
-            every = [window.views[level.seats[r]][a:b] for r in level.local_ranks]
-            peers = [window.views[level.seats[r]][a:b] for r in counted]
-            if level.n_islands == 1:
-                moved = kernels.average(peers, stats=True)
-                for view in (v for v, r in zip(every, level.local_ranks, strict=True) if r not in active):
-                    view.copy_(peers[0])
-            else:
-                total = self._scratch[accumulation_dtype(window.mine.dtype)].views[0][a:b]
-                moved = kernels.total(total, peers, stats=True) if peers else None
-            for i in moved.bad_peers if moved else ():
-                bad[counted[i]] = 1.0
-            level.count_local((b - a) * window.mine.element_size())
-        level.combine(bad)
-        excluded = {r for r in range(level.size) if bad[r]}
-        if level.n_islands == 1 or excluded >= active:
-            return excluded
-        for window, start, stop in spans:  # one dtype after the other through the scratch
-            a, b = self._share(start, stop)
-            scratch = self._scratch[accumulation_dtype(window.mine.dtype)]
-            total = scratch.views[0][a:b]
-            peers = [window.views[level.seats[r]][a:b] for r in counted if r not in excluded]
-            if not peers:
-                total.zero_()
-            elif len(spans) > 1 or excluded:
-                kernels.total(total, peers)
-            level.allreduce(scratch, start, stop)
-            every = [window.views[level.seats[r]][a:b] for r in level.local_ranks]
-            kernels.assign(every, total, 1.0 / len(active - excluded))
-            level.fence()
-        return excluded
-
-    def _share(self, start: int, stop: int) -> tuple[int, int]:
-        """This rank's slice of a vector that its island's ranks work on together."""
-        level = self.fabric.world
-        n, i = len(level.local_ranks), level.local_ranks.index(level.rank)
-        step = -(-(stop - start) // n)
-        step = -(-step // 16) * 16  # whole cache lines
-        return min(start + i * step, stop), min(start + (i + 1) * step, stop)
+    def _average(self, spans: list[Span], active: Iterable[int]) -> set[int]:
+        return average(self.fabric.world, self._scratch, spans, set(active))
 
     def _copy_from(self, source: int) -> None:
         """Everyone takes the whole vectors of world rank `source`. Collective."""
@@ -400,7 +342,9 @@ class Method(torch.optim.Optimizer):
             for group, decay in kept:
                 group["weight_decay"] = decay
 
-    def _allocator(self, windows: dict[torch.dtype, Window], device: torch.device) -> Callable[..., torch.Tensor]:
+    def _allocator(
+        self, windows: dict[torch.dtype, Window], device: torch.device
+    ) -> Callable[..., torch.Tensor]:
         def allocate(dtype: torch.dtype, numel: int) -> torch.Tensor:
             windows[dtype] = self.fabric.window(dtype, numel, device)
             return windows[dtype].mine
@@ -415,7 +359,9 @@ class Method(torch.optim.Optimizer):
             error = str(wrong)
         self.topology.agree(error)
         told = {k: "a callable" if callable(v) else v for k, v in settings.items()}
-        rows = self.topology.allgather((model, str(sum(p.numel() for p in parameters)), type(self).__name__, told))
+        rows = self.topology.allgather(
+            (model, str(sum(p.numel() for p in parameters)), type(self).__name__, told)
+        )
         for r, row in enumerate(rows):
             if row[0] != rows[0][0]:
                 raise ValueError(
@@ -447,9 +393,12 @@ class Method(torch.optim.Optimizer):
         """Refused: the parameters lie in flat vectors already."""
         raise RuntimeError("give the wrapped optimizer all its parameter groups before wrapping it")
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state plus, under "mpilsgd", this worker's clock and what the method keeps."""
-        return {**self.optimizer.state_dict(), "mpilsgd": {"method": type(self).__name__, "t": self.t, **self._extra()}}
+        return {
+            **self.optimizer.state_dict(),
+            "mpilsgd": {"method": type(self).__name__, "t": self.t, **self._extra()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what `state_dict` of the same method gave; the parameters are the model's to load."""
@@ -508,30 +457,3 @@ def _rest_at_exit() -> None:
 
 def _wants_round(table: np.ndarray) -> bool:
     return bool((table[:, 0] == ROUND).any())
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half types are summed in float32."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-# What arguments may be; each gives a message or None.
-
-
-def number(name: str, value: Any, low: float, high: float = math.inf) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high or math.isinf(value):
-        span = f"in [{low:g}, {high:g}]" if high < math.inf else f"of at least {low:g}"
-        return f"{name} must be a number {span}, not {value!r}"
-    return None
-
-
-def whole(name: str, value: Any, low: int = 1) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
-        return f"{name} must be a whole number of at least {low}, not {value!r}"
-    return None
-
-
-def choice(name: str, value: Any, among: tuple[Any, ...]) -> str | None:
-    if value not in among:
-        return f"{name} must be one of {', '.join(map(repr, among))}, not {value!r}"
-    return None

@@ -9,7 +9,9 @@ import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Topology, Window
-from mpilsgd.methods.base import Method, accumulation_dtype, choice, number, whole
+from mpilsgd.methods.arguments import choice, number, whole
+from mpilsgd.methods.averaging import accumulation_dtype, share
+from mpilsgd.methods.base import Method
 
 
 class EASGD(Method):
@@ -31,8 +33,9 @@ class EASGD(Method):
         form: "jacobi" or "gauss-seidel".
         optimizer, topology, init, buffers, model and errors: see `Method`.
 
-    The centre is one copy a node; each rank works on its slice of it and of its node's workers, in one pass. It starts at
-    the common start, or at the workers' mean with init="different". A worker found non-finite is set back to the centre.
+    The centre is one copy a node; each rank works on its slice of it and of its node's workers, in one pass. It
+    starts at the common start, or at the workers' mean with init="different". A worker found non-finite is set
+    back to the centre.
 
     Source: thesis (2.3)-(2.6), Algorithms 1 and 2, (6.2)-(6.3).
     """
@@ -58,7 +61,8 @@ class EASGD(Method):
             problems.append(number("moving_rate", moving_rate, -1.0, 2.0))
         elif problems[0] is None:
             moving_rate = center_rate / p
-        self.center_rate, self.moving_rate, self.period, self.form = center_rate, moving_rate, period, form
+        self.center_rate, self.period, self.form = center_rate, period, form
+        self.moving_rate = 0.0 if moving_rate is None else moving_rate  # refused below
         super().__init__(
             optimizer,
             topology,
@@ -115,7 +119,7 @@ class EASGD(Method):
         alpha, rate = self.moving_rate, self.center_rate / level.size
         found = np.zeros(level.size + 1)  # non-finite workers, and the sum of squared moves
         for d, window in self._x.items():
-            a, b = self._share(0, self._n[d])
+            a, b = share(level, 0, self._n[d])
             c = self._c[d].mine[a:b]
             peers = [window.views[level.seats[r]][a:b] for r in level.local_ranks]
             if level.n_islands == 1:
@@ -127,6 +131,7 @@ class EASGD(Method):
                 level.allreduce(scratch, 0, self._n[d])
                 kernels.elastic_apply(c, peers if seidel else [], total, alpha if seidel else 0.0, rate)
                 level.fence()
+            assert moved is not None
             for i in moved.bad_peers:
                 found[level.local_ranks[i]] = 1.0
             found[-1] += moved.squared_distance
@@ -152,7 +157,7 @@ class EASGD(Method):
     def _load_extra(self, own: dict[str, Any]) -> None:
         self.metrics.rounds = own["rounds"]
         for d, c in self._c.items():
-            a, b = self._share(0, c.mine.numel())
+            a, b = share(self.fabric.world, 0, c.mine.numel())
             c.mine[a:b].copy_(own["center"][str(d)][a:b])
 
     def _free(self) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Topology
-from mpilsgd.methods.base import ROUND, Method, choice, number, whole
+from mpilsgd.methods.arguments import choice, number, whole
+from mpilsgd.methods.base import ROUND, Method
 
 
 class LocalSGD(Method):
@@ -51,8 +52,12 @@ class LocalSGD(Method):
         if a is None and average == "quadratic" and isinstance(period, int) and period >= 1:
             a = float(period)
         if average == "quadratic" and (a is None or number("a", a, 0.0) or a == 0):
-            problems.append(f'average="quadratic" needs a number a > 0 (at least 16 kappa and the period), not {a!r}')
-        self.period = period if callable(period) or isinstance(period, int) or period is None else _steps(period)
+            problems.append(
+                f'average="quadratic" needs a number a > 0 (at least 16 kappa and the period), not {a!r}'
+            )
+        self.period = (
+            period if callable(period) or isinstance(period, int) or period is None else _steps(period)
+        )
         self.until_grad_norm = until_grad_norm
         self.average, self.a = average, a
         self.converged = False

@@ -12,7 +12,8 @@ import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Level, Topology, Window
-from mpilsgd.methods.base import ROUND, Method, choice, number, whole
+from mpilsgd.methods.arguments import choice, number, whole
+from mpilsgd.methods.base import ROUND, Method
 from mpilsgd.methods.local import MSGD
 
 
@@ -21,10 +22,11 @@ class LSGD(Method):
 
         x^{j,i} <- x^{j,i} - pull (x^{j,i} - x~^j) - global_pull (x^{j,i} - x^)
 
-    x~^j, the local leader, is the worker of group j with the least mean training loss over its last `loss_window`
-    batches, x^ the best of all; ties go to the lowest rank, and a loss that is not finite never leads. The first term is due
-    every `period` steps, the second every `global_period`; when both are, it is one simultaneous update. With one group
-    both leaders are one and the rates add: give `global_pull=0` for the papers' single-leader LSGD.
+    x~^j, the local leader, is the worker of group j with the least mean training loss over its last
+    `loss_window` batches, x^ the best of all; ties go to the lowest rank, and a loss that is not finite never
+    leads. The first term is due every `period` steps, the second every `global_period`; when both are, it is one
+    simultaneous update. With one group both leaders are one and the rates add: give `global_pull=0` for the
+    papers' single-leader LSGD.
 
     Args:
         pull, global_pull: lambda, lambda_G in [0, 1], the rates of Eq. 3 (the theory's are eta times its lambda).
@@ -63,7 +65,11 @@ class LSGD(Method):
         buffers: str = "average",
         model: torch.nn.Module | None = None,
     ):
-        problems = [number("pull", pull, 0.0, 1.0), whole("period", period), whole("loss_window", loss_window)]
+        problems = [
+            number("pull", pull, 0.0, 1.0),
+            whole("period", period),
+            whole("loss_window", loss_window),
+        ]
         problems.append(choice("when", when, ("after_step", "with_step", "every_step")))
         if global_pull is not None:
             problems.append(number("global_pull", global_pull, 0.0, 1.0))
@@ -74,7 +80,9 @@ class LSGD(Method):
         self.pull = pull
         self.global_pull = pull if global_pull is None else global_pull
         self.period = period
-        self.global_period = global_period if global_period is not None else 2 * period if not problems[1] else 1
+        self.global_period = (
+            global_period if global_period is not None else 2 * period if not problems[1] else 1
+        )
         self.when, self.sequential, self.score = when, sequential, score
         self._losses: deque[Any] = deque(maxlen=loss_window if not problems[2] else 1)
         self._now = math.inf
@@ -124,7 +132,9 @@ class LSGD(Method):
         if self.score is not None:
             return
         if loss is None:
-            raise ValueError("LSGD elects its leader by the training loss: step(loss=loss), step(closure) or score=")
+            raise ValueError(
+                "LSGD elects its leader by the training loss: step(loss=loss), step(closure) or score="
+            )
         self._losses.append(loss.detach() if torch.is_tensor(loss) else float(loss))
 
     def _before(self, loss: Any) -> None:
@@ -198,10 +208,7 @@ class LSGD(Method):
             self.metrics.leader = w
         elif self.topology.n_groups == 1 and g is not None:
             self.metrics.leader = group.world_ranks[g]
-        if self.when == "every_step":
-            finite = self._anchor(g, w)
-        else:
-            finite = self._pull(g, w)
+        finite = self._anchor(g, w) if self.when == "every_step" else self._pull(g, w)
         level, table = (world, everyone) if everyone is not None else (group, mates)
         assert table is not None
         flags = np.zeros(level.size)
@@ -235,6 +242,7 @@ class LSGD(Method):
                 continue
             (leader, r), (other, s) = pulls[0], pulls[1] if len(pulls) > 1 else (None, 0.0)
             moved = kernels.pull(x, leader, r, other, s, stats=True)
+            assert moved is not None
             finite &= moved.finite
             square += moved.squared_distance
         if contested and not leads:
@@ -287,8 +295,12 @@ class LSGD(Method):
         ]
         if isinstance(self.optimizer, MSGD):  # gradient step and pull in one pass
             for d, window in self._x.items():
-                self._pull_to(window.mine[self.flat.n_parameters[d] : self._n[d]], d, anchors, self.flat.n_parameters[d])
-            return self.optimizer.step(pulls=lambda p: [(self.flat.view(p, flats), rate) for flats, rate in anchors])
+                self._pull_to(
+                    window.mine[self.flat.n_parameters[d] : self._n[d]], d, anchors, self.flat.n_parameters[d]
+                )
+            return self.optimizer.step(
+                pulls=lambda p: [(self.flat.view(p, flats), rate) for flats, rate in anchors]
+            )
         with self._shown():
             for d, window in self._x.items():
                 self._pull_to(window.mine[: self._n[d]], d, anchors, 0)
@@ -309,7 +321,9 @@ class LSGD(Method):
             "anchored": list(self._anchored),
         }
         if self.when == "every_step":
-            own["anchors"] = [{str(d): w.views[0].clone() for d, w in k.items()} for k in (self._local, self._global)]
+            own["anchors"] = [
+                {str(d): w.views[0].clone() for d, w in k.items()} for k in (self._local, self._global)
+            ]
         return own
 
     def _load_extra(self, own: dict[str, Any]) -> None:

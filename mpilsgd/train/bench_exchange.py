@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     topology = Topology()
     size = topology.world.size
     if size < 2:
+        topology.free()
         print(
             "mpilsgd bench: start it on several ranks: mpiexec -n 4 mpilsgd bench exchange", file=sys.stderr
         )

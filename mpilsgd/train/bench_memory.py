@@ -44,7 +44,12 @@ class Model(torch.nn.Module):
 
 def measure(topology: Topology, numel: int) -> list[tuple[str, float, float]]:
     """(method, private bytes, shared bytes) that a rank holds more with each method. Collective."""
-    return [(name, *_memory(topology, numel, build)) for name, build in METHODS.items()]
+    gc.collect()
+    gc.freeze()  # torch has a million objects that need not be looked at again for each method
+    try:
+        return [(name, *_memory(topology, numel, build)) for name, build in METHODS.items()]
+    finally:
+        gc.unfreeze()
 
 
 def text(memory: list[tuple[str, float, float]], nbytes: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from mpilsgd.train.callables import InputError
@@ -116,7 +117,7 @@ class RunDirectory:
 
     def save(self, rank: int, step: int, state: dict[str, Any]) -> None:
         """Writes one rank's file of the checkpoint at a step. It counts after `seal`."""
-        _replace(self.checkpoint / _file_name(step, rank), lambda file: torch.save(state, file))
+        _replace(self.checkpoint / _file_name(step, rank), lambda file: torch.save(_loadable(state), file))
 
     def seal(self, step: int, world_size: int) -> None:
         """Rank 0, when all ranks' files are written: from now on this is the checkpoint."""
@@ -158,7 +159,7 @@ class RunDirectory:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged file
-            raise InputError(f"{path}: cannot be loaded: {error}") from error
+            raise InputError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _file_name(step: int, rank: int) -> str:
@@ -193,6 +194,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _loadable(value: Any) -> Any:
+    """The value with Python's numbers for NumPy's, which a loader that runs no code refuses."""
+    if isinstance(value, dict):
+        return {key: _loadable(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_loadable(item) for item in value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _cause(error: OSError) -> str:

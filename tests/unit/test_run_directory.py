@@ -1,0 +1,154 @@
+"""What a run leaves on the disk, and what is left when it is cut short."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mpilsgd.train import run_directory
+from mpilsgd.train.callables import InputError
+from mpilsgd.train.run_directory import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "a" / "run")
+    directory.claim("lr: 0.1\n")
+    return directory
+
+
+def lines(run: RunDirectory, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / name).read_text().splitlines()]
+
+
+def test_claim_makes_it_and_refuses_a_second_run(run: RunDirectory) -> None:
+    assert (run.path / "config.yaml").read_text() == "lr: 0.1\n"
+    assert list(run.checkpoint.iterdir()) == []
+    with pytest.raises(InputError, match="holds a run already.*--resume.*--overwrite"):
+        run.claim("lr: 1\n")
+    assert (run.path / "config.yaml").read_text() == "lr: 0.1\n"
+
+
+def test_overwrite_leaves_nothing_of_the_old_run_but_what_is_not_its_own(run: RunDirectory) -> None:
+    run.append("metrics.jsonl", [{"step": 1}])
+    run.save(0, 5, {})
+    run.seal(5, 1)
+    (run.path / "notes.txt").write_text("mine")
+    run.claim("lr: 1\n", overwrite=True)
+    assert sorted(path.name for path in run.path.iterdir()) == ["checkpoint", "config.yaml", "notes.txt"]
+    assert list(run.checkpoint.iterdir()) == []
+
+
+def test_resume_wants_a_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no run to resume"):
+        RunDirectory(tmp_path).claim("", resume=True)
+
+
+def test_a_path_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/run: cannot be written: Not a directory"):
+        RunDirectory(tmp_path / "file" / "run").claim("")
+
+
+def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_directory.os, "fsync", full)
+    directory = RunDirectory(tmp_path)
+    with pytest.raises(InputError, match="cannot be written: No space left on device"):
+        directory.claim("")
+    assert list(directory.checkpoint.iterdir()) == []
+
+
+def test_room_for_checkpoints(run: RunDirectory) -> None:
+    run.room_for(1000)
+    with pytest.raises(InputError, match="the disk has .* MB left, the checkpoints of this run need 1000000000000.0 MB"):
+        run.room_for(10**18)
+
+
+def test_lines_are_strict_json(run: RunDirectory) -> None:
+    run.append("metrics.jsonl", [{"step": 1, "test_loss": math.nan, "list": [math.inf, 1.0]}])
+    assert lines(run) == [{"step": 1, "test_loss": None, "list": [None, 1.0]}]
+
+
+def test_cut_drops_what_will_be_written_again_and_half_lines(run: RunDirectory) -> None:
+    run.append("metrics.jsonl", [{"step": step} for step in (1, 2, 3)])
+    run.append("leaders.jsonl", [{"step": step} for step in (1, 4)])
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "wall')
+    run.cut(2)
+    assert lines(run) == [{"step": 1}, {"step": 2}]
+    assert lines(run, "leaders.jsonl") == [{"step": 1}]
+
+
+def test_a_checkpoint_counts_when_it_is_sealed(run: RunDirectory) -> None:
+    assert run.sealed_step(2) is None
+    for rank in range(2):
+        run.save(rank, 10, {"x": torch.tensor([rank])})
+    assert run.sealed_step(2) is None
+    run.seal(10, 2)
+    assert run.sealed_step(2) == 10
+    assert run.load(1, 10)["x"].item() == 1
+    run.save(0, 20, {"x": torch.tensor([7])})  # the job is killed here
+    assert run.sealed_step(2) == 10 and run.load(0, 10)["x"].item() == 0
+    run.save(1, 20, {"x": torch.tensor([8])})
+    run.seal(20, 2)
+    for rank in range(2):
+        run.sweep(rank, 20)
+    assert run.sealed_step(2) == 20
+    assert sorted(path.name for path in run.checkpoint.iterdir()) == [
+        "manifest.json",
+        "step-0000000020.rank00000.pt",
+        "step-0000000020.rank00001.pt",
+    ]
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.save(0, 1, {"x": 1})
+    run.seal(1, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_directory.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.save(0, 2, {"x": 2})
+    assert run.sealed_step(1) == 1
+    assert sorted(path.name for path in run.checkpoint.iterdir()) == ["manifest.json", "step-0000000001.rank00000.pt"]
+
+
+def test_damaged_checkpoints_are_refused(run: RunDirectory) -> None:
+    run.save(0, 3, {"x": torch.zeros(100)})
+    run.seal(3, 1)
+    with pytest.raises(InputError, match="is a run of 1 rank.*cannot be resumed on 4"):
+        run.sealed_step(4)
+    path = run.checkpoint / "step-0000000003.rank00000.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(InputError, match=f"expected {len(content)} bytes, found {len(content) - 1}"):
+        run.sealed_step(1)
+    path.write_bytes(bytes(len(content)))
+    assert run.sealed_step(1) == 3
+    with pytest.raises(InputError, match="cannot be loaded"):
+        run.load(0, 3)
+    path.unlink()
+    with pytest.raises(InputError, match="found no file"):
+        run.sealed_step(1)
+    run.manifest.write_text("{}")
+    with pytest.raises(InputError, match=r"manifest.json: cannot be read"):
+        run.sealed_step(1)
+
+
+def test_numpy_s_numbers_can_be_loaded(run: RunDirectory) -> None:
+    state = {"a": np.float64(1.5), "b": [np.int64(2), (np.bool_(True), "x")], "c": torch.ones(2)}
+    run.save(0, 1, state)
+    loaded = run.load(0, 1)
+    assert loaded["a"] == 1.5 and loaded["b"] == [2, (True, "x")] and torch.equal(loaded["c"], torch.ones(2))

@@ -105,10 +105,10 @@ struct Tally {
   }
 };
 
-#define MPILSGD_OPERATIONS(DO)                                                                      \
-  DO(Pull)                                                                                          \
-  DO(Elastic) DO(ElasticSum) DO(ElasticApply) DO(Total) DO(Assign) DO(Average) DO(Msgd) DO(Iterate) \
-      DO(Check) DO(Triad)
+#define MPILSGD_OPERATIONS(DO) \
+  DO(Pull)                     \
+  DO(Elastic)                  \
+  DO(ElasticSum) DO(ElasticApply) DO(Total) DO(Assign) DO(Average) DO(Msgd) DO(Iterate) DO(Check) DO(Triad)
 
 namespace cpu {
 

@@ -13,7 +13,7 @@ run=$ROOT/runs/quickstart
 
 set_up report
 find_mpi
-say "training on $ranks ranks: $MPIEXEC -n $ranks mpilsgd train jobs/quickstart.yaml"
+say "training on $ranks ranks ($MPI, $MPIEXEC): mpilsgd train jobs/quickstart.yaml"
 LIMIT=1200 run_ranks "$ranks" mpilsgd train "$ROOT/jobs/quickstart.yaml" --output "$run" --overwrite true "$@"
 say "drawing the report"
 mpilsgd report "$run"
@@ -25,13 +25,15 @@ names=(MPI4PY_LIBMPI) needs=""
 for name in "${names[@]}"; do
   [[ -z ${!name:-} ]] || needs+=$'\n'"  export $name='${!name}'"
 done
+start=$(printf '%q' "$MPIEXEC")
+[[ $MPIEXEC != "$VENV/bin/mpiexec" ]] || start=mpiexec
 cat <<END
 
 The run is in $run, its figures in $run/report.
 To try next, another method and both in one picture:
 
   cd '$ROOT'; source '$VENV/bin/activate'$needs
-  $(printf '%q' "$MPIEXEC") -n $ranks mpilsgd train jobs/quickstart.yaml --method EASGD --output runs/easgd
+  $start -n $ranks mpilsgd train jobs/quickstart.yaml --method EASGD --output runs/easgd
   mpilsgd report runs/quickstart runs/easgd
   mpilsgd train --help
 END

@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 COMMANDS = {
     "train": "train a model on all ranks: mpiexec -n 4 mpilsgd train",
@@ -47,7 +47,9 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
-    parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument(
+        "command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="one of the commands below"
+    )
     first = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
     parsed = parser.parse_args(arguments[: first + 1])
     if parsed.version:
@@ -62,13 +64,17 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 @contextlib.contextmanager
-def _told_once():  # type: ignore[no-untyped-def]
+def _told_once() -> Iterator[None]:
     """Of many ranks that print the same help or complaint, only the first is heard."""
     rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0")
     if rank == "0":
         yield
         return
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         yield
 
 

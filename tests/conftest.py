@@ -20,7 +20,7 @@ RUN = os.environ.get("MPILSGD_TEST_RUN", "")  # the run's name, as tally.py prin
 RECORD = os.environ.get("MPILSGD_TEST_RECORD")  # the folder of the outcomes
 RANKS = int(os.environ.get("MPILSGD_TEST_RANKS", "0"))  # the world's size, 0 for any
 NODES = int(os.environ.get("MPILSGD_TEST_NODES", "0"))  # shared-memory nodes there have to be, 0 for any
-SECONDS = float(os.environ.get("MPILSGD_TEST_SECONDS", "120"))  # the longest one test may take
+SECONDS = float(os.environ.get("MPILSGD_TEST_SECONDS", "240"))  # the longest one test may take
 SLOW = 15  # times as long for a test marked slow
 
 

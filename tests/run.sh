@@ -105,7 +105,7 @@ if [[ " ${parts[*]} " == *" unit "* ]]; then unit; fi
 if [[ " ${parts[*]} " == *" mpi "* && -n $slow ]]; then
   LIMIT=14400 all_ranks "${MPILSGD_RANKS:-4}"
 elif [[ " ${parts[*]} " == *" mpi "* ]]; then
-  LIMIT=900
+  LIMIT=1200
   all_ranks 1 2 3 4
   [[ $MPI != MPICH ]] || emulated_nodes
   other=MPICH

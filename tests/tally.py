@@ -15,7 +15,7 @@ from pathlib import Path
 
 # The only reasons for which a test may be skipped, as regular expressions searched in pytest's reason. What
 # the machine lacks no run can have; another layout of the ranks some run has to have.
-MACHINE = r"needs a GPU|needs (\d+|several) GPUs|needs root|this CPU has no "
+MACHINE = r"needs a GPU|needs (\d+|several) GPUs|needs a machine without GPU|needs root|this CPU has no "
 LAYOUT = r"needs (exactly |at least )?\d+ (ranks|nodes)|needs one node|needs several nodes"
 
 ORDER = ("left out", "skipped", "passed", "failed")  # over the ranks of one run, the last of these counts

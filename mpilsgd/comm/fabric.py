@@ -112,7 +112,7 @@ class Level:
     def __init__(
         self,
         fabric: Fabric,
-        comm: MPI.Intracomm,
+        comm: MPI.Comm,
         seats: Sequence[tuple[int, int]],
         mates: set[int],
         world_ranks: list[int],

@@ -36,7 +36,7 @@ class Topology:
     Collective over `comm`, as are `free` and the helpers below.
     """
 
-    def __init__(self, comm: MPI.Intracomm | None = None, group_size: int | None = None, shared: bool = True):
+    def __init__(self, comm: MPI.Comm | None = None, group_size: int | None = None, shared: bool = True):
         self.world = (MPI.COMM_WORLD if comm is None else comm).Dup()
         if self.world.size > 1:
             _abort_on_exception()

@@ -25,7 +25,7 @@ class Window:
     A tensor's first touch is its owner's, so its pages lie near its owner. Collective over `comm`, as is `free`.
     """
 
-    def __init__(self, comm: MPI.Intracomm, dtype: torch.dtype, numel: int, common: bool = False):
+    def __init__(self, comm: MPI.Comm, dtype: torch.dtype, numel: int, common: bool = False):
         self.common = common
         self._win: MPI.Win | None = None
         itemsize = torch.empty((), dtype=dtype).element_size()
@@ -34,6 +34,7 @@ class Window:
             self.mine = self.views[0]
             return
         nbytes = 0 if common and comm.rank else -(-numel * itemsize // ALIGN) * ALIGN
+        assert isinstance(comm, MPI.Intracomm)
         info = MPI.Info.Create()
         info.Set("alloc_shared_noncontig", "true")
         self._win = MPI.Win.Allocate_shared(max(nbytes, ALIGN), 1, info, comm)

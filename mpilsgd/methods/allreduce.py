@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import numpy as np
 import torch
 
+from mpilsgd import kernels
 from mpilsgd.comm import Topology
 from mpilsgd.methods.base import ROUND, Method
 
@@ -18,8 +20,9 @@ class AllreduceSGD(Method):
         x_{t+1} = x_t - eta (1/p) sum_i g_t^i(x_t)
 
     The flat gradients lie in shared windows; each rank averages its slice of all of them in place, so a node holds no
-    copy. Where a gradient value is not finite, the mean is that of the others' (the event is counted in
-    `metrics.resets`). A worker that is out of data leaves the mean and follows the others' steps.
+    copy. Where a gradient value is not finite, the mean is that of the others'; a worker whose parameters are not
+    (found when its gradient or the `loss` given to `step` is not) takes another's. Both count in `metrics.resets`.
+    A worker that is out of data leaves the mean and follows the others' steps.
 
     Arguments and errors: see `Method`. On one rank it is the wrapped optimizer. Source: local SGD paper, (4) with
     I_T = [T]; float buffers are averaged with the gradients.
@@ -53,7 +56,11 @@ class AllreduceSGD(Method):
 
     def _before(self, loss: Any) -> None:
         self._missing = self.flat.fill_missing_grads()
+        self._suspect = loss is not None and not math.isfinite(float(loss))
         self._exchange()
+
+    def _score(self) -> float:
+        return float(self._suspect)
 
     def _note(self) -> float:
         return float(len(self._missing))
@@ -73,9 +80,22 @@ class AllreduceSGD(Method):
                 f"every worker's gradient is non-finite at step {self.t}: the run has diverged"
             )
         self.metrics.rounds += 1
-        self.metrics.resets += self.fabric.world.rank in bad
+        if bad or table[:, 2].any():
+            self._check_parameters(bad)
         if table[:, 3].any() or len(active) < len(table):
             self._agree_on_missing(self.fabric.world.rank in active)
+
+    def _check_parameters(self, bad: set[int]) -> None:
+        """Workers whose parameters are not finite take those of the first whose are. Collective."""
+        level = self.fabric.world
+        own = all([kernels.check(w.mine[: self._n[d]]) for d, w in self._x.items()])
+        broken = {r for r, row in enumerate(level.table([float(own)])) if not row[0]}
+        if broken:
+            self._set_back(broken)
+            self._forget()  # on every worker, so that they stay equal
+            self._copy_from(min(set(range(level.size)) - broken), broken)
+        elif level.rank in bad:
+            self.metrics.resets += 1
 
     def _agree_on_missing(self, active: bool) -> None:
         """A parameter that had a gradient on any worker is stepped on all of them."""
@@ -86,7 +106,7 @@ class AllreduceSGD(Method):
             p.grad = self.flat.view(p, self.flat.grads) if present else None
 
     def _rest(self, purpose: float) -> None:
-        self._missing = []
+        self._missing, self._suspect = [], False
         super()._rest(purpose)
 
     def _followed(self) -> None:

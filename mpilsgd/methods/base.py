@@ -111,6 +111,7 @@ class Method(torch.optim.Optimizer):
                 self._scratch[kind] = self.fabric.common(self.fabric.world, kind, numel, device)
         if init == "same":
             self._copy_from(0)
+        self.fabric.traffic.group = self.fabric.traffic.across = 0  # counts rounds
         self._open = True
         if not _living:
             atexit.register(_rest_at_exit)
@@ -292,13 +293,13 @@ class Method(torch.optim.Optimizer):
     def _average(self, spans: list[Span], active: Iterable[int]) -> set[int]:
         return average(self.fabric.world, self._scratch, spans, set(active))
 
-    def _copy_from(self, source: int) -> None:
-        """Everyone takes the whole vectors of world rank `source`. Collective."""
+    def _copy_from(self, source: int, takers: set[int] | None = None) -> None:
+        """The takers (default: all) get the whole vectors of world rank `source`. Collective."""
         level = self.fabric.world
         level.table([0.0])
         for dtype, window in self._x.items():
             vector = level.bring(window, source, self._scratch.get(dtype))[: window.mine.numel()]
-            if level.rank != source:
+            if level.rank != source and (takers is None or level.rank in takers):
                 window.mine.copy_(vector)
         level.table([0.0])
 
@@ -314,10 +315,14 @@ class Method(torch.optim.Optimizer):
         self._refuse_if_all(bad)
         if self.fabric.world.rank in bad:
             self.metrics.resets += 1
-            for state in self.optimizer.state.values():
-                for value in state.values():
-                    if torch.is_tensor(value) and value.is_floating_point():
-                        value.zero_()
+            self._forget()
+
+    def _forget(self) -> None:
+        """Clears the wrapped optimizer's memory (momentum, and the moments and step numbers of Adam) in place."""
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if torch.is_tensor(value) and value.is_floating_point():
+                    value.zero_()
 
     @contextlib.contextmanager
     def _gradient_at_x(self) -> Iterator[None]:

@@ -27,7 +27,7 @@ class EASGD(Method):
         c <- c + (beta/p) sum_i (x^i - c);    x^i <- x^i - alpha (x^i - c)
 
     Args:
-        center_rate: beta, in [0, max(2, p)].
+        center_rate: beta >= 0 (DOWNPOUR is the Gauss-Seidel form with alpha = 1, beta = p).
         moving_rate: alpha, in [-1, 2]; default beta/p (elastic symmetry). Below 0 it may be optimal: thesis 5.1.3.
         period: tau >= 1.
         form: "jacobi" or "gauss-seidel".
@@ -55,7 +55,7 @@ class EASGD(Method):
     ):
         topology, made = (Topology(), True) if topology is None else (topology, False)
         p = topology.world.size
-        problems = [number("center_rate", center_rate, 0.0, float(max(2, p))), whole("period", period)]
+        problems = [number("center_rate", center_rate, 0.0), whole("period", period)]
         problems.append(choice("form", form, ("jacobi", "gauss-seidel")))
         if moving_rate is not None:
             problems.append(number("moving_rate", moving_rate, -1.0, 2.0))

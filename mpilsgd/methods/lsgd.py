@@ -123,7 +123,7 @@ class LSGD(Method):
     # When
 
     def _acts_on_gradient(self) -> bool:
-        return self.when == "every_step" or (self.when == "with_step" and any(self._due(self.t)))
+        return self.when != "after_step"
 
     def _due(self, t: int) -> tuple[bool, bool]:
         return t % self.period == 0, t % self.global_period == 0

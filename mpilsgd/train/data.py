@@ -35,12 +35,17 @@ _STATISTICS = {
 class Dataset(Protocol):
     """What the training loop needs of a training or test set."""
 
-    input_shape: tuple[int, ...]
-    classes: int
+    @property
+    def input_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def classes(self) -> int: ...
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(
+        self, indices: torch.Tensor, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of the samples; a generator asks for random augmentation (training)."""
         ...
 
@@ -77,7 +82,9 @@ class ImageSet:
         mean, std: a value a channel, in the images' units.
     """
 
-    def __init__(self, split: Split, classes: int, mean: list[float], std: list[float], augmentation: Augmentation):
+    def __init__(
+        self, split: Split, classes: int, mean: list[float], std: list[float], augmentation: Augmentation
+    ):
         images, labels = split
         self.images = torch.from_numpy(np.array(images))  # a copy: files may be mapped read-only
         self.labels = torch.from_numpy(labels.astype(np.int64))
@@ -96,7 +103,9 @@ class ImageSet:
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         self.scale, self.shift = self.scale.to(device), self.shift.to(device)
 
-    def batch(self, indices: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(
+        self, indices: torch.Tensor, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         indices = indices.to(self.images.device)
         images = self.images[indices]
         images = self._center(images) if generator is None else self._augment(images, generator)
@@ -135,7 +144,9 @@ class TensorSet:
     def to(self, device: torch.device) -> None:
         self.inputs, self.labels = self.inputs.to(device), self.labels.to(device)
 
-    def batch(self, indices: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(
+        self, indices: torch.Tensor, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         indices = indices.to(self.labels.device)
         inputs = self.inputs[indices]
         return (inputs / 255 if inputs.dtype == torch.uint8 else inputs), self.labels[indices]
@@ -155,7 +166,9 @@ class MapSet:
     def to(self, device: torch.device) -> None:
         self.device = device
 
-    def batch(self, indices: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(
+        self, indices: torch.Tensor, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, labels = default_collate([self.dataset[i] for i in indices.tolist()])
         return inputs.to(self.device), labels.to(self.device)
 
@@ -164,8 +177,9 @@ def load(name: str, data_dir: str = "data", augment: str = "auto", seed: int = 0
     """The training and the test set.
 
     Args:
-        name: one of `DATASETS`, or `package.module:callable`, which returns (training set, test set): torch Datasets
-            of (input, label) pairs, or (inputs, labels) pairs of tensors. It is given `data_dir` and `seed` if it takes them.
+        name: one of `DATASETS`, or `package.module:callable`, which returns (training set, test set): torch
+            Datasets of (input, label) pairs, or (inputs, labels) pairs of tensors. It is given `data_dir` and
+            `seed` if it takes them.
         data_dir: the folder of the files (or a folder that contains it).
         augment: "crop" (random 28 x 28 squares, mirrored), "pad" (4 black pixels around, random squares of the
             original size, mirrored), "none", or "auto": "crop" for cifar10, "none" for the others.
@@ -184,7 +198,9 @@ def load(name: str, data_dir: str = "data", augment: str = "auto", seed: int = 0
     height = splits[0][0].shape[2]
     choice = ("crop" if name == "cifar10" else "none") if augment == "auto" else augment
     if choice == "crop" and height < 28:
-        raise DataError(f"augment=crop cuts out 28 x 28 pixels; the images of {name} have {height} x {height}")
+        raise DataError(
+            f"augment=crop cuts out 28 x 28 pixels; the images of {name} have {height} x {height}"
+        )
     augmentation = {
         "none": Augmentation(),
         "crop": Augmentation(crop=28, flip=True),
@@ -196,18 +212,27 @@ def load(name: str, data_dir: str = "data", augment: str = "auto", seed: int = 0
 
 def _load_users(path: str, data_dir: str, augment: str, seed: int) -> tuple[Dataset, Dataset]:
     if augment not in ("auto", "none"):
-        raise DataError(f"augment={augment} is for the built-in image sets; let {path} augment its training set itself")
+        raise DataError(
+            f"augment={augment} is for the built-in image sets; let {path} augment its training set itself"
+        )
     function = resolve(path)
     pair = function(**accepted(function, {"data_dir": data_dir, "seed": seed}))
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise DataError(f"{path} must return (training set, test set), not {type(pair).__name__}")
-    labels = [_labels(dataset, f"{path}: {part} set") for dataset, part in zip(pair, ("training", "test"), strict=True)]
+    labels = [
+        _labels(dataset, f"{path}: {part} set")
+        for dataset, part in zip(pair, ("training", "test"), strict=True)
+    ]
     classes = max(int(labels[0].max()) + 1, len(getattr(pair[0], "classes", ())))
     train, test = (_wrap(dataset, known, classes) for dataset, known in zip(pair, labels, strict=True))
     if int(labels[1].max()) >= classes:
-        raise DataError(f"{path}: test set: label {int(labels[1].max())} does not occur in training (0..{classes - 1})")
+        raise DataError(
+            f"{path}: test set: label {int(labels[1].max())} does not occur in training (0..{classes - 1})"
+        )
     if train.input_shape != test.input_shape:
-        raise DataError(f"{path}: training inputs have the shape {train.input_shape}, test inputs {test.input_shape}")
+        raise DataError(
+            f"{path}: training inputs have the shape {train.input_shape}, test inputs {test.input_shape}"
+        )
     return train, test
 
 
@@ -227,7 +252,9 @@ def _labels(dataset: Any, where: str) -> torch.Tensor:
     """All labels, checked; a data set that does not hold them as a list is read through once."""
     pair = _tensors(dataset)
     if pair is None and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise DataError(f"{where}: must be a torch Dataset with __getitem__ and __len__, or a pair of tensors; it is {dataset!r}")
+        raise DataError(
+            f"{where}: must be a torch Dataset with __getitem__ and __len__, or a pair of tensors; it is {dataset!r}"
+        )
     if len(dataset if pair is None else pair[1]) == 0:
         raise DataError(f"{where}: holds no samples")
     if pair is not None:
@@ -237,7 +264,9 @@ def _labels(dataset: Any, where: str) -> torch.Tensor:
     else:
         found = torch.stack([torch.as_tensor(dataset[i][1]) for i in range(len(dataset))])
     if found.dtype.is_floating_point or found.dim() != 1:
-        raise DataError(f"{where}: labels must be whole numbers, one a sample; found {found.dtype} {tuple(found.shape)}")
+        raise DataError(
+            f"{where}: labels must be whole numbers, one a sample; found {found.dtype} {tuple(found.shape)}"
+        )
     if int(found.min()) < 0:
         raise DataError(f"{where}: label {int(found.min())} of sample {int(found.argmin())} is below 0")
     return found.to(torch.int64)

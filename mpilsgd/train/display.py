@@ -65,14 +65,17 @@ class Display:
             self._drawn = 0
 
 
-def opening(config: Config, world_size: int, groups: list[list[int]], threads: int, samples: int, parameters: int) -> str:
+def opening(
+    config: Config, world_size: int, groups: list[list[int]], threads: int, samples: int, parameters: int
+) -> str:
     """What will be done, in two lines."""
     sizes = sorted({len(group) for group in groups})
     of = "" if len(groups) == 1 else f" in {len(groups)} groups of {' or '.join(map(str, sizes))}"
     options = "".join(f" {key}={value}" for key, value in config.method_options.items())
     return (
         f"{config.method}{options}: {config.model} ({parameters} parameters) on {config.data} ({samples} samples)\n"
-        f"{world_size} rank(s){of}, {threads} thread(s) each; {config.optimizer} lr={config.lr:g}, batches of {config.batch_size}"
+        f"{world_size} rank(s){of}, {threads} thread(s) each; {config.optimizer} lr={config.lr:g}, "
+        f"batches of {config.batch_size}"
     )
 
 
@@ -84,7 +87,10 @@ def closing(summary: dict[str, Any], directory: str) -> str:
     times = ", ".join(f"{words[k]} {duration(v)} ({100 * v / whole:.1f} %)" for k, v in parts.items())
     best = summary["best_worker"]
     lines = [
-        ("test error of the centre", f"{100 * summary['test_error']:.2f} %   (loss {number(summary['test_loss'])})"),
+        (
+            "test error of the centre",
+            f"{100 * summary['test_error']:.2f} %   (loss {number(summary['test_loss'])})",
+        ),
         ("of the best worker", f"{100 * best['test_error']:.2f} %   (rank {best['rank']})"),
     ]
     if any(summary["leads"]):
@@ -93,9 +99,15 @@ def closing(summary: dict[str, Any], directory: str) -> str:
         told = "  ".join(f"{r}: {n}" for r, n in enumerate(summary["resets"]) if n)
         lines.append(("set back, not finite", told))
     lines += [
-        ("training time", f"{duration(summary['wall_s'])}, evaluation not counted; {summary['steps']} steps a rank"),
+        (
+            "training time",
+            f"{duration(summary['wall_s'])}, evaluation not counted; {summary['steps']} steps a rank",
+        ),
         ("time of a rank, mean", times),
-        ("read from other ranks", f"{size(summary['bytes_group'])} in groups, {size(summary['bytes_across'])} across groups"),
+        (
+            "read from other ranks",
+            f"{size(summary['bytes_group'])} in groups, {size(summary['bytes_across'])} across groups",
+        ),
         ("rounds", str(summary["rounds"])),
         ("run directory", directory),
     ]

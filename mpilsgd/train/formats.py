@@ -33,7 +33,9 @@ def read_digits() -> tuple[Split, Split]:
     (CC BY 4.0, doi 10.24432/C50P49), split once into stratified training and test sets.
     """
     with np.load(Path(__file__).parent / "digits.npz", allow_pickle=False) as file:
-        train, test = ((file[f"{part}_images"][:, None], file[f"{part}_labels"]) for part in ("train", "test"))
+        train, test = (
+            (file[f"{part}_images"][:, None], file[f"{part}_labels"]) for part in ("train", "test")
+        )
     return train, test
 
 
@@ -45,11 +47,15 @@ def read_mnist(folders: Sequence[Path]) -> tuple[Split, Split]:
         labels_path = _find([f"{part}-labels-idx1-ubyte", f"{part}-labels.idx1-ubyte"], folders)
         images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
         if len(images) != len(labels):
-            raise DataError(f"{labels_path}: {len(labels)} labels, but {images_path.name} has {len(images)} images")
+            raise DataError(
+                f"{labels_path}: {len(labels)} labels, but {images_path.name} has {len(images)} images"
+            )
         _check_labels(labels, labels_path)
         splits.append((images[:, None], labels))
     if splits[0][0].shape[1:] != splits[1][0].shape[1:]:
-        raise DataError(f"{images_path}: test images are {images.shape[1:]}, training images {splits[0][0].shape[2:]}")
+        raise DataError(
+            f"{images_path}: test images are {images.shape[1:]}, training images {splits[0][0].shape[2:]}"
+        )
     return splits[0], splits[1]
 
 
@@ -60,7 +66,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     magic = bytes([0, 0, 8, dimensions])
     if content[:4] != magic[: len(content)] or not content:
         found = content[:4].hex(" ") or "nothing"
-        raise DataError(f"{path}: not an idx file of {dimensions} dimension(s): expected magic {magic.hex(' ')}, found {found}")
+        raise DataError(
+            f"{path}: not an idx file of {dimensions} dimension(s): expected magic {magic.hex(' ')}, found {found}"
+        )
     sizes = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
     expected = header + math.prod(sizes) if len(content) >= header else header
     if damage or len(content) != expected:
@@ -97,7 +105,9 @@ def read_cifar_binary(path: Path) -> Split:
     expected = CIFAR_RECORDS * CIFAR_RECORD_BYTES
     if len(content) != expected:
         what = "truncated" if len(content) < expected else "too long"
-        raise DataError(f"{path}: {what}: expected {expected} bytes for {CIFAR_RECORDS} images, found {len(content)}")
+        raise DataError(
+            f"{path}: {what}: expected {expected} bytes for {CIFAR_RECORDS} images, found {len(content)}"
+        )
     records = np.frombuffer(content, np.uint8).reshape(CIFAR_RECORDS, CIFAR_RECORD_BYTES)
     labels = records[:, 0].copy()
     _check_labels(labels, path)
@@ -111,14 +121,20 @@ def read_cifar_python(path: Path) -> Split:
     except Exception as error:  # a damaged pickle can raise nearly anything
         size = path.stat().st_size
         raise DataError(f"{path}: not a CIFAR-10 batch, or truncated ({size} bytes): {error}") from error
-    batch = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()} if isinstance(batch, dict) else {}
+    batch = (
+        {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
+        if isinstance(batch, dict)
+        else {}
+    )
     images, labels = batch.get("data"), np.asarray(batch.get("labels", []))
     shape = (CIFAR_RECORDS, math.prod(CIFAR_SHAPE))
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape != shape:
         found = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
         raise DataError(f"{path}: expected data of uint8 {shape}, found {found}")
     if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{path}: expected {CIFAR_RECORDS} whole numbers as labels, found {labels.dtype} {labels.shape}")
+        raise DataError(
+            f"{path}: expected {CIFAR_RECORDS} whole numbers as labels, found {labels.dtype} {labels.shape}"
+        )
     _check_labels(labels, path)
     return images.reshape(-1, *CIFAR_SHAPE), labels.astype(np.uint8)
 
@@ -148,7 +164,8 @@ def _check_labels(labels: np.ndarray, path: Path) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= CLASSES))
     if wrong.size:
         raise DataError(
-            f"{path}: label {labels[wrong[0]]} of sample {wrong[0]} is outside 0..{CLASSES - 1} ({wrong.size} such label(s))"
+            f"{path}: label {labels[wrong[0]]} of sample {wrong[0]} is outside 0..{CLASSES - 1} "
+            f"({wrong.size} such label(s))"
         )
 
 

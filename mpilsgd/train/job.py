@@ -14,7 +14,8 @@ from mpilsgd.comm import Topology, inquiry
 from mpilsgd.methods import Method
 from mpilsgd.train import data, models, optimizers
 from mpilsgd.train.callables import InputError
-from mpilsgd.train.config import FIELDS, Config, ConfigError, default_output, parse
+from mpilsgd.train.command_line import ConfigError, parse
+from mpilsgd.train.config import FIELDS, Config, default_output
 from mpilsgd.train.data import Dataset
 from mpilsgd.train.display import Display, closing, opening
 from mpilsgd.train.evaluation import evaluating
@@ -50,7 +51,9 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     _set_threads(config.threads, topology)
     train, test = together(topology, data.load, config.data, config.data_dir, config.augment, config.seed)
     size, rank = topology.world.size, topology.world.rank
-    sampler = together(topology, Sampler, config.sampling, len(train), config.batch_size, rank, size, config.seed)
+    sampler = together(
+        topology, Sampler, config.sampling, len(train), config.batch_size, rank, size, config.seed
+    )
     model = together(topology, _model, config, train, topology)
     directory = _directory(config, topology, model)
     try:
@@ -122,7 +125,9 @@ def _mistakes_of_ranks(config: Config, base: Topology) -> list[str]:
     return mistakes
 
 
-def _method(config: Config, topology: Topology, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Method:
+def _method(
+    config: Config, topology: Topology, optimizer: torch.optim.Optimizer, model: torch.nn.Module
+) -> Method:
     """Collective; ValueError on every rank if an argument is wrong on any."""
     options = method_options(FIELDS)
     own = names_of(methods()[config.method], options)
@@ -134,7 +139,11 @@ def _method(config: Config, topology: Topology, optimizer: torch.optim.Optimizer
 
 def _set_threads(threads: int | None, topology: Topology) -> None:
     """Gives this rank its threads: those asked for, those of OMP_NUM_THREADS, or its share of the node's cores."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    cores = (
+        sorted(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else list(range(os.cpu_count() or 1))
+    )
     everyone = topology.node.allgather(cores)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -85,7 +85,9 @@ class Trainer:
         self.checkpoint_interval = steps_of(config.checkpoint_every, sampler.batches)
         self.progress = Progress()
         self.rank, self.size = topology.world.rank, topology.world.size
-        self._elections: list[tuple[int, int, int, int]] = []  # step, group, its leader, leader of all (-1: none elected)
+        self._elections: list[
+            tuple[int, int, int, int]
+        ] = []  # step, group, its leader, leader of all (-1: none elected)
         self._last_loss = 0.0
 
     def run(self) -> dict[str, Any]:
@@ -108,7 +110,10 @@ class Trainer:
     def _step(self, indices: torch.Tensor, epoch: int) -> None:
         at, opt, measured = self.progress, self.opt, self.opt.metrics
         rounds, comm = measured.rounds, measured.t_comm
-        measured.leader, measured.leaders = -1, [-1] * len(measured.leaders)  # to see who is elected in this step
+        measured.leader, measured.leaders = (
+            -1,
+            [-1] * len(measured.leaders),
+        )  # to see who is elected in this step
         self.schedule.apply(opt.param_groups, at.step, at.step / self.sampler.batches)
 
         start = time.perf_counter()
@@ -143,7 +148,7 @@ class Trainer:
 
     def _refuse_first(self, loss: float) -> None:
         """A first loss that is not finite never becomes finite. Collective."""
-        wrong = f"the loss is {loss} at the first step: check the values of the data, the model's initial values, and lr"
+        wrong = f"the loss is {loss} at the first step: check the data's values and the model's initial ones"
         stop_if(self.topology, None if math.isfinite(loss) else wrong, FAILED)
 
     @contextlib.contextmanager
@@ -170,7 +175,9 @@ class Trainer:
         self.opt.fabric.traffic.group, self.opt.fabric.traffic.across = traffic.group, traffic.across
         if at.evaluated == at.step:
             return result, state  # of a finished run that was resumed
-        rows = self.topology.allgather((at.loss_sum, at.loss_count, self._measured(), self._elections, self._last_loss))
+        rows = self.topology.allgather(
+            (at.loss_sum, at.loss_count, self._measured(), self._elections, self._last_loss)
+        )
         self._elections = []
         at.loss_sum, at.loss_count, at.evaluated = 0.0, 0, at.step
         losses, counts, measured, elections, last = zip(*rows, strict=True)
@@ -205,7 +212,9 @@ class Trainer:
         """Training inputs of this worker's part."""
         epoch = self.progress.step // self.sampler.batches
         for batch, indices in enumerate(self.sampler.epoch(epoch)[:_CALIBRATION_BATCHES]):
-            yield self.train_set.batch(indices, generator(self.config.seed, "calibration", self.rank, batch))[0]
+            yield self.train_set.batch(indices, generator(self.config.seed, "calibration", self.rank, batch))[
+                0
+            ]
 
     def _write(self, row: dict[str, Any] | None, elections: list[dict[str, Any]]) -> None:
         self.directory.append("leaders.jsonl", elections)
@@ -308,7 +317,7 @@ def merged(elections: Iterable[Iterable[tuple[int, int, int, int]]], n_groups: i
 
 def random_state() -> dict[str, Any]:
     """The state of all global random numbers that a model may draw, in plain types."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,

@@ -62,7 +62,9 @@ class ResNet20(nn.Module):
     def __init__(self, input_shape: Shape, classes: int):
         super().__init__()
         channels, _, _ = _image(input_shape, "resnet20", least=8)
-        self.stem = nn.Sequential(nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        )
         widths = [(16, 16), (16, 16), (16, 16), (16, 32), (32, 32), (32, 32), (32, 64), (64, 64), (64, 64)]
         self.blocks = nn.Sequential(*(_Block(*pair) for pair in widths))
         self.head = nn.Linear(64, classes)
@@ -94,7 +96,12 @@ class _Block(nn.Module):
         return functional.relu(x + y)
 
 
-MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {"mlp": mlp, "lenet": lenet, "cnn7": cnn7, "resnet20": ResNet20}
+MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
+    "mlp": mlp,
+    "lenet": lenet,
+    "cnn7": cnn7,
+    "resnet20": ResNet20,
+}
 
 
 def build(name: str, input_shape: Shape, classes: int, seed: int = 0) -> nn.Module:
@@ -120,9 +127,15 @@ def build(name: str, input_shape: Shape, classes: int, seed: int = 0) -> nn.Modu
     return model
 
 
-def _positional(function: Callable[..., nn.Module], offered: tuple[Shape, int]) -> tuple[Shape, int] | tuple[()]:
+def _positional(
+    function: Callable[..., nn.Module], offered: tuple[Shape, int]
+) -> tuple[Shape, int] | tuple[()]:
     required = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
-    return offered if len([p for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) == 2 else ()
+    return (
+        offered
+        if len([p for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) == 2
+        else ()
+    )
 
 
 def _image(input_shape: Shape, model: str, least: int) -> tuple[int, int, int]:

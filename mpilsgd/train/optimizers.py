@@ -23,11 +23,17 @@ def build(config: Config, parameters: Iterable[torch.nn.Parameter]) -> torch.opt
     optimizer = _build(config, [p for p in parameters if p.requires_grad])
     if config.running_average is None:
         return optimizer
-    return RunningAverage(optimizer, None if config.running_average == "running" else float(config.running_average))
+    return RunningAverage(
+        optimizer, None if config.running_average == "running" else float(config.running_average)
+    )
 
 
 def _build(config: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "momentum": config.momentum,
+    }
     if config.nesterov is not None:
         settings["nesterov"] = config.nesterov
     if config.optimizer in ("Adam", "AdamW"):
@@ -38,5 +44,7 @@ def _build(config: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.
     function = resolve(config.optimizer)
     optimizer = function(parameters, **accepted(function, settings))
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise InputError(f"{config.optimizer} must return a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        raise InputError(
+            f"{config.optimizer} must return a torch.optim.Optimizer, not {type(optimizer).__name__}"
+        )
     return optimizer

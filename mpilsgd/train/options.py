@@ -54,7 +54,9 @@ class MethodOption:
 def methods() -> dict[str, type[Method]]:
     """All method classes by name."""
     public = vars(mpilsgd.methods).values()
-    return {c.__name__: c for c in public if isinstance(c, type) and issubclass(c, Method) and c is not Method}
+    return {
+        c.__name__: c for c in public if isinstance(c, type) and issubclass(c, Method) and c is not Method
+    }
 
 
 def method_options(reserved: Iterable[str] = ()) -> dict[str, MethodOption]:

@@ -46,12 +46,11 @@ class RunDirectory:
         """
         if resume and not (self.path / "config.yaml").is_file():
             raise InputError(f"{self.path}: holds no run to resume (no config.yaml)")
-        if not resume and any((self.path / name).exists() for name in _FILES):
-            if not overwrite:
-                raise InputError(
-                    f"{self.path}: holds a run already; choose another --output, continue it with --resume {self.path}, "
-                    "or replace it with --overwrite"
-                )
+        if not (resume or overwrite) and any((self.path / name).exists() for name in _FILES):
+            raise InputError(
+                f"{self.path}: holds a run already; choose another --output, continue it with "
+                f"--resume {self.path}, or replace it with --overwrite"
+            )
         try:
             self.checkpoint.mkdir(parents=True, exist_ok=True)
             self.probe(_PROBE_BYTES)
@@ -77,7 +76,8 @@ class RunDirectory:
         free = shutil.disk_usage(self.path).free
         if free < nbytes:
             raise InputError(
-                f"{self.path}: the disk has {free / 1e6:.1f} MB left, the checkpoints of this run need {nbytes / 1e6:.1f} MB"
+                f"{self.path}: the disk has {free / 1e6:.1f} MB left, the checkpoints of this run need "
+                f"{nbytes / 1e6:.1f} MB"
             )
 
     def _clear(self) -> None:
@@ -101,7 +101,9 @@ class RunDirectory:
         for name in ("metrics.jsonl", "leaders.jsonl"):
             path = self.path / name
             if path.exists():
-                kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
+                kept = [
+                    line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step
+                ]
                 _replace(path, lambda file, kept=kept: file.writelines(kept))  # type: ignore[misc]
 
     def summarize(self, summary: dict[str, Any]) -> None:
@@ -121,7 +123,10 @@ class RunDirectory:
 
     def seal(self, step: int, world_size: int) -> None:
         """Rank 0, when all ranks' files are written: from now on this is the checkpoint."""
-        files = {name: (self.checkpoint / name).stat().st_size for name in (_file_name(step, r) for r in range(world_size))}
+        files = {
+            name: (self.checkpoint / name).stat().st_size
+            for name in (_file_name(step, r) for r in range(world_size))
+        }
         text = json.dumps({"step": step, "world_size": world_size, "files": files}, indent=2) + "\n"
         _replace(self.manifest, lambda file: file.write(text.encode()))
 
@@ -145,12 +150,16 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.manifest}: cannot be read: {error!r}") from error
         if ranks != world_size:
-            raise InputError(f"{self.path}: is a run of {ranks} rank(s); it cannot be resumed on {world_size}")
+            raise InputError(
+                f"{self.path}: is a run of {ranks} rank(s); it cannot be resumed on {world_size}"
+            )
         for name, size in files.items():
             path = self.checkpoint / name
             found = path.stat().st_size if path.exists() else None
             if found != size:
-                raise InputError(f"{path}: expected {size} bytes, found {'no file' if found is None else found}")
+                raise InputError(
+                    f"{path}: expected {size} bytes, found {'no file' if found is None else found}"
+                )
         return step
 
     def load(self, rank: int, step: int) -> dict[str, Any]:

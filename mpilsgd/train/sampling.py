@@ -33,7 +33,9 @@ class Sampler:
         if kind not in SAMPLINGS:
             raise InputError(f"sampling must be one of {', '.join(SAMPLINGS)}, not {kind!r}")
         if samples < size:
-            raise InputError(f"{size} workers, but only {samples} training sample(s): start at most {samples} rank(s)")
+            raise InputError(
+                f"{size} workers, but only {samples} training sample(s): start at most {samples} rank(s)"
+            )
         self.part = samples if kind == "shuffle" else samples // size
         if batch_size > self.part:
             share = f"each of {size} workers has {self.part} of the {samples} training samples"
@@ -50,9 +52,13 @@ class Sampler:
             start = self.rank * self.part
             order = order[start : start + taken]
         elif self.kind == "shuffle":
-            order = torch.randperm(self.samples, generator=generator(self.seed, "order", epoch, self.rank))[:taken]
+            order = torch.randperm(self.samples, generator=generator(self.seed, "order", epoch, self.rank))[
+                :taken
+            ]
         else:
-            order = torch.randint(self.samples, (taken,), generator=generator(self.seed, "order", epoch, self.rank))
+            order = torch.randint(
+                self.samples, (taken,), generator=generator(self.seed, "order", epoch, self.rank)
+            )
         return order.view(self.batches, self.batch_size)
 
     def augmentation(self, epoch: int, batch: int) -> torch.Generator:

@@ -24,14 +24,17 @@ class Stopped(Exception):
 def together(topology: Topology, function: Callable[..., T], *arguments: Any, status: int = BAD_INPUT) -> T:
     """Calls the function on every rank; if it finds something wrong on any of them, all are `Stopped`. Collective.
 
-    Only `InputError` and `OSError` are the user's to mend; any other exception is a fault, and ends the job with its trace.
+    Only `InputError` and `OSError` are the user's to mend; any other exception is a fault, and ends the job
+    with its trace.
     """
     result, error = _attempt(function, arguments)
     stop_if(topology, error, status)
     return result  # type: ignore[return-value]
 
 
-def on_first(topology: Topology, function: Callable[..., object], *arguments: Any, status: int = BAD_INPUT) -> None:
+def on_first(
+    topology: Topology, function: Callable[..., object], *arguments: Any, status: int = BAD_INPUT
+) -> None:
     """As `together`, but only rank 0 calls the function. Collective."""
     _, error = _attempt(function, arguments) if topology.world.rank == 0 else (None, None)
     error = topology.broadcast(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ import yaml
 from mpi4py import MPI
 
 from mpilsgd.train import job, loop
-from mpilsgd.train.config import parse
+from mpilsgd.train.command_line import parse
 from mpilsgd.train.run_directory import METRICS, RunDirectory
 from mpilsgd.train.together import FAILED, Stopped
 
@@ -65,7 +66,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key not in ("wall_s", "t_compute", "t_data", "t_comm")} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key not in ("wall_s", "t_compute", "t_data", "t_comm")}
+        for row in rows
+    ]
 
 
 def everyone_got(status: int, expected: int) -> None:
@@ -85,12 +89,18 @@ def test_every_method_learns_digits(method: str, folder: Path, capsys: pytest.Ca
     assert [row["epoch"] for row in rows] == [2, 4, 6, 8, 10, 12]
     assert rows[-1]["step"] == steps and rows[-1]["grad_evals"] == steps * WORLD.size
     assert rows[-1]["test_error"] < 0.12 and rows[-1]["train_loss"] < rows[0]["train_loss"]
-    assert all(a["wall_s"] < b["wall_s"] for a, b in zip(rows, rows[1:], strict=False))
+    assert all(a["wall_s"] < b["wall_s"] for a, b in itertools.pairwise(rows))
     last = rows[-1]
     assert last["t_compute"] + last["t_data"] + last["t_comm"] == pytest.approx(last["wall_s"], rel=1e-6)
     summary = json.loads((output / "summary.json").read_text())
     assert summary["test_error"] == last["test_error"] and summary["method"] == method
-    assert len(summary["t_comm"]) == len(summary["leads"]) == len(summary["resets"]) == summary["world_size"] == WORLD.size
+    assert (
+        len(summary["t_comm"])
+        == len(summary["leads"])
+        == len(summary["resets"])
+        == summary["world_size"]
+        == WORLD.size
+    )
     assert summary["best_worker"]["test_error"] == min(summary["worker_test_errors"])
     assert yaml.safe_load((output / "config.yaml").read_text())["method"] == method
     elections = lines(output / "leaders.jsonl")
@@ -103,7 +113,19 @@ def test_every_method_learns_digits(method: str, folder: Path, capsys: pytest.Ca
 
 def test_the_centre_is_saved_as_evaluated(folder: Path) -> None:
     output = folder / "run"
-    argv = ["--optimizer", "MSGD", "--momentum", "0.9", *QUICK, "--lr", "0.02", "--epochs", "3", "--output", str(output)]
+    argv = [
+        "--optimizer",
+        "MSGD",
+        "--momentum",
+        "0.9",
+        *QUICK,
+        "--lr",
+        "0.02",
+        "--epochs",
+        "3",
+        "--output",
+        str(output),
+    ]
     everyone_got(job.main(argv), 0)
     from mpilsgd.train import data, evaluation, models
 
@@ -117,7 +139,18 @@ def test_the_centre_is_saved_as_evaluated(folder: Path) -> None:
 RESUMED = {
     "LSGD": ("--method", "LSGD", "--period", "3", "--global_period", "4", "--momentum", "0.5"),
     "LSGD-groups": ("--method", "LSGD", "--period", "3", "--global_period", "5", "--group_size", "1"),
-    "LSGD-every-step": ("--method", "LSGD", "--period", "3", "--when", "every_step", "--optimizer", "MSGD", "--momentum", "0.5"),
+    "LSGD-every-step": (
+        "--method",
+        "LSGD",
+        "--period",
+        "3",
+        "--when",
+        "every_step",
+        "--optimizer",
+        "MSGD",
+        "--momentum",
+        "0.5",
+    ),
     "LocalSGD": ("--method", "LocalSGD", "--period", "7", "--lr_drops", "3"),
     "LocalSGD-quadratic": ("--method", "LocalSGD", "--period", "7", "--average", "quadratic"),
     "EAMSGD": ("--method", "EASGD", "--period", "4", "--optimizer", "MSGD", "--momentum", "0.5"),
@@ -200,7 +233,9 @@ def test_a_run_without_a_checkpoint_starts_anew_and_a_finished_one_goes_on(folde
 
 
 @pytest.mark.mpi(min_size=2)
-def test_resuming_on_another_number_of_ranks_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_on_another_number_of_ranks_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = folder / "run"
     if WORLD.rank == 0:
         run = RunDirectory(output)
@@ -217,8 +252,27 @@ SMALL = "def data(n=1):\n    return ((torch.zeros({n}, 5), torch.zeros({n}).long
 
 BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
     "all at once": (
-        ["--method", "lsgd", "--pull", "1.5", "--period", "0", "--when", "never", "--lr", "-1", "--group_size", "99"],
-        ["pull must be a number in [0, 1], not 1.5", "period must be", "when must be one of", "lr: must be above 0", "group_size=99"],
+        [
+            "--method",
+            "lsgd",
+            "--pull",
+            "1.5",
+            "--period",
+            "0",
+            "--when",
+            "never",
+            "--lr",
+            "-1",
+            "--group_size",
+            "99",
+        ],
+        [
+            "pull must be a number in [0, 1], not 1.5",
+            "period must be",
+            "when must be one of",
+            "lr: must be above 0",
+            "group_size=99",
+        ],
     ),
     "unknown method": (["--method", "SGDD"], ["method: 'SGDD' is not one of"]),
     "unknown option": (["--pul", "0.1"], ["pul: unknown option; did you mean pull?"]),
@@ -229,7 +283,10 @@ BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
     "group size 0": (["--group_size", "0"], ["group_size: must be a whole number of at least 1"]),
     "missing data": (["--data", "mnist", "--data_dir", "nowhere"], ["not found; looked in nowhere"]),
     "batch too big": (["--batch_size", "2000"], ["batch_size=2000 cannot be filled"]),
-    "model and data": (["--model", "cnn7"], ["cnn7 needs images of at least 24 x 24 pixels; the data has 1 x 8 x 8"]),
+    "model and data": (
+        ["--model", "cnn7"],
+        ["cnn7 needs images of at least 24 x 24 pixels; the data has 1 x 8 x 8"],
+    ),
     "no such device": (["--device", "cuda"], ["torch finds no GPU here"]),
 }
 
@@ -251,26 +308,41 @@ def test_bad_input_ends_every_rank_before_training(
     assert not (folder / "run").exists()
 
 
-def test_more_ranks_than_samples(folder: Path, module: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_ranks_than_samples(
+    folder: Path, module: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
     name = module(SMALL.format(n=WORLD.size - 1))
     everyone_got(job.main(["--data", f"{name}:data", "--output", str(folder / "run")]), 2)
-    message = "holds no samples" if WORLD.size == 1 else f"{WORLD.size} workers, but only {WORLD.size - 1} training sample"
+    message = (
+        "holds no samples"
+        if WORLD.size == 1
+        else f"{WORLD.size} workers, but only {WORLD.size - 1} training sample"
+    )
     assert (message in capsys.readouterr().err) == (WORLD.rank == 0)
 
 
-def test_a_model_that_does_not_give_class_scores(folder: Path, module: Callable[[str], str], capsys: Any) -> None:
+def test_a_model_that_does_not_give_class_scores(
+    folder: Path, module: Callable[[str], str], capsys: Any
+) -> None:
     name = module("def net(): return torch.nn.Identity()\ndef flat(): return torch.nn.Linear(8, 10)\n")
-    for function, message in (("net", "has no trainable parameter"), ("flat", "must give scores of shape (batch, classes)")):
+    for function, message in (
+        ("net", "has no trainable parameter"),
+        ("flat", "must give scores of shape (batch, classes)"),
+    ):
         everyone_got(job.main(["--model", f"{name}:{function}", "--output", str(folder / "run")]), 2)
         assert (message in capsys.readouterr().err) == (WORLD.rank == 0)
 
 
 @pytest.mark.mpi(min_size=2)
-def test_one_rank_s_trouble_is_named(folder: Path, module: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_rank_s_trouble_is_named(
+    folder: Path, module: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
     name = module(
-        "from mpi4py import MPI\nlast = MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1\n"
+        "from mpi4py import MPI\nlast = int(MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1)\n"
         "def data(): return ((torch.zeros(40, 5), torch.zeros(40).long() - last),) * 2\n"
-        "def net(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), *[torch.nn.Linear(10, 10)] * last)\n"
+        "def net():\n"
+        "    layers = torch.nn.Linear(64, 10 + last), torch.nn.Linear(10 + last, 10)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), *layers)\n"
     )
     everyone_got(job.main(["--data", f"{name}:data", "--output", str(folder / "run")]), 2)
     told = capsys.readouterr().err
@@ -284,14 +356,34 @@ def test_a_loss_that_is_not_a_number_from_the_start(
     method: str, folder: Path, module: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = module("def data(): return ((torch.full((64, 5), float('nan')), torch.arange(64) % 2),) * 2\n")
-    argv = ["--data", f"{name}:data", "--batch_size", "4", "--method", method, "--output", str(folder / "run")]
+    argv = [
+        "--data",
+        f"{name}:data",
+        "--batch_size",
+        "4",
+        "--method",
+        method,
+        "--output",
+        str(folder / "run"),
+    ]
     everyone_got(job.main(argv), FAILED)
     assert ("the loss is nan at the first step" in capsys.readouterr().err) == (WORLD.rank == 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_diverges_says_so(method: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--method", method, *METHODS[method], *QUICK, "--lr", "1e30", "--epochs", "3", "--output", str(folder / "run")]
+    argv = [
+        "--method",
+        method,
+        *METHODS[method],
+        *QUICK,
+        "--lr",
+        "1e30",
+        "--epochs",
+        "3",
+        "--output",
+        str(folder / "run"),
+    ]
     everyone_got(job.main(argv), FAILED)
     assert ("diverged" in capsys.readouterr().err) == (WORLD.rank == 0)
 
@@ -312,7 +404,9 @@ def test_a_directory_that_cannot_be_written(folder: Path, capsys: pytest.Capture
     assert ("file/run: cannot be written: Not a directory" in capsys.readouterr().err) == (WORLD.rank == 0)
 
 
-@pytest.mark.parametrize(("writer", "who"), [("append", 0), ("save", -1), ("seal", 0), ("summarize", 0), ("save_center", 0)])
+@pytest.mark.parametrize(
+    ("writer", "who"), [("append", 0), ("save", -1), ("seal", 0), ("summarize", 0), ("save_center", 0)]
+)
 def test_a_disk_that_fills_up_ends_every_rank(
     writer: str, who: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,12 +443,26 @@ def test_threads_are_shared_fairly(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("buffers", ["average", "keep", "recalibrate"])
-def test_batchnorm_models_train_with_every_policy(buffers: str, folder: Path, module: Callable[[str], str]) -> None:
+def test_batchnorm_models_train_with_every_policy(
+    buffers: str, folder: Path, module: Callable[[str], str]
+) -> None:
     name = module(
         "def net(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.BatchNorm1d(32), "
         "torch.nn.ReLU(), torch.nn.Linear(32, 10))\n"
     )
-    argv = ["--model", f"{name}:net", "--buffers", buffers, *QUICK, "--period", "5", "--epochs", "8", "--output", str(folder / "run")]
+    argv = [
+        "--model",
+        f"{name}:net",
+        "--buffers",
+        buffers,
+        *QUICK,
+        "--period",
+        "5",
+        "--epochs",
+        "8",
+        "--output",
+        str(folder / "run"),
+    ]
     everyone_got(job.main(argv), 0)
     assert lines(folder / "run" / "metrics.jsonl")[-1]["test_error"] < 0.15
 
@@ -387,7 +495,17 @@ def test_a_user_s_torch_dataset_trains(folder: Path, module: Callable[[str], str
         "        return x, int(x.sum() > 0)\n"
         "def data(): return Sides(), Sides()\n"
     )
-    argv = ["--data", f"{name}:data", *QUICK, "--batch_size", "10", "--epochs", "20", "--output", str(folder / "run")]
+    argv = [
+        "--data",
+        f"{name}:data",
+        *QUICK,
+        "--batch_size",
+        "10",
+        "--epochs",
+        "20",
+        "--output",
+        str(folder / "run"),
+    ]
     everyone_got(job.main(argv), 0)
     assert lines(folder / "run" / "metrics.jsonl")[-1]["test_error"] < 0.1
 

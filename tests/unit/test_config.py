@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from mpilsgd.cli import main
-from mpilsgd.train.config import Config, ConfigError, default_output, parse, parse_every
+from mpilsgd.train.command_line import ConfigError, parse
+from mpilsgd.train.config import Config, default_output, parse_every
 from mpilsgd.train.options import method_options, methods
 
 
@@ -28,7 +29,13 @@ def refused(*argv: str) -> list[str]:
 
 def test_defaults_train_digits() -> None:
     config = parse([])
-    assert (config.data, config.model, config.method, config.epochs, config.steps) == ("digits", "mlp", "LSGD", 20, None)
+    assert (config.data, config.model, config.method, config.epochs, config.steps) == (
+        "digits",
+        "mlp",
+        "LSGD",
+        20,
+        None,
+    )
     assert config.method_options == {}
 
 
@@ -38,6 +45,24 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
     assert (config.lr, config.method, config.lr_drops) == (0.25, "EASGD", [3.0, 5.0])
     assert config.method_options == {"period": 4, "center_rate": 0.5}
     assert parse(["--config", file]).lr == 0.5
+
+
+def test_another_method_than_the_file_s(tmp_path: Path) -> None:
+    file = write(tmp_path, "method: LSGD\npull: 0.1\nperiod: 8\n")
+    assert parse([file, "--method", "EASGD"]).method_options == {"period": 8}
+    assert parse([file, "--method", "AllreduceSGD"]).method_options == {}
+    assert parse([file, "--method", "lsgd"]).method_options == {"pull": 0.1, "period": 8}
+    assert "pull: not an option of EASGD" in refused(file, "--method", "EASGD", "--pull", "0.2")[0]
+    file = write(tmp_path, "method: EASGD\npull: 0.1\n")
+    assert "pull: not an option of LocalSGD" in refused(file, "--method", "LocalSGD")[0]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_the_job_files_are_understood(file: Path) -> None:
+    for method in methods():
+        assert parse([str(file), "--method", method]).method == method
 
 
 def test_several_files_the_later_counts(tmp_path: Path) -> None:
@@ -90,8 +115,19 @@ def test_an_option_that_is_left_out_keeps_the_class_default() -> None:
 def test_every_constructor_argument_is_an_option() -> None:
     options = method_options()
     assert set(methods()) >= {"AllreduceSGD", "LocalSGD", "LSGD", "EASGD"}
-    assert {"pull", "global_pull", "period", "global_period", "loss_window", "when", "sequential"} <= set(options)
-    assert {"center_rate", "moving_rate", "form", "average", "a", "until_grad_norm", "init", "buffers"} <= set(options)
+    assert {"pull", "global_pull", "period", "global_period", "loss_window", "when", "sequential"} <= set(
+        options
+    )
+    assert {
+        "center_rate",
+        "moving_rate",
+        "form",
+        "average",
+        "a",
+        "until_grad_norm",
+        "init",
+        "buffers",
+    } <= set(options)
     assert not {"optimizer", "topology", "model", "self", "score"} & set(options)
     assert set(options["period"].defaults) == {"LocalSGD", "LSGD", "EASGD"}
     assert "method_momentum" in method_options(["momentum"]) or "momentum" not in options
@@ -102,8 +138,29 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     mistakes = "\n".join(
         refused(
             *(file, "--lr", "x", "--model", "lenett", "--data", "mnits", "--seed", "-1", "--threads", "0"),
-            *("--epochs", "3", "--steps", "4", "--optimizer", "nowhere:thing", "--lr_drops", "0", "--nope", "1"),
-            *("--eval_every", "often", "--checkpoint_every", "0", "--method", "LocalSGD", "--pull", "0.1", "stray"),
+            *(
+                "--epochs",
+                "3",
+                "--steps",
+                "4",
+                "--optimizer",
+                "nowhere:thing",
+                "--lr_drops",
+                "0",
+                "--nope",
+                "1",
+            ),
+            *(
+                "--eval_every",
+                "often",
+                "--checkpoint_every",
+                "0",
+                "--method",
+                "LocalSGD",
+                "--pull",
+                "0.1",
+                "stray",
+            ),
         )
     )
     for part in (
@@ -167,7 +224,18 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_print_config_is_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--method", "EASGD", "--period", "7", "--lr_drops", "3,4", "--eval_every", "5 steps", "--steps", "9"]
+    argv = [
+        "--method",
+        "EASGD",
+        "--period",
+        "7",
+        "--lr_drops",
+        "3,4",
+        "--eval_every",
+        "5 steps",
+        "--steps",
+        "9",
+    ]
     with pytest.raises(SystemExit) as ended:
         parse([*argv, "--print_config"])
     assert ended.value.code == 0
@@ -179,7 +247,15 @@ def test_help_is_grouped_and_names_everything(capsys: pytest.CaptureFixture[str]
         parse(["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
-    for part in ("Task:", "Method:", "Options of the method:", "Optimizer of each worker:", "Run:", "--lr X", "[0.1]"):
+    for part in (
+        "Task:",
+        "Method:",
+        "Options of the method:",
+        "Optimizer of each worker:",
+        "Run:",
+        "--lr X",
+        "[0.1]",
+    ):
         assert part in text
     for option in [*vars(Config()), *method_options()]:
         assert f"--{option}" in text or option == "method_options"
@@ -198,7 +274,12 @@ def test_resume_takes_the_run_s_configuration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "interval"),
-    [(1, (1.0, "epochs")), ("0.5", (0.5, "epochs")), ("2 epochs", (2.0, "epochs")), ("200 steps", (200.0, "steps"))],
+    [
+        (1, (1.0, "epochs")),
+        ("0.5", (0.5, "epochs")),
+        ("2 epochs", (2.0, "epochs")),
+        ("200 steps", (200.0, "steps")),
+    ],
 )
 def test_intervals(text: object, interval: tuple[float, str]) -> None:
     assert parse_every(text) == interval  # type: ignore[arg-type]

@@ -12,7 +12,9 @@ from mpilsgd.train.callables import InputError
 from mpilsgd.train.models import MODELS, build
 
 
-def shapes(model: nn.Module, inputs: torch.Tensor, kinds: tuple[type[nn.Module], ...]) -> list[tuple[int, ...]]:
+def shapes(
+    model: nn.Module, inputs: torch.Tensor, kinds: tuple[type[nn.Module], ...]
+) -> list[tuple[int, ...]]:
     """The output shape of every layer of these kinds, without the batch."""
     found: list[tuple[int, ...]] = []
     for module in model.modules():
@@ -70,7 +72,9 @@ def test_models_that_do_not_fit(name: str) -> None:
 
 
 def test_the_seed_fixes_the_parameters() -> None:
-    one, same, other = (nn.utils.parameters_to_vector(build("lenet", (1, 28, 28), 10, s).parameters()) for s in (3, 3, 4))
+    one, same, other = (
+        nn.utils.parameters_to_vector(build("lenet", (1, 28, 28), 10, s).parameters()) for s in (3, 3, 4)
+    )
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
@@ -99,9 +103,9 @@ def test_a_user_s_model(module: str, function: str) -> None:
 
 
 def test_a_user_s_mistakes(module: str) -> None:
-    with pytest.raises(InputError, match="must return a torch.nn.Module, not str"):
+    with pytest.raises(InputError, match=r"must return a torch.nn.Module, not str"):
         build(f"{module}:wrong", (5,), 3)
-    with pytest.raises(InputError, match="cannot import .*AttributeError"):
+    with pytest.raises(InputError, match=r"cannot import .*AttributeError"):
         build(f"{module}:missing", (5,), 3)
-    with pytest.raises(InputError, match="cannot import .*ModuleNotFoundError"):
+    with pytest.raises(InputError, match=r"cannot import .*ModuleNotFoundError"):
         build("no_such_module:net", (5,), 3)

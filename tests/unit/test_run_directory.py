@@ -31,7 +31,7 @@ def lines(run: RunDirectory, name: str = "metrics.jsonl") -> list[dict[str, Any]
 def test_claim_makes_it_and_refuses_a_second_run(run: RunDirectory) -> None:
     assert (run.path / "config.yaml").read_text() == "lr: 0.1\n"
     assert list(run.checkpoint.iterdir()) == []
-    with pytest.raises(InputError, match="holds a run already.*--resume.*--overwrite"):
+    with pytest.raises(InputError, match=r"holds a run already.*--resume.*--overwrite"):
         run.claim("lr: 1\n")
     assert (run.path / "config.yaml").read_text() == "lr: 0.1\n"
 
@@ -70,7 +70,9 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytes
 
 def test_room_for_checkpoints(run: RunDirectory) -> None:
     run.room_for(1000)
-    with pytest.raises(InputError, match="the disk has .* MB left, the checkpoints of this run need 1000000000000.0 MB"):
+    with pytest.raises(
+        InputError, match=r"the disk has .* MB left, the checkpoints of this run need 1000000000000.0 MB"
+    ):
         run.room_for(10**18)
 
 
@@ -122,13 +124,16 @@ def test_a_failed_save_leaves_the_old_checkpoint(run: RunDirectory, monkeypatch:
     with pytest.raises(OSError, match="No space left"):
         run.save(0, 2, {"x": 2})
     assert run.sealed_step(1) == 1
-    assert sorted(path.name for path in run.checkpoint.iterdir()) == ["manifest.json", "step-0000000001.rank00000.pt"]
+    assert sorted(path.name for path in run.checkpoint.iterdir()) == [
+        "manifest.json",
+        "step-0000000001.rank00000.pt",
+    ]
 
 
 def test_damaged_checkpoints_are_refused(run: RunDirectory) -> None:
     run.save(0, 3, {"x": torch.zeros(100)})
     run.seal(3, 1)
-    with pytest.raises(InputError, match="is a run of 1 rank.*cannot be resumed on 4"):
+    with pytest.raises(InputError, match=r"is a run of 1 rank.*cannot be resumed on 4"):
         run.sealed_step(4)
     path = run.checkpoint / "step-0000000003.rank00000.pt"
     content = path.read_bytes()

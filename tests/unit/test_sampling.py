@@ -9,7 +9,9 @@ from mpilsgd.train.callables import InputError
 from mpilsgd.train.sampling import SAMPLINGS, Sampler, derived_seed
 
 
-def parts(kind: str, epoch: int = 0, samples: int = 103, batch: int = 5, size: int = 4, seed: int = 0) -> list[torch.Tensor]:
+def parts(
+    kind: str, epoch: int = 0, samples: int = 103, batch: int = 5, size: int = 4, seed: int = 0
+) -> list[torch.Tensor]:
     return [Sampler(kind, samples, batch, rank, size, seed).epoch(epoch) for rank in range(size)]
 
 
@@ -66,13 +68,20 @@ def test_global_random_numbers_are_left_alone(kind: str) -> None:
 
 def test_every_batch_has_its_own_augmentation() -> None:
     samplers = [Sampler("partition", 100, 5, rank, 2) for rank in range(2)]
-    draws = [torch.rand(4, generator=s.augmentation(e, b)) for s in samplers for e in range(3) for b in range(3)]
+    draws = [
+        torch.rand(4, generator=s.augmentation(e, b)) for s in samplers for e in range(3) for b in range(3)
+    ]
     assert len({tuple(draw.tolist()) for draw in draws}) == 18
     assert torch.equal(draws[0], torch.rand(4, generator=samplers[0].augmentation(0, 0)))
 
 
 def test_seeds_do_not_collide() -> None:
-    seeds = {derived_seed(s, p, *q) for s in range(3) for p in ("a", "b") for q in ((), (0,), (0, 0), (1,), (0, 1), (1, 0))}
+    seeds = {
+        derived_seed(s, p, *q)
+        for s in range(3)
+        for p in ("a", "b")
+        for q in ((), (0,), (0, 0), (1,), (0, 1), (1, 0))
+    }
     assert len(seeds) == 36
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -85,11 +94,15 @@ def test_more_workers_than_samples() -> None:
 
 
 def test_a_batch_that_cannot_be_filled() -> None:
-    with pytest.raises(InputError, match=r"batch_size=30 cannot be filled: each of 4 workers has 25 of the 100.*at most 25"):
+    with pytest.raises(
+        InputError, match=r"batch_size=30 cannot be filled: each of 4 workers has 25 of the 100.*at most 25"
+    ):
         Sampler("partition", 100, 30, 0, 4)
     assert Sampler("shuffle", 100, 30, 0, 4).batches == 3
 
 
 def test_unknown_kind() -> None:
-    with pytest.raises(InputError, match="sampling must be one of partition, shuffle, replacement, not 'all'"):
+    with pytest.raises(
+        InputError, match="sampling must be one of partition, shuffle, replacement, not 'all'"
+    ):
         Sampler("all", 10, 1)

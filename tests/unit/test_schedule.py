@@ -12,7 +12,9 @@ def test_constant_by_default() -> None:
     assert Schedule()(0, 0.0) == Schedule()(10**6, 500.0) == 1.0
 
 
-@pytest.mark.parametrize(("epoch", "factor"), [(0, 1), (29.99, 1), (30, 0.1), (39, 0.1), (40, 0.01), (99, 0.01)])
+@pytest.mark.parametrize(
+    ("epoch", "factor"), [(0, 1), (29.99, 1), (30, 0.1), (39, 0.1), (40, 0.01), (99, 0.01)]
+)
 def test_drops(epoch: float, factor: float) -> None:
     assert Schedule([30, 40], 0.1)(0, epoch) == pytest.approx(factor)
 

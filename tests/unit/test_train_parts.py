@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from mpilsgd.train.config import Config
+from mpilsgd.train.data import TensorSet
 from mpilsgd.train.display import Display, closing, duration, opening, size
 from mpilsgd.train.evaluation import evaluate, evaluating
 from mpilsgd.train.job import fair_share
 from mpilsgd.train.loop import merged, random_state, restore_random_state, steps_of
-from mpilsgd.train.data import TensorSet
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,16 @@ def test_opening_and_closing() -> None:
         "rounds": 4,
     }
     text = closing(summary, "runs/x")
-    for part in ("3.00 %", "2.00 %   (rank 1)", "0: 3  1: 1", "1: 2", "2 min 10 s", "computing 2.0 s (50.0 %)", "12.3 MB", "runs/x"):
+    for part in (
+        "3.00 %",
+        "2.00 %   (rank 1)",
+        "0: 3  1: 1",
+        "1: 2",
+        "2 min 10 s",
+        "computing 2.0 s (50.0 %)",
+        "12.3 MB",
+        "runs/x",
+    ):
         assert part in text
 
 

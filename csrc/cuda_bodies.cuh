@@ -1,0 +1,286 @@
+// A body for every operation of kernels.h: run<W>(at, note) does the elements at ... at + W - 1.
+#pragma once
+
+#include "cuda_elements.cuh"
+
+namespace mpilsgd::cuda {
+namespace {
+
+// -----------------------------------------------
+
+template <class T>
+struct PullBody {
+  using Stored = T;
+  using A = Acc<T>;
+  T* x;
+  const T *leader, *other;
+  A rate, other_rate;
+
+  template <int W, bool kStats>
+  __device__ void run(std::int64_t at, Note<kStats>& note) const {
+    A value[W], before[W], pulled_to[W], and_to[W];
+    load<W>(x + at, value);
+    load<W>(leader + at, pulled_to);
+    if (other) load<W>(other + at, and_to);
+#pragma unroll
+    for (int k = 0; k < W; ++k) {
+      before[k] = value[k];
+      note.source(pulled_to[k]);
+      if (other) {
+        note.source(and_to[k]);
+        value[k] = pull(value[k], pulled_to[k], rate, and_to[k], other_rate);
+      } else {
+        value[k] = pull(value[k], pulled_to[k], rate);
+      }
+    }
+    store<W>(x + at, value);
+#pragma unroll
+    for (int k = 0; k < W; ++k) note.moved(before[k], value[k]);
+  }
+};
+
+template <class T>
+struct ElasticBody {
+  using Stored = T;
+  using A = Acc<T>;
+  T* center;
+  Peers peers;
+  A moving_rate, rate;
+  bool gauss_seidel;
+
+  template <int W, bool kStats>
+  __device__ void run(std::int64_t at, Note<kStats>& note) const {
+    A c[W], before[W], sum[W];
+    load<W>(center + at, c);
+    gather<T>(peers, at, c, gauss_seidel ? A(0) : moving_rate, sum, note);
+#pragma unroll
+    for (int k = 0; k < W; ++k) {
+      before[k] = c[k];
+      c[k] = elastic_center(c[k], sum[k], rate);
+    }
+    if (gauss_seidel) move_workers<T>(peers, at, c, moving_rate, note);
+    store<W>(center + at, c);
+#pragma unroll
+    for (int k = 0; k < W; ++k) note.center_moved(before[k], c[k]);
+  }
+};
+
+template <class T>
+struct ElasticSumBody {
+  using Stored = T;
+  using A = Acc<T>;
+  A* total;
+  const T* center;
+  Peers peers;
+  A moving_rate;
+
+  template <int W, bool kStats>
+  __device__ void run(std::int64_t at, Note<kStats>& note) const {
+    A c[W], sum[W];
+    load<W>(center + at, c);
+#pragma unroll
+    for (int k = 0; k < W; ++k) note.source(c[k]);
+    gather<T>(peers, at, c, moving_rate, sum, note);
+    store<W>(total + at, sum);
+  }
+};
+
+template <class T>
+struct ElasticApplyBody {
+  using Stored = T;
+  using A = Acc<T>;
+  T* center;
+  const A* total;
+  Peers peers;
+  A moving_rate, rate;
+
+  template <int W, bool kStats>
+  __device__ void run(std::int64_t at, Note<kStats>& note) const {
+    A c[W], sum[W];
+    load<W>(center + at, c);
+    load<W>(total + at, sum);
+#pragma unroll
+    for (int k = 0; k < W; ++k) c[k] = elastic_center(c[k], sum[k], rate);
+    move_workers<T>(peers, at, c, moving_rate, note);
+    store<W>(center + at, c);
+  }
+};
+
+template <class T>
+struct TotalBody {
+  using Stored = T;
+  using A = Acc<T>;
+  A* out;
+  Peers peers;
+
+  template <int W, bool kStats>
+  __device__ void run(std::int64_t at, Note<kStats>& note) const {
+    A sum[W];
+    zero(sum);
+    for (int i = 0; i < peers.n; ++i) {
+      A x[W];
+      load<W>(peers.at<T>(i) + at, x);
+      peers.read(i, x, note);
+#pragma unroll
+      for (int k = 0; k < W; ++k) sum[k] += summand(x[k]);
+    }
+    store<W>(out + at, sum);
+#pragma unroll
+    for (int k = 0; k < W; ++k) note.read(sum[k]);
+  }
+};
+
+template <class T>
+struct AssignBody {
+  using Stored = T;
+  using A = Acc<T>;
+  const A* total;
+  Peers peers;
+  A scale;
+
+  template <int W, bool kStats>
+  __device__ void run(std::int64_t at, Note<kStats>&) const {
+    A sum[W];
+    load<W>(total + at, sum);
+#pragma unroll
+    for (int k = 0; k < W; ++k) sum[k] = scale * sum[k];
+    for (int i = 0; i < peers.n; ++i) store<W>(peers.at<T>(i) + at, sum);
+  }
+};
+
+template <class T>
+struct AverageBody {
+  using Stored = T;
+  using A = Acc<T>;
+  Peers peers;
+
+  template <int W, bool kStats>
+  __device__ void run(std::int64_t at, Note<kStats>& note) const {
+    A sum[W], count[W];
+    zero(sum);
+    zero(count);
+    for (int i = 0; i < peers.n; ++i) {
+      A x[W];
+      load<W>(peers.at<T>(i) + at, x);
+      peers.read(i, x, note);
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        sum[k] += summand(x[k]);
+        count[k] += weight(x[k]);
+      }
+    }
+    for (int i = 0; i < peers.n; ++i) {
+      T* p = peers.at<T>(i) + at;
+      A x[W], before[W];
+      load<W>(p, x);
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        before[k] = x[k];
+        x[k] = mean(x[k], sum[k], count[k]);
+      }
+      store<W>(p, x);
+#pragma unroll
+      for (int k = 0; k < W; ++k) note.moved(before[k], x[k]);
+    }
+  }
+};
+
+template <class T>
+struct MsgdBody {
+  using Stored = T;
+  using A = Acc<T>;
+  T* x;
+  const T* grad;
+  T* velocity;  // may be null, and so may the leaders
+  const T *leader, *other;
+  MsgdRates<A> rates;
+  A rate, other_rate;
+
+  template <int W, bool kStats>
+  __device__ void run(std::int64_t at, Note<kStats>& note) const {
+    A value[W], before[W], g[W], v[W], pulled_to[W], and_to[W];
+    load<W>(x + at, value);
+    load<W>(grad + at, g);
+    zero(v);
+    if (velocity) load<W>(velocity + at, v);
+    if (leader) load<W>(leader + at, pulled_to);
+    if (other) load<W>(other + at, and_to);
+#pragma unroll
+    for (int k = 0; k < W; ++k) {
+      before[k] = value[k];
+      const A next = msgd_velocity(value[k], g[k], v[k], rates);
+      const A iterate = from_look_ahead(value[k], v[k], rates.look);
+      A moved = iterate + next;
+      if (leader) {
+        note.source(pulled_to[k]);
+        moved = moved - rate * pull_term(iterate, pulled_to[k]);
+      }
+      if (other) {
+        note.source(and_to[k]);
+        moved = moved - other_rate * pull_term(iterate, and_to[k]);
+      }
+      value[k] = to_look_ahead(moved, next, rates.look);
+      v[k] = next;
+    }
+    store<W>(x + at, value);
+    if (velocity) store<W>(velocity + at, v);
+#pragma unroll
+    for (int k = 0; k < W; ++k) note.moved(before[k], value[k]);
+  }
+};
+
+template <class T>
+struct IterateBody {
+  using Stored = T;
+  using A = Acc<T>;
+  T* x;
+  const T* velocity;
+  A step;
+
+  template <int W, bool kStats>
+  __device__ void run(std::int64_t at, Note<kStats>&) const {
+    A value[W], v[W];
+    load<W>(x + at, value);
+    load<W>(velocity + at, v);
+#pragma unroll
+    for (int k = 0; k < W; ++k) value[k] = to_look_ahead(value[k], v[k], step);
+    store<W>(x + at, value);
+  }
+};
+
+template <class T>
+struct CheckBody {
+  using Stored = T;
+  using A = Acc<T>;
+  const T* x;
+
+  template <int W, bool kStats>
+  __device__ void run(std::int64_t at, Note<kStats>& note) const {
+    A value[W];
+    load<W>(x + at, value);
+#pragma unroll
+    for (int k = 0; k < W; ++k) note.read(value[k]);
+  }
+};
+
+template <class T>
+struct TriadBody {
+  using Stored = T;
+  using A = Acc<T>;
+  T* a;
+  const T *b, *c;
+  A scale;
+
+  template <int W, bool kStats>
+  __device__ void run(std::int64_t at, Note<kStats>&) const {
+    A left[W], right[W];
+    load<W>(b + at, left);
+    load<W>(c + at, right);
+#pragma unroll
+    for (int k = 0; k < W; ++k) left[k] = left[k] + scale * right[k];
+    store<W>(a + at, left);
+  }
+};
+
+}  // namespace
+}  // namespace mpilsgd::cuda

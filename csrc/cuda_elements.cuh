@@ -1,0 +1,221 @@
+// What the bodies of the CUDA kernels are made of: packs of elements, statistics, the workers' vectors.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "updates.h"
+
+namespace mpilsgd::cuda {
+namespace {
+
+constexpr int kThreads = 256;  // of a block; a multiple of the 32 of a warp
+constexpr int kWarps = kThreads / 32;
+constexpr int kInlinePeers = 64;  // as many addresses travel with the launch; more through the workspace
+
+// --- stored types and the type of the arithmetic
+// -----------------------------------------------------------------
+
+template <class T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename Arithmetic<T>::type;
+
+__device__ inline float widen(float v) { return v; }
+__device__ inline double widen(double v) { return v; }
+__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline float widen(__half v) { return __half2float(v); }
+
+template <class T>
+struct Narrow;
+template <>
+struct Narrow<float> {
+  __device__ static float from(float v) { return v; }
+};
+template <>
+struct Narrow<double> {
+  __device__ static double from(double v) { return v; }
+};
+template <>
+struct Narrow<__nv_bfloat16> {
+  __device__ static __nv_bfloat16 from(float v) { return __float2bfloat16_rn(v); }
+};
+template <>
+struct Narrow<__half> {
+  __device__ static __half from(float v) { return __float2half_rn(v); }
+};
+
+template <class T, int W>
+struct alignas(sizeof(T) * W < 16 ? sizeof(T) * W : 16) Pack {
+  T v[W];
+};
+
+template <int W, class T>
+__device__ void load(const T* p, Acc<T> (&values)[W]) {
+  const Pack<T, W> pack = *reinterpret_cast<const Pack<T, W>*>(p);
+#pragma unroll
+  for (int k = 0; k < W; ++k) values[k] = widen(pack.v[k]);
+}
+
+// Leaves in `values` what is stored, with its rounding.
+template <int W, class T>
+__device__ void store(T* p, Acc<T> (&values)[W]) {
+  Pack<T, W> pack;
+#pragma unroll
+  for (int k = 0; k < W; ++k) {
+    pack.v[k] = Narrow<T>::from(values[k]);
+    values[k] = widen(pack.v[k]);
+  }
+  *reinterpret_cast<Pack<T, W>*>(p) = pack;
+}
+
+// --- statistics
+// ----------------------------------------------------------------------------------------------------
+
+// What one block found out.
+struct Partial {
+  double squared_distance;
+  int bad, source_bad;
+};
+
+// What one thread found out; nothing, at no cost, where statistics are not asked for.
+template <bool kStats>
+struct Note {
+  double squared_distance = 0;
+  bool bad = false, source_bad = false;
+
+  template <class A>
+  __device__ void moved(A before, A after) {
+    if constexpr (kStats) {
+      const bool finite = defect(before) + defect(after) == A(0);
+      const double d = finite ? double(after - before) : 0.0;
+      squared_distance += d * d;
+      bad |= !finite;
+    }
+  }
+  template <class A>
+  __device__ void center_moved(A before, A after) {
+    if constexpr (kStats) {
+      const bool finite = defect(before) + defect(after) == A(0);
+      const double d = finite ? double(after - before) : 0.0;
+      squared_distance += d * d;
+      source_bad |= !finite;
+    }
+  }
+  template <class A>
+  __device__ void read(A value) {
+    if constexpr (kStats) bad |= !is_finite(value);
+  }
+  template <class A>
+  __device__ void source(A value) {
+    if constexpr (kStats) source_bad |= !is_finite(value);
+  }
+};
+
+// The block's sum, always in the same order. Every thread of the block must come here.
+__device__ void reduce(const Note<true>& note, Partial* partials) {
+  __shared__ double sums[kWarps];
+  constexpr unsigned kAll = 0xFFFFFFFFu;
+  double sum = note.squared_distance;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(kAll, sum, offset);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  const int bad = __syncthreads_or(note.bad);  // is a barrier, too: sums are complete behind it
+  const int source_bad = __syncthreads_or(note.source_bad);
+  if (threadIdx.x == 0) {
+    double total = 0;
+    for (int warp = 0; warp < kWarps; ++warp) total += sums[warp];
+    partials[blockIdx.x] = Partial{total, bad != 0, source_bad != 0};
+  }
+}
+
+// --- the workers' vectors
+// ----------------------------------------------------------------------------------------
+
+struct Peers {
+  void* few[kInlinePeers];
+  void* const* many;   // in device memory; null: few holds all
+  unsigned char* bad;  // one a peer; written with statistics only
+  int n;
+
+  template <class T>
+  __device__ T* at(int i) const {
+    return static_cast<T*>(many ? many[i] : few[i]);
+  }
+
+  template <bool kStats, class A, int W>
+  __device__ void read(int i, const A (&x)[W], Note<kStats>& note) const {
+    if constexpr (kStats) {
+      bool finite = true;
+#pragma unroll
+      for (int k = 0; k < W; ++k) finite &= is_finite(x[k]);
+      if (!finite) {
+        note.bad = true;
+        bad[i] = 1;  // all who write here write the same
+      }
+    }
+  }
+};
+
+template <class A, int W>
+__device__ void zero(A (&values)[W]) {
+#pragma unroll
+  for (int k = 0; k < W; ++k) values[k] = A(0);
+}
+
+// sum_i d_i; with a moving rate the workers are moved by their d_i on the way.
+template <class T, class A, int W, bool kStats>
+__device__ void gather(const Peers& peers, std::int64_t at, const A (&center)[W], A moving_rate, A (&sum)[W],
+                       Note<kStats>& note) {
+  zero(sum);
+  for (int i = 0; i < peers.n; ++i) {
+    T* p = peers.at<T>(i) + at;
+    A x[W], before[W];
+    load<W>(p, x);
+    peers.read(i, x, note);
+#pragma unroll
+    for (int k = 0; k < W; ++k) {
+      const A d = elastic_term(x[k], center[k]);
+      sum[k] += d;
+      before[k] = x[k];
+      x[k] = elastic_worker(x[k], d, moving_rate);
+    }
+    if (moving_rate != A(0)) {
+      store<W>(p, x);
+#pragma unroll
+      for (int k = 0; k < W; ++k) note.moved(before[k], x[k]);
+    }
+  }
+}
+
+// The workers' part alone, against a centre that has moved already.
+template <class T, class A, int W, bool kStats>
+__device__ void move_workers(const Peers& peers, std::int64_t at, const A (&center)[W], A moving_rate,
+                             Note<kStats>& note) {
+  if (moving_rate == A(0)) return;
+  for (int i = 0; i < peers.n; ++i) {
+    T* p = peers.at<T>(i) + at;
+    A x[W], before[W];
+    load<W>(p, x);
+#pragma unroll
+    for (int k = 0; k < W; ++k) {
+      before[k] = x[k];
+      x[k] = elastic_worker(x[k], elastic_term(x[k], center[k]), moving_rate);
+    }
+    store<W>(p, x);
+#pragma unroll
+    for (int k = 0; k < W; ++k) note.moved(before[k], x[k]);
+  }
+}
+
+}  // namespace
+}  // namespace mpilsgd::cuda

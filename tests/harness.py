@@ -61,6 +61,16 @@ def layouts(comm: MPI.Comm = WORLD) -> list[Layout]:
 LAYOUTS = layouts()
 
 
+def chosen() -> list[Layout]:
+    """Fewer: groups of one only on three ranks, and 3+1 not at all (2+1 is uneven enough)."""
+    kept = [w for w in LAYOUTS if WORLD.size <= 3 or (len(w.groups) < WORLD.size and str(w)[:3] != "3+1")]
+    return kept or LAYOUTS
+
+
+MOST = chosen()
+FEW = MOST[:1] + MOST[-2:] if len(MOST) > 2 else MOST  # a group a node, and the last one both ways
+
+
 @dataclass(frozen=True)
 class Case:
     """A method with its arguments."""

@@ -12,6 +12,7 @@ import torch
 from mpilsgd import kernels
 from mpilsgd.comm import Topology
 from mpilsgd.methods.base import ROUND, Method
+from mpilsgd.methods.wrapped import forget
 
 
 class AllreduceSGD(Method):
@@ -92,7 +93,7 @@ class AllreduceSGD(Method):
         broken = {r for r, row in enumerate(level.table([float(own)])) if not row[0]}
         if broken:
             self._set_back(broken)
-            self._forget()  # on every worker, so that they stay equal
+            forget(self.optimizer)  # on every worker, so that they stay equal
             self._copy_from(min(set(range(level.size)) - broken), broken)
         elif level.rank in bad:
             self.metrics.resets += 1

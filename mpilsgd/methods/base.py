@@ -16,6 +16,7 @@ from mpilsgd.comm import Fabric, Topology, Window, end_job, exit_status
 from mpilsgd.flat import FlatParameters, digest, find_modules, float_buffers
 from mpilsgd.methods.arguments import choice
 from mpilsgd.methods.averaging import Span, accumulation_dtype, average, recalibrate
+from mpilsgd.methods.wrapped import forget
 
 # What a worker has come to a meeting for; the least number present decides what happens.
 ROUND, CENTER, CLOSE = 0.0, 1.0, 2.0
@@ -315,37 +316,7 @@ class Method(torch.optim.Optimizer):
         self._refuse_if_all(bad)
         if self.fabric.world.rank in bad:
             self.metrics.resets += 1
-            self._forget()
-
-    def _forget(self) -> None:
-        """Clears the wrapped optimizer's memory (momentum, and the moments and step numbers of Adam) in place."""
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                if torch.is_tensor(value) and value.is_floating_point():
-                    value.zero_()
-
-    @contextlib.contextmanager
-    def _gradient_at_x(self) -> Iterator[None]:
-        """Adds the L2 term of the wrapped optimizer to the gradients now, at the present x.
-
-        x_{t+1} = x_t - eta (g(x_t) + wd x_t) - pull: torch adds wd x inside its step, when x has been pulled already.
-        """
-        kept = []
-        for group in self.optimizer.param_groups:
-            decay = group.get("weight_decay", 0.0)
-            decoupled = group.get("decoupled_weight_decay", isinstance(self.optimizer, torch.optim.AdamW))
-            if decay and not decoupled:
-                sign = -1.0 if group.get("maximize") else 1.0
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad.add_(p, alpha=sign * decay)
-                kept.append((group, decay))
-                group["weight_decay"] = 0.0
-        try:
-            yield
-        finally:
-            for group, decay in kept:
-                group["weight_decay"] = decay
+            forget(self.optimizer)
 
     def _allocator(
         self, windows: dict[torch.dtype, Window], device: torch.device

@@ -12,6 +12,7 @@ from mpilsgd.comm import Topology, Window
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import accumulation_dtype, share
 from mpilsgd.methods.base import Method
+from mpilsgd.methods.wrapped import gradient_at_x
 
 
 class EASGD(Method):
@@ -105,7 +106,7 @@ class EASGD(Method):
     def _local_step(self, closure: Any) -> Any:
         if not self._due:
             return super()._local_step(closure)
-        with torch.no_grad(), self._gradient_at_x():
+        with torch.no_grad(), gradient_at_x(self.optimizer):
             self._exchange()
             return super()._local_step(closure)
 

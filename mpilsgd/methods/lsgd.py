@@ -15,6 +15,7 @@ from mpilsgd.comm import Level, Topology, Window
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.base import ROUND, Method
 from mpilsgd.methods.local import MSGD
+from mpilsgd.methods.wrapped import gradient_at_x
 
 
 class LSGD(Method):
@@ -144,7 +145,7 @@ class LSGD(Method):
     def _local_step(self, closure: Callable[[], Any] | None) -> Any:
         if self.when == "after_step":
             return super()._local_step(closure)
-        with torch.no_grad(), self._gradient_at_x():
+        with torch.no_grad(), gradient_at_x(self.optimizer):
             if any(self._due(self.t)):
                 self._exchange()
             if self.when == "every_step" and any(self._anchored):

@@ -55,11 +55,11 @@ def _main(argv: Sequence[str], base: Topology) -> int:
         topology, Sampler, config.sampling, len(train), config.batch_size, rank, size, config.seed
     )
     model = together(topology, _model, config, train, topology)
-    directory = _directory(config, topology, model)
     try:
         opt = _method(config, topology, optimizers.build(config, model.parameters()), model)
     except ValueError as error:  # raised on every rank
         raise Stopped(str(error)) from None
+    directory = _directory(config, topology, model)
     torch.manual_seed(derived_seed(config.seed, "dropout", rank))
     total = config.steps if config.steps is not None else (config.epochs or 0) * sampler.batches
     display = Display(rank, total, sampler.batches)
@@ -189,10 +189,11 @@ def _directory(config: Config, topology: Topology, model: torch.nn.Module) -> Ru
     directory = RunDirectory(config.output)
     nbytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
 
-    on_first(topology, directory.claim, config.text(), config.overwrite, bool(config.resume))
+    vectors = 3 if config.optimizer in ("Adam", "AdamW") else 2 if config.momentum else 1
+    copies = 1 if config.resume else 2  # old and new files are both there for a while
+    need = copies * vectors * nbytes * topology.world.size
+    on_first(topology, directory.claim, config.text(), config.overwrite, bool(config.resume), need)
     together(topology, directory.probe)
-    # parameters and about two vectors of optimizer state a rank, while old and new files are both there
-    on_first(topology, directory.room_for, 2 * 3 * nbytes * topology.world.size)
     return directory
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,8 +40,11 @@ class RunDirectory:
 
     # Rank 0, before training
 
-    def claim(self, config_text: str, overwrite: bool = False, resume: bool = False) -> None:
+    def claim(self, config_text: str, overwrite: bool = False, resume: bool = False, need: int = 0) -> None:
         """Makes the directory and writes config.yaml.
+
+        Args:
+            need: bytes that the run's checkpoints will take.
 
         Raises:
             InputError: it holds a run already, cannot be written, or the disk is full.
@@ -56,9 +61,14 @@ class RunDirectory:
             self.probe(_PROBE_BYTES)
             if overwrite and not resume:
                 self._clear()
+            self._make_room(need)
             _replace(self.path / "config.yaml", lambda file: file.write(config_text.encode()))
         except OSError as error:
-            raise InputError(f"{self.path}: {_cause(error)}") from error
+            self._leave()
+            raise InputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+        except InputError:
+            self._leave()
+            raise
 
     def probe(self, size: int = 1) -> None:
         """Writes and removes a file, to find out before training what would fail after it."""
@@ -71,14 +81,19 @@ class RunDirectory:
         finally:
             path.unlink(missing_ok=True)
 
-    def room_for(self, nbytes: int) -> None:
-        """Raises InputError if the disk has not `nbytes` left."""
+    def _make_room(self, nbytes: int) -> None:
         free = shutil.disk_usage(self.path).free
         if free < nbytes:
             raise InputError(
                 f"{self.path}: the disk has {free / 1e6:.1f} MB left, the checkpoints of this run need "
                 f"{nbytes / 1e6:.1f} MB"
             )
+
+    def _leave(self) -> None:
+        """Takes back the empty folders of a run that will not be."""
+        with contextlib.suppress(OSError):
+            self.checkpoint.rmdir()
+            self.path.rmdir()
 
     def _clear(self) -> None:
         for name in _FILES:
@@ -93,7 +108,7 @@ class RunDirectory:
     def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         """Adds lines to metrics.jsonl or leaders.jsonl."""
         lines = [json.dumps(_plain(record), allow_nan=False) + "\n" for record in records]
-        with open(self.path / name, "ab") as file:
+        with _named(self.path / name), open(self.path / name, "ab") as file:
             file.write("".join(lines).encode())
 
     def cut(self, step: int) -> None:
@@ -179,7 +194,7 @@ def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Writes a file beside `path` and renames it into place when it is safely on the disk."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
+        with _named(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -187,6 +202,18 @@ def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A full disk is reported without the file's name, and by torch as a RuntimeError."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    except RuntimeError as error:
+        raise OSError(errno.EIO, f"cannot be written: {str(error).splitlines()[0]}", str(path)) from error
 
 
 def _step_of(line: bytes) -> float:
@@ -212,7 +239,3 @@ def _loadable(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_loadable(item) for item in value)
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _cause(error: OSError) -> str:
-    return f"cannot be written: {error.strerror or error}"

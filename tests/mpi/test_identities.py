@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import LAYOUTS, WORLD, Case, Layout, Run, distance, layouts, running, together
+from harness import FEW, LAYOUTS, WORLD, Case, Layout, Run, distance, layouts, running, together
 from mpi4py import MPI
 from numpy.typing import NDArray
 from problems import Problem, Quadratic, Sinc, TanhNet
@@ -18,7 +18,7 @@ from mpilsgd import EASGD, LSGD, AllreduceSGD, LocalSGD
 pytestmark = pytest.mark.mpi
 
 SGD = Local(lr=0.1)
-by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+by_layout = pytest.mark.parametrize("layout", FEW, ids=str)
 Vector = NDArray[np.float64]
 
 
@@ -27,7 +27,7 @@ def close(a: Vector, b: Vector, label: str = "", tolerance: float = 1e-12) -> li
     return [] if gap <= tolerance else [f"{label}: differs by {gap:.1e}"]
 
 
-def final(case: Case, layout: Layout, problem: Problem, local: Local = SGD, steps: int = 9, **options: Any) -> Vector:
+def final(case: Case, layout: Layout, problem: Problem, local: Local = SGD, steps: int = 7, **options: Any) -> Vector:
     with running(case, problem, local, layout, **options) as run:
         run.run(steps)
         return np.concatenate([run.x(), run.center()])
@@ -36,7 +36,7 @@ def final(case: Case, layout: Layout, problem: Problem, local: Local = SGD, step
 @pytest.mark.parametrize("local", [SGD, Local("msgd", lr=0.05, momentum=0.8, nesterov=True)], ids=["SGD", "MSGD"])
 def test_one_worker_is_sgd(local: Local) -> None:
     """Each rank alone in a world of its own (COMM_SELF)."""
-    plain = Simulation(TanhNet(), 1, local).run(9).x[0]
+    plain = Simulation(TanhNet(), 1, local).run(7).x[0]
     errors: list[str] = []
     for layout in layouts(MPI.COMM_SELF):
         for case in (
@@ -47,13 +47,13 @@ def test_one_worker_is_sgd(local: Local) -> None:
             *(Case(EASGD, {"center_rate": 0, "period": 2, "form": form}) for form in ("jacobi", "gauss-seidel")),
         ):
             with running(case, TanhNet(), local, layout, comm=MPI.COMM_SELF) as run:
-                errors += close(run.run(9).x(), plain, f"{case} {layout}")
+                errors += close(run.run(7).x(), plain, f"{case} {layout}")
     together(errors)
 
 
 @by_layout
 def test_no_pull_is_independent_workers(layout: Layout) -> None:
-    plain = Simulation(TanhNet(), WORLD.size, SGD, same=False).run(9).x[WORLD.rank]
+    plain = Simulation(TanhNet(), WORLD.size, SGD, same=False).run(7).x[WORLD.rank]
     errors: list[str] = []
     for case in (
         *(Case(LSGD, {"pull": 0, "period": 1, "when": when}) for when in ("after_step", "with_step", "every_step")),
@@ -90,7 +90,7 @@ def test_the_leader_takes_a_plain_step(when: str, layout: Layout) -> None:
 @pytest.mark.parametrize("local", [SGD, Local("msgd", lr=0.05, momentum=0.8, nesterov=True)], ids=["SGD", "MSGD"])
 def test_equal_workers_stay_sgd(local: Local, layout: Layout) -> None:
     problem = TanhNet(equal=True)
-    plain = Simulation(problem, 1, local).run(9).x[0]
+    plain = Simulation(problem, 1, local).run(7).x[0]
     errors: list[str] = []
     for case in (
         Case(AllreduceSGD),

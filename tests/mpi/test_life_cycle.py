@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import LAYOUTS, WORLD, Case, Layout, Run, distance, running, together
+from harness import FEW, LAYOUTS, WORLD, Case, Layout, Run, distance, running, together
 from numpy.typing import NDArray
 from problems import Buffered, LeastSquares, Quadratic, TanhNet, fill
 from simulation import Local
@@ -38,7 +38,7 @@ LOCALS = {
     "MSGD": Local("msgd", lr=0.05, momentum=0.7, nesterov=True),
 }
 by_method = pytest.mark.parametrize("case", METHODS, ids=str)
-by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+by_layout = pytest.mark.parametrize("layout", FEW, ids=str)
 by_local = pytest.mark.parametrize("name", ["momentum", "MSGD"])
 
 
@@ -47,7 +47,7 @@ by_local = pytest.mark.parametrize("name", ["momentum", "MSGD"])
 def test_resume_is_uninterrupted(case: Case, name: str) -> None:
     """Model and method saved to a file in mid-period, loaded into fresh ones: the same bits from there on."""
     errors: list[str] = []
-    for layout in LAYOUTS[:2]:
+    for layout in FEW[:2]:
         with running(case, Buffered(), LOCALS[name], layout, same=False) as run:
             run.run(5)
             file = io.BytesIO()
@@ -157,7 +157,7 @@ def without(case: Case, layout: Layout, bad: int, x: NDArray[np.float64], c: NDA
 def test_a_broken_worker_is_set_back(case: Case, bad: int) -> None:
     """To its leader or centre, at the next round, counted; the others go on as if it were not there."""
     errors: list[str] = []
-    for layout in LAYOUTS:
+    for layout in FEW:
         with running(case, Quadratic(0.0), Local("momentum", lr=0.1, momentum=0.5), layout, same=False) as run:
             if case.method is AllreduceSGD:  # its workers are equal
                 fill(list(run.model.parameters()), run.problem.start(9))
@@ -193,7 +193,7 @@ def test_a_broken_worker_is_set_back(case: Case, bad: int) -> None:
 def test_a_broken_gradient(case: Case, name: str) -> None:
     """A NaN gradient of the worker that leads breaks parameters and momentum; two rounds later all are finite."""
     errors: list[str] = []
-    for layout in LAYOUTS:
+    for layout in FEW:
         with running(case, Quadratic(0.5), LOCALS[name], layout, same=False, losses=lambda w, t: float(w)) as run:
             run.run(2)
             for parameter in run.model.parameters():
@@ -222,7 +222,7 @@ def test_a_broken_gradient(case: Case, name: str) -> None:
 
 @pytest.mark.parametrize("case", NAN_CASES, ids=str)
 def test_all_broken_ends_on_every_rank(case: Case) -> None:
-    for layout in LAYOUTS[:2]:
+    for layout in FEW[:2]:
         with running(case, Quadratic(0.5), Local(lr=0.1), layout, same=False) as run:
             run.run(2)
             break_down(run, "all")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +65,20 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run_directory.os, "fsync", full)
-    directory = RunDirectory(tmp_path)
+    directory = RunDirectory(tmp_path / "run")
     with pytest.raises(InputError, match="cannot be written: No space left on device"):
         directory.claim("")
-    assert list(directory.checkpoint.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_room_for_checkpoints(run: RunDirectory) -> None:
-    run.room_for(1000)
+def test_room_for_checkpoints(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
     with pytest.raises(
-        InputError, match=r"the disk has .* MB left, the checkpoints of this run need 1000000000000.0 MB"
+        InputError, match=r"the disk has .* MB left, the checkpoints of this run need 1000000000000\.0 MB"
     ):
-        run.room_for(10**18)
+        directory.claim("", need=10**18)
+    assert not directory.path.exists()
+    directory.claim("", need=1000)
 
 
 def test_lines_are_strict_json(run: RunDirectory) -> None:
@@ -130,6 +135,19 @@ def test_a_failed_save_leaves_the_old_checkpoint(run: RunDirectory, monkeypatch:
     ]
 
 
+def test_a_disk_that_fills_up_names_the_file(run: RunDirectory) -> None:
+    full = Path("/dev/full")
+    (run.path / "metrics.jsonl").symlink_to(full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        run.append("metrics.jsonl", [{"step": 1}])
+    assert caught.value.filename == str(run.path / "metrics.jsonl")
+    (run.checkpoint / f"step-0000000001.rank00000.pt.tmp-{os.getpid()}").symlink_to(full)
+    with pytest.raises(OSError) as caught:
+        run.save(0, 1, {"x": torch.zeros(10**6)})
+    assert caught.value.filename == str(run.checkpoint / "step-0000000001.rank00000.pt")
+    assert list(run.checkpoint.iterdir()) == []
+
+
 def test_damaged_checkpoints_are_refused(run: RunDirectory) -> None:
     run.save(0, 3, {"x": torch.zeros(100)})
     run.seal(3, 1)
@@ -157,3 +175,26 @@ def test_numpy_s_numbers_can_be_loaded(run: RunDirectory) -> None:
     run.save(0, 1, state)
     loaded = run.load(0, 1)
     assert loaded["a"] == 1.5 and loaded["b"] == [2, (True, "x")] and torch.equal(loaded["c"], torch.ones(2))
+
+
+def test_a_killed_process_leaves_a_run_that_resumes(tmp_path: Path) -> None:
+    """SIGKILL at any moment; the resumed run has every line once."""
+    prefixes = ("PMI", "OMPI", "PRTE", "SLURM", "HYDI", "HYDRA")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    command = [sys.executable, "-m", "mpilsgd.cli", "train", "--eval_every", "3 steps", "--threads", "1"]
+    argv = ["--checkpoint_every", "4 steps", "--epochs", "100", "--output", str(tmp_path / "run")]
+    with subprocess.Popen([*command, *argv], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = [line for line, _ in zip(process.stdout, range(25), strict=False)]
+        process.kill()
+    assert len(told) == 25, told
+    run = RunDirectory(tmp_path / "run")
+    step = run.sealed_step(1)
+    assert step is not None and step >= 60
+    last = max(step, 3 * (len(lines(run)) - 1)) + 12
+    resume = [*command[:4], "--resume", str(run.path), "--steps", str(last)]
+    done = subprocess.run(resume, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    steps = [line["step"] for line in lines(run)]
+    assert steps == sorted({*range(3, last + 1, 3), last})
+    assert f"resumed at step {step}" in done.stdout and (run.path / "summary.json").exists()

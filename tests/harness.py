@@ -87,7 +87,9 @@ class Case:
         if self.method is mpilsgd.LSGD:
             own["groups"] = layout.groups
         workers = sum(len(group) for group in layout.groups)
-        made: Simulation = getattr(simulation, self.method.__name__)(problem, workers, local, **own, **options)
+        made: Simulation = getattr(simulation, self.method.__name__)(
+            problem, workers, local, **own, **options
+        )
         return made
 
 
@@ -184,7 +186,9 @@ def together(errors: list[str]) -> None:
     assert not found, "\n".join(found)
 
 
-def compare(run: Run, other: Simulation, steps: int, tolerance: float, label: str = "", every: bool = True) -> list[str]:
+def compare(
+    run: Run, other: Simulation, steps: int, tolerance: float, label: str = "", every: bool = True
+) -> list[str]:
     """Runs both; the steps (t, after it) at which this rank's iterate or the centre is not the simulation's."""
     errors = []
     for t in range(1, steps + 1):

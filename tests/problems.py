@@ -142,7 +142,9 @@ class TanhNet(Regression):
     shapes = [(6, 5), (6,), (3, 6), (3,)]
 
     def model(self) -> torch.nn.Module:
-        return torch.nn.Sequential(torch.nn.Linear(self.inputs, 6), torch.nn.Tanh(), torch.nn.Linear(6, self.outputs))
+        return torch.nn.Sequential(
+            torch.nn.Linear(self.inputs, 6), torch.nn.Tanh(), torch.nn.Linear(6, self.outputs)
+        )
 
     def gradient(self, x: Vector, worker: int, step: int) -> tuple[float, Vector]:
         first, first_bias, second, second_bias = self.pieces(x)

@@ -49,7 +49,9 @@ class Local:
 class Simulation:
     """Workers that do not talk: x ← x − η g, each for itself."""
 
-    def __init__(self, problem: Problem, workers: int, local: Local, *, same: bool = True, losses: Losses | None = None):
+    def __init__(
+        self, problem: Problem, workers: int, local: Local, *, same: bool = True, losses: Losses | None = None
+    ):
         self.problem = problem
         self.local = local
         self.workers = workers
@@ -307,7 +309,12 @@ class EASGD(Simulation):
 
 
 def round_robin_lsgd(
-    problem: Problem, groups: Sequence[Sequence[int]], rate: float, pulls: tuple[float, float], periods: tuple[int, int], steps: int
+    problem: Problem,
+    groups: Sequence[Sequence[int]],
+    rate: float,
+    pulls: tuple[float, float],
+    periods: tuple[int, int],
+    steps: int,
 ) -> Matrix:
     """Algorithm 1 as it is printed (nlτ for nmτ): one worker after another, rounds when Σ t reaches n·l·τ; x at the end."""
     workers = sum(len(group) for group in groups)

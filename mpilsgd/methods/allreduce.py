@@ -11,7 +11,7 @@ import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Topology
-from mpilsgd.methods.base import ROUND, Method
+from mpilsgd.methods.base import ROUND, Diverged, Method
 from mpilsgd.methods.wrapped import forget
 
 
@@ -77,9 +77,7 @@ class AllreduceSGD(Method):
             ]
         bad = self._average(spans, active)
         if len(bad) == len(active):
-            raise RuntimeError(
-                f"every worker's gradient is non-finite at step {self.t}: the run has diverged"
-            )
+            raise Diverged(f"every worker's gradient is non-finite at step {self.t}: the run has diverged")
         self.metrics.rounds += 1
         if bad or table[:, 2].any():
             self._check_parameters(bad)

@@ -22,6 +22,10 @@ from mpilsgd.methods.wrapped import forget
 ROUND, CENTER, CLOSE = 0.0, 1.0, 2.0
 
 
+class Diverged(RuntimeError):
+    """Every worker's state is non-finite; raised on every rank."""
+
+
 @dataclasses.dataclass
 class Metrics:
     """What one worker measured so far (bytes: read from other workers' memory or received)."""
@@ -56,7 +60,7 @@ class Method(torch.optim.Optimizer):
 
     Raises:
         ValueError: on every rank, if any rank's arguments or model are wrong or differ from the others'.
-        RuntimeError: on every rank, if all workers' parameters have become non-finite.
+        Diverged: on every rank, if all workers' parameters have become non-finite (a RuntimeError).
     """
 
     def __init__(
@@ -306,7 +310,7 @@ class Method(torch.optim.Optimizer):
 
     def _refuse_if_all(self, bad: set[int]) -> None:
         if len(bad) == self.fabric.world.size:
-            raise RuntimeError(
+            raise Diverged(
                 f"every worker's parameters are non-finite at step {self.t}: the run has diverged; "
                 "a smaller learning rate may help"
             )

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from mpilsgd.comm import Topology
-from mpilsgd.methods import Method
+from mpilsgd.methods import Diverged, Method
 from mpilsgd.train.config import Config, parse_every
 from mpilsgd.train.data import Dataset
 from mpilsgd.train.display import Display
@@ -156,9 +156,7 @@ class Trainer:
         """A method that finds every worker non-finite says so on all ranks: no trace is needed."""
         try:
             yield
-        except RuntimeError as error:
-            if "diverged" not in str(error):
-                raise
+        except Diverged as error:
             raise Stopped(str(error), FAILED) from None
 
     # Evaluation

@@ -64,7 +64,11 @@ def test_resume_is_uninterrupted(case: Case, name: str) -> None:
             run.run(8)
             errors += [] if (run.x() == x).all() else [f"{layout}: x differs by {distance(run.x(), x):.1e}"]
             again = run.center()
-            errors += [] if (again == center).all() else [f"{layout}: centre differs by {distance(again, center):.1e}"]
+            errors += (
+                []
+                if (again == center).all()
+                else [f"{layout}: centre differs by {distance(again, center):.1e}"]
+            )
     together(errors)
 
 
@@ -80,7 +84,9 @@ def test_center_comes_and_goes(case: Case, layout: Layout) -> None:
         held, first = run.held(), run.center()
         errors = [] if (run.held() == held).all() else ["the model changed"]
         errors += [] if (run.center() == first).all() else ["a second look differs"]
-        errors += [] if all((first == other).all() for other in WORLD.allgather(first)) else ["the ranks differ"]
+        errors += (
+            [] if all((first == other).all() for other in WORLD.allgather(first)) else ["the ranks differ"]
+        )
         try:
             with run.opt.center():
                 raise KeyError("in the user's evaluation")
@@ -116,7 +122,11 @@ NAN_CASES = [
     Case(AllreduceSGD),
     Case(LocalSGD, {"period": 1}),
     *(
-        Case(LSGD, {"pull": 0.3, "global_pull": 0.2, "period": 1, "global_period": 1, "loss_window": 1, "when": w}, w)
+        Case(
+            LSGD,
+            {"pull": 0.3, "global_pull": 0.2, "period": 1, "global_period": 1, "loss_window": 1, "when": w},
+            w,
+        )
         for w in ("after_step", "with_step", "every_step")
     ),
     Case(EASGD, {"period": 1, "center_rate": 0.6}, "jacobi"),
@@ -124,7 +134,9 @@ NAN_CASES = [
 ]
 
 
-def without(case: Case, layout: Layout, bad: int, x: NDArray[np.float64], c: NDArray[np.float64]) -> tuple[Any, Any, Any]:
+def without(
+    case: Case, layout: Layout, bad: int, x: NDArray[np.float64], c: NDArray[np.float64]
+) -> tuple[Any, Any, Any]:
     """One round without worker `bad` by the papers: the others' x after it, centre, what the bad one may become."""
     fine = [i for i in range(len(x)) if i != bad]
     new = x.copy()
@@ -158,7 +170,9 @@ def test_a_broken_worker_is_set_back(case: Case, bad: int) -> None:
     """To its leader or centre, at the next round, counted; the others go on as if it were not there."""
     errors: list[str] = []
     for layout in FEW:
-        with running(case, Quadratic(0.0), Local("momentum", lr=0.1, momentum=0.5), layout, same=False) as run:
+        with running(
+            case, Quadratic(0.0), Local("momentum", lr=0.1, momentum=0.5), layout, same=False
+        ) as run:
             if case.method is AllreduceSGD:  # its workers are equal
                 fill(list(run.model.parameters()), run.problem.start(9))
             run.still(float(run.rank))
@@ -194,7 +208,9 @@ def test_a_broken_gradient(case: Case, name: str) -> None:
     """A NaN gradient of the worker that leads breaks parameters and momentum; two rounds later all are finite."""
     errors: list[str] = []
     for layout in FEW:
-        with running(case, Quadratic(0.5), LOCALS[name], layout, same=False, losses=lambda w, t: float(w)) as run:
+        with running(
+            case, Quadratic(0.5), LOCALS[name], layout, same=False, losses=lambda w, t: float(w)
+        ) as run:
             run.run(2)
             for parameter in run.model.parameters():
                 parameter.grad = torch.full_like(parameter, math.nan if run.rank == 0 else 0.0)
@@ -245,7 +261,9 @@ def test_a_rank_runs_out_of_data(case: Case, layout: Layout) -> None:
             second = run.center()  # all are there again: now the ranks may talk
             errors = [] if all(np.isfinite(v).all() for v in (run.held(), first, second)) else ["not finite"]
             for mine in (first, second):
-                errors += [] if all((mine == v).all() for v in WORLD.allgather(mine)) else ["the centres differ"]
+                errors += (
+                    [] if all((mine == v).all() for v in WORLD.allgather(mine)) else ["the centres differ"]
+                )
             run.run(3 * (run.rank == last))  # and then straight into close()
         together(errors)
 
@@ -321,7 +339,9 @@ def linear(inputs: int, outputs: int, *more: torch.nn.Module) -> torch.nn.Module
         lambda: linear(5, 3, torch.nn.Linear(3, 3)),
         lambda: linear(5, 3).double(),
         lambda: linear(5, 3, torch.nn.BatchNorm1d(3, affine=False)),
-        lambda: torch.nn.Sequential(torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(1, 3)),  # as many values
+        lambda: torch.nn.Sequential(
+            torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(1, 3)
+        ),  # as many values
     ],
     ids=["inputs", "outputs", "count", "dtype", "buffers", "shapes"],
 )
@@ -352,13 +372,22 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
     (LocalSGD, {"until_grad_norm": -1.0}),
     (LocalSGD, {"period": "never"}),
     (LocalSGD, {"average": "quadratic", "a": -5.0}),
-    *((EASGD, options) for options in ({"center_rate": -0.1}, {"center_rate": math.nan}, {"moving_rate": math.inf})),
+    *(
+        (EASGD, options)
+        for options in ({"center_rate": -0.1}, {"center_rate": math.nan}, {"moving_rate": math.inf})
+    ),
     (EASGD, {"form": "sor"}),
-    *((m, o) for m in (AllreduceSGD, LocalSGD, LSGD, EASGD) for o in ({"init": "random"}, {"buffers": "drop"})),
+    *(
+        (m, o)
+        for m in (AllreduceSGD, LocalSGD, LSGD, EASGD)
+        for o in ({"init": "random"}, {"buffers": "drop"})
+    ),
 ]
 
 
-@pytest.mark.parametrize(("method", "options"), WRONG, ids=lambda v: v.__name__ if isinstance(v, type) else str(v))
+@pytest.mark.parametrize(
+    ("method", "options"), WRONG, ids=lambda v: v.__name__ if isinstance(v, type) else str(v)
+)
 def test_wrong_arguments_are_refused(method: Any, options: dict[str, Any]) -> None:
     """On every rank, also where only one of them is wrong; the message names the argument."""
     topo = Topology()
@@ -387,7 +416,9 @@ def test_metrics_start_at_nothing_and_grow(case: Case) -> None:
     errors = []
     with running(case, TanhNet(), LOCALS["SGD"], LAYOUTS[0]) as run:
         metrics = run.opt.metrics
-        if (metrics.rounds, metrics.bytes_group, metrics.bytes_across, metrics.resets, metrics.leads) != (0,) * 5:
+        if (metrics.rounds, metrics.bytes_group, metrics.bytes_across, metrics.resets, metrics.leads) != (
+            0,
+        ) * 5:
             errors.append(f"at the start {metrics}")
         run.run(6)
         if run.opt.metrics.rounds < 1 or run.opt.metrics.t_comm <= 0:

@@ -35,7 +35,11 @@ CASES = [
     Case(EASGD, {"period": 3}, "jacobi"),
     Case(EASGD, {"period": 2, "center_rate": 0.5, "moving_rate": 0.2}, "jacobi-rates"),
     Case(EASGD, {"period": 3, "form": "gauss-seidel"}, "gauss-seidel"),
-    Case(EASGD, {"period": 1, "form": "gauss-seidel", "center_rate": 0.5, "moving_rate": 0.2}, "gauss-seidel-rates"),
+    Case(
+        EASGD,
+        {"period": 1, "form": "gauss-seidel", "center_rate": 0.5, "moving_rate": 0.2},
+        "gauss-seidel-rates",
+    ),
 ]
 SGD = Local(lr=0.05, weight_decay=0.02)
 LOCALS = {
@@ -104,24 +108,35 @@ def test_until_grad_norm(layout: Layout) -> None:
 
 def test_until_grad_norm_freezes() -> None:
     """Once the mean is below the threshold for all, nothing moves any more."""
-    with running(Case(LocalSGD, {"until_grad_norm": 1e-3}), Quadratic(), Local(lr=0.3), LAYOUTS[0], same=False) as run:
+    with running(
+        Case(LocalSGD, {"until_grad_norm": 1e-3}), Quadratic(), Local(lr=0.3), LAYOUTS[0], same=False
+    ) as run:
         while run.opt.metrics.rounds < 1:
             run.step()
         frozen = run.x()
         run.run(3)
-        errors = [] if (run.x() == frozen).all() and frozen @ frozen <= 1e-3 else [f"{frozen} became {run.x()}"]
+        errors = (
+            [] if (run.x() == frozen).all() and frozen @ frozen <= 1e-3 else [f"{frozen} became {run.x()}"]
+        )
     together(errors)
 
 
 @by_layout
 def test_leaders(layout: Layout) -> None:
     """Ties go to the lowest rank, a non-finite loss never leads, and the metrics say who did."""
-    table = [[1.0, 1.0, 3.0, 2.0], [2.0, 0.5, math.nan, 1.0], [1.0, math.inf, 0.5, 0.5], [0.1, 4.0, -2.0, math.nan]]
+    table = [
+        [1.0, 1.0, 3.0, 2.0],
+        [2.0, 0.5, math.nan, 1.0],
+        [1.0, math.inf, 0.5, 0.5],
+        [0.1, 4.0, -2.0, math.nan],
+    ]
 
     def losses(worker: int, t: int) -> float:
         # At least one worker in each group has a finite loss: the groups' first members always do.
         value = table[t % 4][worker]
-        return 2.5 if not math.isfinite(value) and any(group[0] == worker for group in layout.groups) else value
+        return (
+            2.5 if not math.isfinite(value) and any(group[0] == worker for group in layout.groups) else value
+        )
 
     errors: list[str] = []
     for when in ("after_step", "with_step", "every_step"):
@@ -183,7 +198,9 @@ def test_scheduler_and_accumulation(case: Case) -> None:
     """A schedule set on the method reaches the wrapped optimizer, and two backward passes are one step."""
     problem = Accumulated(TanhNet(), 2)
     base = LOCALS["MSGD nesterov"]
-    local = Local(base.kind, lambda t: 0.04 * 0.5 ** (t // 3), base.momentum, base.nesterov, base.weight_decay)
+    local = Local(
+        base.kind, lambda t: 0.04 * 0.5 ** (t // 3), base.momentum, base.nesterov, base.weight_decay
+    )
     errors: list[str] = []
     with running(case, problem, local, LAYOUTS[0]) as run:
         simulated = case.simulate(problem, local, LAYOUTS[0])

@@ -56,7 +56,9 @@ def test_torch_momentum(nesterov: bool) -> None:
     simulation = Simulation(problem, 2, local, same=False).run(12)
     for worker in range(2):
         model = problem.build(torch.float64, problem.start(worker))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.7, nesterov=nesterov, weight_decay=0.02)
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.7, nesterov=nesterov, weight_decay=0.02
+        )
         for t in range(12):
             optimizer.zero_grad()
             problem.loss(model, worker, t).backward()
@@ -80,7 +82,9 @@ def test_one_worker_is_sgd(problem: Problem) -> None:
     assert_close(LocalSGD(problem, 1, SGD, period=3).run(20).x, plain)
     for when in ("after_step", "with_step"):
         assert_close(LSGD(problem, 1, SGD, groups=[[0]], pull=0.4, period=2, when=when).run(20).x, plain)
-    assert_close(LSGD(problem, 1, SGD, groups=[[0]], period=1, global_period=1, when="every_step").run(20).x, plain)
+    assert_close(
+        LSGD(problem, 1, SGD, groups=[[0]], period=1, global_period=1, when="every_step").run(20).x, plain
+    )
 
 
 def test_no_pull_is_independent_workers() -> None:
@@ -121,7 +125,9 @@ def test_equal_workers_stay_sgd(local: Local) -> None:
     problem = TanhNet(equal=True)
     plain = Simulation(problem, 4, local).run(15).x
     for when in ("after_step", "with_step"):
-        method = LSGD(problem, 4, local, groups=[[0, 1], [2, 3]], period=1, pull=0.3, global_pull=0.2, when=when)
+        method = LSGD(
+            problem, 4, local, groups=[[0, 1], [2, 3]], period=1, pull=0.3, global_pull=0.2, when=when
+        )
         assert_close(method.run(15).x, plain)
     assert_close(LocalSGD(problem, 4, local, period=2).run(15).x, plain)
     assert_close(AllreduceSGD(problem, 4, local).run(15).x, plain)
@@ -183,7 +189,10 @@ def test_consensus_is_a_fixed_point() -> None:
     for method in (
         AllreduceSGD(problem, 3, SGD),
         LocalSGD(problem, 3, SGD, period=2),
-        *(LSGD(problem, 3, SGD, groups=[[0, 1], [2]], period=2, when=w) for w in ("after_step", "every_step")),
+        *(
+            LSGD(problem, 3, SGD, groups=[[0, 1], [2]], period=2, when=w)
+            for w in ("after_step", "every_step")
+        ),
         *(EASGD(problem, 3, SGD, period=2, form=form) for form in ("jacobi", "gauss-seidel")),
     ):
         method.run(10)
@@ -203,7 +212,9 @@ def test_gauss_seidel_1_1_is_local_sgd(period: int) -> None:
 def test_synchronous_downpour_is_minibatch_with_step_p_eta() -> None:
     """Gauss-Seidel(α = 1, β = p) at τ = 1; its updates are (6.1)."""
     workers, problem = 4, TanhNet()
-    method = EASGD(problem, workers, Local(lr=0.03), center_rate=4.0, moving_rate=1.0, period=1, form="gauss-seidel")
+    method = EASGD(
+        problem, workers, Local(lr=0.03), center_rate=4.0, moving_rate=1.0, period=1, form="gauss-seidel"
+    )
     batch = AllreduceSGD(problem, workers, Local(lr=0.12))
     center = problem.start(0)
     for t in range(20):

@@ -19,12 +19,11 @@ say "drawing the report"
 mpilsgd report "$run"
 
 # What the launcher needs on this machine, for the commands to copy.
-names=(MPI4PY_LIBMPI) needs=""
-[[ $MPI != "Open MPI" ]] || names+=(OMPI_ALLOW_RUN_AS_ROOT OMPI_ALLOW_RUN_AS_ROOT_CONFIRM
-  PRTE_MCA_rmaps_default_mapping_policy OMPI_MCA_rmaps_base_oversubscribe OMPI_MCA_osc)
-for name in "${names[@]}"; do
-  [[ -z ${!name:-} ]] || needs+=$'\n'"  export $name='${!name}'"
-done
+needs=""
+[[ -z ${MPI4PY_LIBMPI:-} ]] || needs+="
+  export MPI4PY_LIBMPI='$MPI4PY_LIBMPI'"
+[[ $MPI != "Open MPI" ]] || needs+="
+  export ${OPENMPI[*]}"
 start=$(printf '%q' "$MPIEXEC")
 [[ $MPIEXEC != "$VENV/bin/mpiexec" ]] || start=mpiexec
 cat <<END

@@ -86,13 +86,17 @@ has_extras() { # has_extras HAVE WANTED
   done
 }
 
-# What Open MPI needs to start as root, with more ranks than cores, and without UCX's one-sided layer, which fails on
-# some machines. What the user has set stays.
+# What Open MPI needs to start as root, with more ranks than cores (waiting ranks give way, none is tied to a core) and
+# without UCX's one-sided layer, which fails on some machines. What the user has set stays.
+OPENMPI=(OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+  OMPI_MCA_hwloc_base_binding_policy=none PRTE_MCA_hwloc_default_binding_policy=none
+  OMPI_MCA_mpi_yield_when_idle=1 OMPI_MCA_osc=^ucx)
+[[ $(id -u) != 0 ]] || OPENMPI+=(OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1)
 mpi_environment() {
-  if [[ $(id -u) == 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
-  export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy-:oversubscribe}
-  export OMPI_MCA_rmaps_base_oversubscribe=${OMPI_MCA_rmaps_base_oversubscribe-1}
-  export OMPI_MCA_osc=${OMPI_MCA_osc-^ucx}
+  local setting
+  for setting in "${OPENMPI[@]}"; do
+    [[ -v ${setting%%=*} ]] || export "${setting?}"
+  done
 }
 
 # find_mpi [FAMILY]: sets MPIEXEC (the launcher's path) and MPI (MPICH, Open MPI, ...), and MPI4PY_LIBMPI where mpi4py
@@ -161,8 +165,10 @@ if MPI.COMM_WORLD.rank == 0:
 
 # run_ranks N COMMAND...: N ranks, ended after LIMIT seconds (3600) by the launcher, and if that fails by timeout.
 run_ranks() {
-  local n=$1 limit=${LIMIT:-3600} flags=()
+  local n=$1 limit=${LIMIT:-3600} flags=() terminal=${TERM:-dumb}
   shift
+  [[ -t 1 ]] || terminal=dumb # Open MPI's ranks see a terminal even where their output goes to a file
   [[ $MPI != "Open MPI" ]] || flags=(--timeout "$limit")
-  MPIEXEC_TIMEOUT=$limit timeout --foreground -k 20 "$((limit + 20))" "$MPIEXEC" ${flags[@]+"${flags[@]}"} -n "$n" "$@" </dev/null
+  TERM=$terminal MPIEXEC_TIMEOUT=$limit timeout --foreground -k 20 "$((limit + 20))" \
+    "$MPIEXEC" ${flags[@]+"${flags[@]}"} -n "$n" "$@" </dev/null
 }

@@ -62,13 +62,15 @@ LAYOUTS = layouts()
 
 
 def chosen() -> list[Layout]:
-    """Fewer: groups of one only on three ranks, and 3+1 not at all (2+1 is uneven enough)."""
-    kept = [w for w in LAYOUTS if WORLD.size <= 3 or (len(w.groups) < WORLD.size and str(w)[:3] != "3+1")]
-    return kept or LAYOUTS
+    """Fewer, where there are many: 3x1 and 2+1 of three ranks, 1x4 and 2x2 of four, as far as the nodes have them."""
+    leave_out = {3: ("1x3",), 4: ("4x1", "3+1")}.get(WORLD.size, ())
+    return [layout for layout in LAYOUTS if str(layout)[:3] not in leave_out] or LAYOUTS
 
 
 MOST = chosen()
-FEW = MOST[:1] + MOST[-2:] if len(MOST) > 2 else MOST  # a group a node, and the last one both ways
+FEW = LAYOUTS[:1] + [
+    layout for layout in MOST[-2:] if layout != LAYOUTS[0]
+]  # a group a node, and one with smaller groups both ways
 
 
 @dataclass(frozen=True)

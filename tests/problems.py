@@ -35,7 +35,7 @@ def fill(tensors: Sequence[torch.Tensor], vector: Vector) -> None:
 class Problem:
     """What the simulation and the tests ask of a problem."""
 
-    shapes: list[tuple[int, ...]]
+    shapes: tuple[tuple[int, ...], ...]
 
     def model(self) -> torch.nn.Module:
         raise TypeError("a problem has a model")
@@ -122,7 +122,7 @@ class Regression(Problem):
 class LeastSquares(Regression):
     """Convex: prediction = W u + b."""
 
-    shapes = [(3, 5), (3,)]
+    shapes: tuple[tuple[int, ...], ...] = ((3, 5), (3,))
 
     def model(self) -> torch.nn.Module:
         return torch.nn.Linear(self.inputs, self.outputs)
@@ -139,7 +139,7 @@ class LeastSquares(Regression):
 class TanhNet(Regression):
     """Non-convex: prediction = W2 tanh(W1 u + b1) + b2."""
 
-    shapes = [(6, 5), (6,), (3, 6), (3,)]
+    shapes = ((6, 5), (6,), (3, 6), (3,))
 
     def model(self) -> torch.nn.Module:
         return torch.nn.Sequential(
@@ -172,7 +172,7 @@ class Quadratic(Problem):
     def __init__(self, curvature: float = 1.0, size: int = 4, optimum: float = 0.0) -> None:
         self.curvature = curvature
         self.optimum = optimum
-        self.shapes = [(size,)]
+        self.shapes = ((size,),)
 
     def model(self) -> torch.nn.Module:
         return Point(self.size)
@@ -189,7 +189,7 @@ class Quadratic(Problem):
 class Sinc(Problem):
     """The example of the Leader SGD paper, section 6: L(x, y) = sin(πr)/(πr), r = ‖(x, y)‖, four workers."""
 
-    shapes = [(2,)]
+    shapes = ((2,),)
     starts = ((-6.0, -4.0), (-15.0, -18.0), (20.0, 11.0), (17.0, 8.0))
 
     def model(self) -> torch.nn.Module:
@@ -234,7 +234,7 @@ class Counting(torch.nn.Module):
 class Buffered(LeastSquares):
     """`LeastSquares` whose state ends with a float buffer: b ← b + (mean of the inputs − b)/4 at each forward pass."""
 
-    shapes = [(3, 5), (3,), (3,)]
+    shapes = ((3, 5), (3,), (3,))
 
     def model(self) -> torch.nn.Module:
         return Counting(self.inputs, self.outputs)

@@ -316,7 +316,7 @@ def round_robin_lsgd(
     periods: tuple[int, int],
     steps: int,
 ) -> Matrix:
-    """Algorithm 1 as it is printed (nlτ for nmτ): one worker after another, rounds when Σ t reaches n·l·τ; x at the end."""
+    """Algorithm 1 as it is printed (nlτ for nmτ): one worker after another, a round when n·l·τ divides Σ t."""
     workers = sum(len(group) for group in groups)
     x = np.stack([problem.start(0)] * workers)
     clocks = [0] * workers

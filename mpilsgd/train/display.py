@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any, TextIO
@@ -18,7 +19,7 @@ class Display:
         self.on = rank == 0
         self.stream = sys.stdout if stream is None else stream
         self.total, self.batches = total_steps, batches
-        self.live = self.on and self.stream.isatty()
+        self.live = self.on and self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self._drawn = 0
         self._last = 0.0
         self._start: tuple[float, int] | None = None

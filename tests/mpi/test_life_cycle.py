@@ -1,4 +1,4 @@
-"""What every method has to live through: saving, evaluating its centre, broken workers, uneven data, wrong arguments."""
+"""What every method has to live through: saving, its centre, broken workers, uneven data, wrong arguments."""
 
 from __future__ import annotations
 
@@ -299,8 +299,8 @@ def test_batch_norm_kept(case: Case) -> None:
 
 @by_method
 def test_batch_norm_recalibrated(case: Case) -> None:
-    """buffers="recalibrate": inside center(batches) the statistics are those of the batches, then the old ones again."""
-    topo, (model, opt), seen = batch_norm_run(case, "recalibrate")
+    """buffers="recalibrate": in center(batches) the statistics are those of the batches, then the old ones again."""
+    topo, (model, opt), _ = batch_norm_run(case, "recalibrate")
     before = {name: value.clone() for name, value in model[0].named_buffers()}
     inputs = torch.from_numpy(LeastSquares().data(0)[0])
     with opt.center([inputs]):
@@ -416,16 +416,13 @@ def test_metrics_start_at_nothing_and_grow(case: Case) -> None:
     errors = []
     with running(case, TanhNet(), LOCALS["SGD"], LAYOUTS[0]) as run:
         metrics = run.opt.metrics
-        if (metrics.rounds, metrics.bytes_group, metrics.bytes_across, metrics.resets, metrics.leads) != (
-            0,
-        ) * 5:
+        if any((metrics.rounds, metrics.bytes_group, metrics.bytes_across, metrics.resets, metrics.leads)):
             errors.append(f"at the start {metrics}")
         run.run(6)
         if run.opt.metrics.rounds < 1 or run.opt.metrics.t_comm <= 0:
             errors.append(f"after six steps {run.opt.metrics}")
-        if len({len(group) for group in LAYOUTS[0].groups}) == 1 and run.topo.n_groups == 1:
-            if run.opt.metrics.bytes_across != 0:
-                errors.append(f"{run.opt.metrics.bytes_across} bytes across groups, but there is one group")
+        if run.topo.n_groups == 1 and run.opt.metrics.bytes_across:
+            errors.append(f"{run.opt.metrics.bytes_across} bytes across groups, but there is one group")
         if not math.isfinite(run.opt.metrics.distance):
             errors.append(f"distance {run.opt.metrics.distance}")
         if run.opt.t != 6:

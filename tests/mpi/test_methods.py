@@ -94,11 +94,12 @@ def test_until_grad_norm(layout: Layout) -> None:
         simulated = case.simulate(problem, local, layout)
         assert isinstance(simulated, SimulatedLocalSGD)
         for count in range(1, 4):
-            for mine in range(1000):
+            for _ in range(1000):
                 run.step()
                 if run.opt.metrics.rounds >= count:
                     break
-            errors += [] if mine < 999 else ["no round"]
+            else:
+                errors.append("no round")
             while simulated.rounds < count:
                 simulated.step()
             gap = distance(run.x(), simulated.x[run.rank])

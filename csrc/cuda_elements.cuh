@@ -105,10 +105,7 @@ struct Note {
   template <class A>
   __device__ void center_moved(A before, A after) {
     if constexpr (kStats) {
-      const bool finite = defect(before) + defect(after) == A(0);
-      const double d = finite ? double(after - before) : 0.0;
-      squared_distance += d * d;
-      source_bad |= !finite;
+      source_bad |= !(defect(before) + defect(after) == A(0));  // the distance is that of the workers
     }
   }
   template <class A>

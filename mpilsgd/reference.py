@@ -100,7 +100,7 @@ def elastic(
         for x in peers:
             x.copy_(_wide(x) - moving_rate * elastic_term(_wide(x), anchor))
     center.copy_(new_center)
-    return _moved_peers(before, peers, [old_center, center], center=(old_center, center)) if stats else None
+    return _moved_peers(before, peers, [old_center, center]) if stats else None
 
 
 @torch.no_grad()
@@ -235,14 +235,12 @@ def _moved_peers(
     before: Sequence[Tensor],
     after: Sequence[Tensor],
     sources: Sequence[Tensor],
-    center: tuple[Tensor, Tensor] | None = None,
     also: Sequence[Tensor] = (),
 ) -> Moved:
-    """As _moved, over peers; with the distance of a centre, and other vectors that must be finite."""
+    """As _moved, over peers; with other vectors that must be finite."""
     moved = _moved(before, after, sources)
-    distance = _moved([center[0]], [center[1]], []).squared_distance if center else 0.0
     return Moved(
-        squared_distance=moved.squared_distance + distance,
+        squared_distance=moved.squared_distance,
         finite=moved.finite and all(check(t) for t in also),
         source_finite=moved.source_finite,
         bad_peers=tuple(i for i, t in enumerate(before) if not check(t)),

@@ -95,8 +95,8 @@ class Regression(Problem):
             random = np.random.default_rng([11, worker])
             inputs = random.normal(size=(self.samples, self.inputs))
             truth = np.random.default_rng(13).normal(size=(self.inputs, self.outputs))
-            # Worker by worker the targets differ, so that the workers disagree and the order of losses is clear.
-            noise = random.normal(scale=0.3 + 0.1 * (worker % 3), size=(self.samples, self.outputs))
+            # The noise makes the workers disagree about the best W, and the lead change hands.
+            noise = random.normal(scale=0.4, size=(self.samples, self.outputs))
             targets = np.tanh(inputs @ truth) + noise
             self._data[worker] = (np.round(inputs * 64) / 64, np.round(targets * 64) / 64)
         return self._data[worker]

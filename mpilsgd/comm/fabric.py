@@ -50,7 +50,7 @@ class Fabric:
         node = topology.node
         need = node.allreduce(nbytes)
         room = node.bcast(free_shared_memory())
-        shared = topology.shared and node.allreduce(shareable, MPI.LAND) and node.size > 1
+        shared = node.allreduce(shareable and topology.shared, MPI.LAND) and node.size > 1
         if shared and need > room:
             shared = False
             if node.rank == 0:
@@ -159,6 +159,12 @@ class Level:
         self._fabric.sync()
         return row
 
+    def barrier(self) -> None:
+        """All of the level have come here; what they stored before it is seen after it."""
+        self._fabric.sync()
+        self.comm.Barrier()
+        self._fabric.sync()
+
     def fence(self) -> None:
         """Barrier among those of the level on this island; their stores before it are seen after it."""
         self._fabric.sync()
@@ -182,12 +188,12 @@ class Level:
                 _in_pieces(
                     target.view(torch.uint8), lambda piece: heads.Bcast([piece.numpy(), MPI.BYTE], root=home)
                 )
-                self._count(owner, 0 if here else target.numel() * target.element_size())
             if not here:
                 self.fence()
-            return target
+            source = target
         assert source is not None
-        self._count(owner, 0 if owner == self.rank else source.numel() * source.element_size())
+        received = owner != self.rank and (here or self.heads != MPI.COMM_NULL)
+        self._count(owner, source.numel() * source.element_size() if received else 0)
         return source
 
     def allreduce(self, total: Window, start: int, stop: int) -> None:

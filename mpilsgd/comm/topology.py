@@ -44,6 +44,9 @@ class Topology:
         self.node = self.world.Split_type(MPI.COMM_TYPE_SHARED, key=self.world.rank)
         try:
             self.agree(_group_size_error(group_size, self.node.size))
+            settings = self.allgather((group_size, shared))
+            if len(set(settings)) > 1:
+                raise ValueError(f"(group_size, shared) must be the same on every rank, not {settings}")
         except ValueError:
             self.node.Free()
             self.world.Free()

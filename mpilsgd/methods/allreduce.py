@@ -21,8 +21,8 @@ class AllreduceSGD(Method):
         x_{t+1} = x_t - eta (1/p) sum_i g_t^i(x_t)
 
     The flat gradients lie in shared windows; each rank averages its slice of all of them in place, so a node holds no
-    copy. Where a gradient value is not finite, the mean is that of the others'; a worker whose parameters are not
-    (found when its gradient or the `loss` given to `step` is not) takes another's. Both count in `metrics.resets`.
+    copy. A worker whose gradient is not finite is left out of the mean; if its parameters are not finite either (looked
+    at when its gradient or the `loss` given to `step` is not), it takes another's. Both count in `metrics.resets`.
     A worker that is out of data leaves the mean and follows the others' steps.
 
     Arguments and errors: see `Method`. On one rank it is the wrapped optimizer. Source: local SGD paper, (4) with
@@ -38,6 +38,8 @@ class AllreduceSGD(Method):
         buffers: str = "average",
         model: torch.nn.Module | None = None,
     ):
+        self._missing: list[torch.Tensor] = []
+        self._suspect = self._follows = False  # a loss that is not finite; steps taken for the others' sake
         super().__init__(
             optimizer,
             topology,
@@ -56,6 +58,7 @@ class AllreduceSGD(Method):
         return contextlib.nullcontext()  # gradients are exchanged, the parameters are equal
 
     def _before(self, loss: Any) -> None:
+        self.flat.reseat()
         self._missing = self.flat.fill_missing_grads()
         self._suspect = loss is not None and not math.isfinite(float(loss))
         self._exchange()
@@ -64,10 +67,17 @@ class AllreduceSGD(Method):
         return float(self._suspect)
 
     def _note(self) -> float:
-        return float(len(self._missing))
+        return float(len(self._missing) or self._follows)
+
+    def _is_finite(self, purpose: float) -> bool:
+        return purpose != ROUND or all([kernels.check(g.mine) for g in self._g.values()])
 
     def _round(self, table: np.ndarray) -> None:
-        active = [r for r in range(len(table)) if table[r, 0] == ROUND]
+        world = self.fabric.world
+        active = table[:, 0] == ROUND
+        fine = active & (table[:, 4] == 1.0)
+        if not fine.any() and active.all():
+            raise Diverged(f"every worker's gradient is non-finite at step {self.t}: the run has diverged")
         spans = [(w, 0, w.mine.numel()) for w in self._g.values()]
         if self.buffers_policy == "average":
             spans += [
@@ -75,26 +85,30 @@ class AllreduceSGD(Method):
                 for d, w in self._x.items()
                 if w.mine.numel() > self.flat.n_parameters[d]
             ]
-        bad = self._average(spans, active)
-        if len(bad) == len(active):
-            raise Diverged(f"every worker's gradient is non-finite at step {self.t}: the run has diverged")
+        if fine.any():
+            self._average(spans, fine)
+        else:
+            for g in self._g.values():
+                g.mine.zero_()
         self.metrics.rounds += 1
-        if bad or table[:, 2].any():
-            self._check_parameters(bad)
-        if table[:, 3].any() or len(active) < len(table):
-            self._agree_on_missing(self.fabric.world.rank in active)
+        counted = bool(active[world.rank] and not fine[world.rank])
+        self.metrics.resets += counted
+        if table[active, 2].any() or not fine[active].all():
+            self._check_parameters(counted)
+        if table[active, 3].any() or not active.all():
+            self._agree_on_missing(bool(active[world.rank]))
 
-    def _check_parameters(self, bad: set[int]) -> None:
+    def _check_parameters(self, counted: bool) -> None:
         """Workers whose parameters are not finite take those of the first whose are. Collective."""
         level = self.fabric.world
-        own = all([kernels.check(w.mine[: self._n[d]]) for d, w in self._x.items()])
-        broken = {r for r, row in enumerate(level.table([float(own)])) if not row[0]}
-        if broken:
-            self._set_back(broken)
-            forget(self.optimizer)  # on every worker, so that they stay equal
-            self._copy_from(min(set(range(level.size)) - broken), broken)
-        elif level.rank in bad:
-            self.metrics.resets += 1
+        own = all([kernels.check(w.mine) for w in self._x.values()])
+        broken = {r for r, row in enumerate(level.table([own])) if not row[0]}
+        if not broken:
+            return
+        self._refuse_if_all(broken)
+        forget(self.optimizer)  # on every worker, so that they stay equal
+        self._copy_from(min(set(range(level.size)) - broken), broken)
+        self.metrics.resets += level.rank in broken and not counted
 
     def _agree_on_missing(self, active: bool) -> None:
         """A parameter that had a gradient on any worker is stepped on all of them."""
@@ -111,6 +125,14 @@ class AllreduceSGD(Method):
     def _followed(self) -> None:
         self.optimizer.step()
         self.t += 1
+        self._follows = True
+
+    def _catch_up(self, table: np.ndarray) -> None:
+        super()._catch_up(table)
+        followers = {r for r in range(len(table)) if table[r, 3]}
+        if followers:  # their learning rates may have been other ones
+            self._copy_from(min(set(range(len(table))) - followers), followers)
+        self._follows = False
 
     def _free(self) -> None:
         self._missing = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 
 from mpilsgd import kernels
@@ -13,48 +12,33 @@ from mpilsgd.comm import Level, Window
 Span = tuple[Window, int, int]  # a window's elements from start to stop
 
 
-def average(
-    level: Level, scratch: dict[torch.dtype, Window], spans: list[Span], active: set[int]
-) -> set[int]:
-    """Replaces every worker's window[start:stop] by the mean over the active workers.
+def average(level: Level, scratch: dict[torch.dtype, Window], spans: list[Span], counted: set[int]) -> None:
+    """Replaces every worker's window[start:stop] by the mean over the counted workers (at least one).
 
     Each rank handles its slice of every window on its island; across islands the sums meet in `scratch`.
     Collective, after a barrier; on return all windows hold the mean.
-
-    Returns: the active ranks that had non-finite values. Those values do not count in the mean.
     """
-    counted = [r for r in level.local_ranks if r in active]
-    bad = np.zeros(level.size)
-    for window, start, stop in spans:
-        a, b = share(level, start, stop)
-        peers = _views(level, window, counted, a, b)
-        if level.n_islands == 1:
-            moved = kernels.average(peers, stats=True)
-            for view in _views(level, window, [r for r in level.local_ranks if r not in active], a, b):
-                view.copy_(peers[0])
-        else:
-            total = scratch[accumulation_dtype(window.mine.dtype)].views[0][a:b]
-            moved = kernels.total(total, peers, stats=True) if peers else None
-        for i in moved.bad_peers if moved else ():
-            bad[counted[i]] = 1.0
-        level.count_local((b - a) * window.mine.element_size())
-    level.combine(bad)
-    excluded = {r for r in range(level.size) if bad[r]}
-    if level.n_islands == 1 or excluded >= active:
-        return excluded
     for window, start, stop in spans:  # dtypes of one accumulation type take turns in its scratch
         a, b = share(level, start, stop)
+        every = {r: window.views[level.seats[r]][a:b] for r in level.local_ranks}
+        peers = [view for r, view in every.items() if r in counted]
+        level.count_local((b - a) * window.mine.element_size())
+        if level.n_islands == 1:
+            kernels.average(peers)
+            for r, view in every.items():
+                if r not in counted:
+                    view.copy_(peers[0])
+            continue
         sums = scratch[accumulation_dtype(window.mine.dtype)]
         total = sums.views[0][a:b]
-        peers = _views(level, window, [r for r in counted if r not in excluded], a, b)
-        if not peers:
-            total.zero_()
-        elif len(spans) > 1 or excluded:
+        if peers:
             kernels.total(total, peers)
+        else:
+            total.zero_()
         level.allreduce(sums, start, stop)
-        kernels.assign(_views(level, window, level.local_ranks, a, b), total, 1.0 / len(active - excluded))
+        kernels.assign(list(every.values()), total, 1.0 / len(counted))
         level.fence()
-    return excluded
+    level.barrier()
 
 
 def share(level: Level, start: int, stop: int) -> tuple[int, int]:
@@ -63,6 +47,14 @@ def share(level: Level, start: int, stop: int) -> tuple[int, int]:
     step = -(-(stop - start) // n)
     step = -(-step // 16) * 16  # whole cache lines
     return min(start + i * step, stop), min(start + (i + 1) * step, stop)
+
+
+def follow(z: torch.Tensor, x: torch.Tensor, rate: float) -> None:
+    """z <- z + rate (x - z), z of x's accumulation type: small rates would be lost in a half type."""
+    if z.dtype == x.dtype:
+        kernels.pull(z, x, rate)
+    else:
+        z.lerp_(x.to(z.dtype), rate)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -99,7 +91,3 @@ def recalibrate(roots: Iterable[torch.nn.Module], batches: Iterable[torch.Tensor
         for module, training in zip(modules, modes, strict=True):
             module.training = training
     return seen
-
-
-def _views(level: Level, window: Window, ranks: Iterable[int], a: int, b: int) -> list[torch.Tensor]:
-    return [window.views[level.seats[r]][a:b] for r in ranks]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpilsgd import kernels
 from mpilsgd.comm import Fabric, Topology, Window, end_job, exit_status
 from mpilsgd.flat import FlatParameters, digest, find_modules, float_buffers
 from mpilsgd.methods.arguments import choice
@@ -88,7 +90,7 @@ class Method(torch.optim.Optimizer):
         self.buffers_policy = buffers
         self.t = 0
         self.metrics = Metrics()
-        self._open = False
+        self._open = self._lent = False
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._modules = [model] if model is not None else find_modules(parameters)
         # constants such as a mask of -inf are not statistics
@@ -96,7 +98,10 @@ class Method(torch.optim.Optimizer):
         self._check_equal(parameters, held, {**settings, "init": init, "buffers": buffers})
         device = parameters[0].device
         nbytes = sum(-(-t.numel() * t.element_size() // 64) * 64 for t in [*parameters, *held])
-        shared = int(nbytes * (1 + gradients + vectors / self.topology.node.size)) + 4096
+        node = self.topology.node
+        if node.size < self.topology.world.size:
+            vectors += 3.0  # the scratch below, which is wider than a half type
+        shared = int(nbytes * (1 + gradients + vectors / node.size)) + 4096
         self.fabric = Fabric(self.topology, shared, shareable=device.type == "cpu")
         self._x: dict[torch.dtype, Window] = {}
         self._g: dict[torch.dtype, Window] = {}
@@ -116,10 +121,9 @@ class Method(torch.optim.Optimizer):
                 self._scratch[kind] = self.fabric.common(self.fabric.world, kind, numel, device)
         if init == "same":
             self._copy_from(0)
+            self._broadcast_rest()
         self.fabric.traffic.group = self.fabric.traffic.across = 0  # counts rounds
         self._open = True
-        if not _living:
-            atexit.register(_rest_at_exit)
         _living.append(self)
 
     # The life of a step. Subclasses say what is due before and after the wrapped optimizer's step.
@@ -133,8 +137,11 @@ class Method(torch.optim.Optimizer):
 
         Returns: the loss.
         """
-        if not self._open:
-            raise RuntimeError(f"this {type(self).__name__} is closed")
+        self._refuse_if_closed()
+        if self._lent:
+            raise RuntimeError(
+                "step() inside center(): the parameters there are the centre, and go back afterwards"
+            )
         if closure is not None and self._acts_on_gradient():
             with torch.enable_grad():
                 loss = closure()
@@ -167,7 +174,7 @@ class Method(torch.optim.Optimizer):
     def _meet(self, purpose: float) -> np.ndarray | None:
         """Meets the other workers; runs the round if any came for one, else returns the table of rows.
 
-        A row is (purpose, stamp, score, own note). Collective over the world.
+        A row is (purpose, stamp, score, own note, whether what is exchanged is finite). Collective over the world.
         """
         table = self._gate(self.fabric.world, purpose)
         if not _wants_round(table):
@@ -176,7 +183,8 @@ class Method(torch.optim.Optimizer):
         return None
 
     def _gate(self, level: Any, purpose: float) -> np.ndarray:
-        table = level.table([purpose, self._stamp(), self._score(), self._note()])
+        row = [purpose, self._stamp(), self._score(), self._note(), self._is_finite(purpose)]
+        table = level.table(row)
         stamps = {int(row[1]) for row in table if row[0] == ROUND}
         if len(stamps) > 1:
             raise RuntimeError(
@@ -189,6 +197,10 @@ class Method(torch.optim.Optimizer):
 
     def _note(self) -> float:
         return 0.0
+
+    def _is_finite(self, purpose: float) -> bool:
+        """Whether what this worker brings to the exchange is finite: one pass over it, before anyone reads it."""
+        return all([kernels.check(w.mine[: self._n[d]]) for d, w in self._x.items()])
 
     def _round(self, table: np.ndarray) -> None:
         raise AssertionError("a method without rounds was asked for one")
@@ -241,8 +253,7 @@ class Method(torch.optim.Optimizer):
             batches: for `buffers="recalibrate"`: model inputs (or tuples that begin with them) over which the
                 BatchNorm statistics of the centre are computed, each worker over its own, then averaged.
         """
-        if not self._open:
-            raise RuntimeError(f"this {type(self).__name__} is closed")
+        self._refuse_if_closed()
         if batches is not None and self.buffers_policy != "recalibrate":
             raise ValueError('center(batches) goes with buffers="recalibrate"')
         if batches is None and self.buffers_policy == "recalibrate" and self.flat.buffers:
@@ -257,46 +268,62 @@ class Method(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def _held_centre(self, batches: Iterable[Any]) -> Iterator[None]:
-        own = {
-            d: w.mine.clone() for d, w in self._x.items()
-        }  # as it lies there, so that it comes back exactly
+        self.flat.reseat()
+        traffic = dataclasses.replace(self.fabric.traffic)  # counts rounds
+        own = {d: w.mine.clone() for d, w in self._x.items()}  # as it lies there: it comes back exactly
         try:
             with self._iterates():
-                self.fabric.world.table([0.0])
                 self._set_centre()
                 if self.buffers_policy == "recalibrate" and self.flat.buffers:
                     self._recalibrate(batches)
+                self._lent = True
                 yield
         finally:
+            self._lent = False
+            self.fabric.traffic.group, self.fabric.traffic.across = traffic.group, traffic.across
             for d, w in self._x.items():
                 w.mine.copy_(own[d])
 
     def _set_centre(self) -> None:
-        """Puts the centre into every worker's parameters: the mean of the workers. Collective, after a barrier."""
+        """Puts the centre into every worker's parameters: the mean of the workers. Collective."""
         running = getattr(self.optimizer, "center", None)  # RunningAverage: the mean of the workers' averages
         with running() if running else contextlib.nullcontext():
-            self.fabric.world.table([0.0])
-            bad = self._average(self._spans(), range(self.fabric.world.size))
+            fit = self.fabric.world.table([Method._is_finite(self, CENTER)])[:, 0]
+            self._refuse_if_all({r for r, f in enumerate(fit) if not f})
+            self._average(self._spans(), fit)
             means = {d: w.mine.clone() for d, w in self._x.items()} if running else {}
         for d, mean in means.items():
             self._x[d].mine.copy_(mean)
-        self._refuse_if_all(bad)
 
     def _recalibrate(self, batches: Iterable[Any]) -> None:
         """BatchNorm statistics of the centre over each worker's batches, averaged over those that had any."""
         seen = recalibrate(self._modules, batches)
         had = self.fabric.world.table([float(seen)])[:, 0]
         spans = [(w, self.flat.n_parameters[d], w.mine.numel()) for d, w in self._x.items()]
-        if had.any():
-            self._average(spans, [r for r in range(self.fabric.world.size) if had[r]])
+        if not had.any():
+            raise ValueError("center(batches): no worker had any batch to recompute the statistics from")
+        self._average(spans, had)
 
     # Building blocks for the methods
 
     def _spans(self) -> list[Span]:
         return [(w, 0, self._n[d]) for d, w in self._x.items()]
 
-    def _average(self, spans: list[Span], active: Iterable[int]) -> set[int]:
-        return average(self.fabric.world, self._scratch, spans, set(active))
+    def _average(self, spans: list[Span], counts: np.ndarray) -> None:
+        """The mean over the world ranks that count, to all. Collective, after a barrier."""
+        average(self.fabric.world, self._scratch, spans, {r for r, c in enumerate(counts) if c})
+
+    def _broadcast_rest(self) -> None:
+        """Rank 0's frozen parameters and other buffers of the modules, which no round exchanges. Collective."""
+        flat = {id(t) for t in [*self.flat.parameters, *self.flat.buffers]}
+        rest = [t for m in self._modules for t in [*m.parameters(), *m.buffers()] if id(t) not in flat]
+        values = self.topology.broadcast([t.detach().cpu() for t in rest])
+        fits = [t.shape for t in rest] == [v.shape for v in values]
+        self.topology.agree(
+            None if fits else "the frozen parameters or buffers have other shapes than on rank 0"
+        )
+        for t, value in zip(rest, values, strict=True):
+            t.detach().copy_(value)
 
     def _copy_from(self, source: int, takers: set[int] | None = None) -> None:
         """The takers (default: all) get the whole vectors of world rank `source`. Collective."""
@@ -316,11 +343,14 @@ class Method(torch.optim.Optimizer):
             )
 
     def _set_back(self, bad: set[int]) -> None:
-        """Counts this worker if it was found non-finite and clears its optimizer's memory; ends the job if all are."""
+        """Ends the job if all are bad; if this worker is, counts it and clears its momentum and its gradient."""
         self._refuse_if_all(bad)
         if self.fabric.world.rank in bad:
             self.metrics.resets += 1
             forget(self.optimizer)
+            for p in self.flat.parameters:
+                if p.grad is not None:  # taken at the parameters that were not finite
+                    p.grad.zero_()
 
     def _allocator(
         self, windows: dict[torch.dtype, Window], device: torch.device
@@ -374,11 +404,9 @@ class Method(torch.optim.Optimizer):
         raise RuntimeError("give the wrapped optimizer all its parameter groups before wrapping it")
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state plus, under "mpilsgd", this worker's clock and what the method keeps."""
-        return {
-            **self.optimizer.state_dict(),
-            "mpilsgd": {"method": type(self).__name__, "t": self.t, **self._extra()},
-        }
+        """The wrapped optimizer's state and, under "mpilsgd", this worker's clock, metrics and the method's own."""
+        own = {"method": type(self).__name__, "t": self.t, "metrics": dataclasses.asdict(self.metrics)}
+        return {**self.optimizer.state_dict(), "mpilsgd": {**own, **self._extra()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what `state_dict` of the same method gave; the parameters are the model's to load."""
@@ -389,12 +417,22 @@ class Method(torch.optim.Optimizer):
             raise ValueError(f"this is the state of {of}, not of {type(self).__name__}")
         self.optimizer.load_state_dict(state_dict)
         self.t = int(own["t"])
+        self.metrics = Metrics(**own["metrics"])
+        self.fabric.traffic.group, self.fabric.traffic.across = (
+            self.metrics.bytes_group,
+            self.metrics.bytes_across,
+        )
         self._load_extra(own)
 
     def _extra(self) -> dict[str, Any]:
+        """What a subclass keeps beside the clock and the metrics."""
         return {}
 
     def _load_extra(self, own: dict[str, Any]) -> None: ...
+
+    def _refuse_if_closed(self) -> None:
+        if not self._open:
+            raise RuntimeError(f"this {type(self).__name__} is closed")
 
     def close(self) -> None:
         """Ends the exchanges and frees windows and communicators; the model stays usable. Collective."""
@@ -423,10 +461,14 @@ class Method(torch.optim.Optimizer):
 
 _BUFFERS = ("average", "keep", "recalibrate")
 _living: list[Method] = []
+_process = os.getpid()
 
 
+@atexit.register
 def _rest_at_exit() -> None:
     """The program ends on this rank: serve the others' rounds to their end, unless the job is being aborted."""
+    if os.getpid() != _process:  # a fork's end is not the rank's
+        return
     try:
         for method in list(_living):
             if not exit_status():

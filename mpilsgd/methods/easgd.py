@@ -82,12 +82,13 @@ class EASGD(Method):
         }
         with torch.no_grad():
             self._start_centre(init)
+        self.fabric.traffic.group = self.fabric.traffic.across = 0
 
     def _start_centre(self, init: str) -> None:
         own = {d: w.mine.clone() for d, w in self._x.items()} if init == "different" else {}
         if own:
             self.fabric.world.table([0.0])
-            self._average([(w, 0, w.mine.numel()) for w in self._x.values()], range(self.fabric.world.size))
+            self._average([(w, 0, w.mine.numel()) for w in self._x.values()], np.ones(self.fabric.world.size))
         if self.fabric.world.local.rank == 0:
             for d, w in self._x.items():
                 self._c[d].mine.copy_(w.mine)
@@ -118,45 +119,51 @@ class EASGD(Method):
         level = self.fabric.world
         seidel = self.form == "gauss-seidel"
         alpha, rate = self.moving_rate, self.center_rate / level.size
-        found = np.zeros(level.size + 1)  # non-finite workers, and the sum of squared moves
+        bad = {
+            r for r, row in enumerate(table) if not row[4]
+        }  # they add nothing to the centre, and start from it
+        self._set_back(bad)
+        square = 0.0
         for d, window in self._x.items():
             a, b = share(level, 0, self._n[d])
             c = self._c[d].mine[a:b]
-            peers = [window.views[level.seats[r]][a:b] for r in level.local_ranks]
+            every = {r: window.views[level.seats[r]][a:b] for r in level.local_ranks}
+            peers = [view for r, view in every.items() if r not in bad]
+            level.count_local((b - a) * window.mine.element_size())
             if level.n_islands == 1:
                 moved = kernels.elastic(c, peers, alpha, rate, gauss_seidel=seidel, stats=True)
+                square += moved.squared_distance if moved else 0.0
             else:
                 scratch = self._scratch[accumulation_dtype(d)]
                 total = scratch.views[0][a:b]
-                moved = kernels.elastic_sum(total, c, peers, 0.0 if seidel else alpha, stats=True)
+                if peers:
+                    moved = kernels.elastic_sum(total, c, peers, 0.0 if seidel else alpha, stats=True)
+                    square += moved.squared_distance if moved else 0.0
+                else:
+                    total.zero_()
                 level.allreduce(scratch, 0, self._n[d])
-                kernels.elastic_apply(c, peers if seidel else [], total, alpha if seidel else 0.0, rate)
-                level.fence()
-            assert moved is not None
-            for i in moved.bad_peers:
-                found[level.local_ranks[i]] = 1.0
-            found[-1] += moved.squared_distance
-            level.count_local((b - a) * window.mine.element_size())
-        level.combine(found)
-        bad = {r for r in range(level.size) if found[r]}
-        if bad:
-            self._set_back(bad)
-            if level.rank in bad:
-                for d, window in self._x.items():
-                    window.mine[: self._n[d]].copy_(self._c[d].mine[: self._n[d]])
-            level.table([0.0])
+                kernels.elastic_apply(c, [], total, 0.0, rate)
+                if seidel and peers:
+                    moved = kernels.elastic(c, peers, alpha, 0.0, stats=True)
+                    square += moved.squared_distance if moved else 0.0
+            for r in bad & set(every):
+                every[r].copy_(c)
+            level.fence()
+        if level.rank in bad:  # buffers that are not exchanged may be broken, too
+            for d, window in self._x.items():
+                window.mine[self._n[d] :].copy_(self._c[d].mine[self._n[d] :])
+        totals = level.combine(np.array([square]))
         self.metrics.rounds += 1
-        self.metrics.distance = (found[-1] / level.size) ** 0.5 / abs(alpha) if alpha else 0.0
+        self.metrics.distance = (totals[0] / level.size) ** 0.5 / abs(alpha) if alpha else 0.0
 
     def _set_centre(self) -> None:
         for d, window in self._x.items():
             window.mine[: self._n[d]].copy_(self._c[d].mine[: self._n[d]])
 
     def _extra(self) -> dict[str, Any]:
-        return {"rounds": self.metrics.rounds, "center": {str(d): c.mine.clone() for d, c in self._c.items()}}
+        return {"center": {str(d): c.mine.clone() for d, c in self._c.items()}}
 
     def _load_extra(self, own: dict[str, Any]) -> None:
-        self.metrics.rounds = own["rounds"]
         for d, c in self._c.items():
             a, b = share(self.fabric.world, 0, c.mine.numel())
             c.mine[a:b].copy_(own["center"][str(d)][a:b])

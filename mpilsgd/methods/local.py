@@ -261,7 +261,7 @@ class RunningAverage(Optimizer):
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.t, self.rate = state_dict["t"], state_dict["rate"]
         pairs = [(p, z) for p, z in zip(parameters, average, strict=True) if z is not None]
-        places = companions([p for p, _ in pairs])
+        places = _averages([p for p, _ in pairs])
         self._average = {p: place.copy_(z) for (p, z), place in zip(pairs, places, strict=True)}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class RunningAverage(Optimizer):
     def _start(self) -> None:
         new = [p for p in self._parameters() if p not in self._average]
         if new:
-            self._average.update(zip(new, companions(new), strict=True))
+            self._average.update(zip(new, _averages(new), strict=True))
             self._follow(1.0, set(new))
 
     @torch.no_grad()
@@ -282,6 +282,13 @@ class RunningAverage(Optimizer):
         for group in self.param_groups:
             ahead = float(group.get("lookahead", 0.0))
             parameters = [p for p in group["params"] if only is None or p in only]
+            for p in [p for p in parameters if self._average[p].dtype != p.dtype]:
+                x = p.detach().float()
+                if ahead and "velocity" in self.state[p]:
+                    x.sub_(self.state[p]["velocity"].float(), alpha=ahead)
+                z = self._average[p]
+                z.lerp_(torch.where(x.isfinite(), x, z), a)
+            parameters = [p for p in parameters if self._average[p].dtype == p.dtype]
             rows: list[Row] = [
                 (p, (self._average[p], self.state[p].get("velocity") if ahead else None), None)
                 for p in parameters
@@ -294,6 +301,15 @@ class RunningAverage(Optimizer):
                 if moved is not None and not moved.source_finite:  # what the pull passed over, this must too
                     velocity = torch.where(x.isfinite(), velocity, torch.zeros_like(velocity))
                 kernels.iterate(z, velocity, a * abs(ahead), -int(math.copysign(1, ahead)))
+
+
+def _averages(parameters: list[Tensor]) -> list[Tensor]:
+    """Places for running averages, of half types in float32: a rate of 1/t is soon below their resolution."""
+    same = iter(companions([p for p in parameters if p.dtype not in _HALF]))
+    return [torch.zeros_like(p, dtype=torch.float32) if p.dtype in _HALF else next(same) for p in parameters]
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _grad(p: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpilsgd import kernels
 from mpilsgd.comm import Topology
 from mpilsgd.methods.arguments import choice, number, whole
+from mpilsgd.methods.averaging import accumulation_dtype, follow
 from mpilsgd.methods.base import ROUND, Method
 
 
@@ -69,7 +69,7 @@ class LocalSGD(Method):
             optimizer, topology, init=init, buffers=buffers, model=model, problems=problems, settings=settings
         )
         if average == "quadratic":
-            self._z = {d: torch.zeros_like(x) for d, x in self.flat.data.items()}
+            self._z = {d: torch.zeros_like(x, dtype=accumulation_dtype(d)) for d, x in self.flat.data.items()}
 
     def _acts_on_gradient(self) -> bool:
         return self.until_grad_norm is not None
@@ -81,7 +81,7 @@ class LocalSGD(Method):
             self._weight += w
             with self._shown():
                 for d, z in self._z.items():
-                    kernels.pull(z, self.flat.data[d], w / self._weight)
+                    follow(z, self.flat.data[d], w / self._weight)
 
     def _local_step(self, closure: Callable[[], Any] | None) -> Any:
         if self.until_grad_norm is None:
@@ -116,34 +116,29 @@ class LocalSGD(Method):
             super()._catch_up(table)
 
     def _round(self, table: np.ndarray) -> None:
-        bad = self._average(self._spans(), range(len(table)))
+        bad = {r for r, row in enumerate(table) if not row[4]}
         self._set_back(bad)
+        self._average(self._spans(), table[:, 4])
+        if bad and self.buffers_policy != "average":  # buffers that are not exchanged may be broken, too
+            self._copy_from(min(set(range(len(table))) - bad), bad)
         self.metrics.rounds += 1
         self.converged = self.until_grad_norm is not None and not table[table[:, 0] == ROUND, 3].any()
         self._moved = False
 
     def _set_centre(self) -> None:
-        if self._z and self._weight:
+        if self._weight:
             for d, z in self._z.items():
                 self.flat.data[d].copy_(z)
-            self.fabric.world.table([0.0])
         super()._set_centre()
 
     def _extra(self) -> dict[str, Any]:
-        if not self._z:
-            return {"rounds": self.metrics.rounds}
-        return {
-            "rounds": self.metrics.rounds,
-            "z": {str(d): z.clone() for d, z in self._z.items()},
-            "weight": self._weight,
-        }
+        z = {str(d): z.clone() for d, z in self._z.items()}
+        return {"z": z, "weight": self._weight, "moved": self._moved, "converged": self.converged}
 
     def _load_extra(self, own: dict[str, Any]) -> None:
-        self.metrics.rounds = own["rounds"]
-        if self._z:
-            self._weight = own["weight"]
-            for d, z in self._z.items():
-                z.copy_(own["z"][str(d)])
+        self._weight, self._moved, self.converged = own["weight"], own["moved"], own["converged"]
+        for d, z in self._z.items():
+            z.copy_(own["z"][str(d)])
 
 
 def _steps(period: Any) -> frozenset[int]:

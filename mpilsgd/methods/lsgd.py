@@ -103,7 +103,7 @@ class LSGD(Method):
                 when=when,
                 sequential=sequential,
             ),
-            vectors=2.0 * (when == "every_step"),
+            vectors=(2.0 if topology is None else 1.0 + topology.n_groups) if when == "every_step" else 0.0,
         )
         self.metrics.leaders = [-1] * self.topology.n_groups
         group, world = self.fabric.group, self.fabric.world
@@ -158,6 +158,11 @@ class LSGD(Method):
             if any(self._due(self.t)):
                 self._exchange()
 
+    def _is_finite(self, purpose: float) -> bool:
+        return (
+            True  # found out by the pull, in the same pass; a leader's values that are not finite pull nobody
+        )
+
     # Who
 
     def _score(self) -> float:
@@ -209,6 +214,8 @@ class LSGD(Method):
             self.metrics.leader = w
         elif self.topology.n_groups == 1 and g is not None:
             self.metrics.leader = group.world_ranks[g]
+        if g is None and w == world.rank:
+            self.metrics.leads += 1
         finite = self._anchor(g, w) if self.when == "every_step" else self._pull(g, w)
         level, table = (world, everyone) if everyone is not None else (group, mates)
         assert table is not None
@@ -259,11 +266,10 @@ class LSGD(Method):
                 self._refuse_if_all(set(range(self.fabric.world.size)))
             return  # a whole group: the next global round sets it back
         source = min((r for r in range(level.size) if r not in bad), key=lambda r: (table[r, 2], r))
-        landing = self._local if level is self.fabric.group else self._global
         for d, window in self._x.items():
-            vector = level.bring(window, source, landing.get(d))
+            vector = level.bring(window, source, self._scratch.get(d))
             if level.rank in bad:
-                window.mine[: self._n[d]].copy_(vector[: self._n[d]])
+                window.mine.copy_(vector)
         if level.rank in bad:
             self._losses.clear()
             self._set_back({self.fabric.world.rank})
@@ -294,7 +300,8 @@ class LSGD(Method):
             )
             if there
         ]
-        if isinstance(self.optimizer, MSGD):  # gradient step and pull in one pass
+        complete = all(p.grad is not None for p in self.flat.parameters)
+        if isinstance(self.optimizer, MSGD) and complete:  # gradient step and pull in one pass
             for d, window in self._x.items():
                 self._pull_to(
                     window.mine[self.flat.n_parameters[d] : self._n[d]], d, anchors, self.flat.n_parameters[d]
@@ -318,7 +325,6 @@ class LSGD(Method):
     def _extra(self) -> dict[str, Any]:
         own: dict[str, Any] = {
             "losses": [float(loss) for loss in self._losses],
-            "rounds": self.metrics.rounds,
             "anchored": list(self._anchored),
         }
         if self.when == "every_step":
@@ -330,7 +336,6 @@ class LSGD(Method):
     def _load_extra(self, own: dict[str, Any]) -> None:
         self._losses.clear()
         self._losses.extend(own["losses"])
-        self.metrics.rounds = own["rounds"]
         self._anchored = list(own["anchored"])
         for kept, saved in zip((self._local, self._global), own.get("anchors", ()), strict=False):
             for d, window in kept.items():

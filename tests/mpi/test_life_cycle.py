@@ -155,8 +155,10 @@ def without(
         leader = next((i for i in group if i in fine), best)
         for i in group:
             new[i] = x[i] - 0.3 * (x[i] - x[leader]) - 0.2 * (x[i] - x[best])
-    allowed = [best, *(next((i for i in g if i in fine), best) for g in layout.groups if bad in g)]
-    becomes = [values[i] for values in (x, new) for i in allowed]
+    (own,) = (group for group in layout.groups if bad in group)
+    leader = next((i for i in own if i in fine), best)
+    # It becomes the local or the global leader, and may then be pulled as the others are in this round.
+    becomes = [x[leader], x[best], new[leader], x[best] - 0.3 * (x[best] - x[leader])]
     if case.options.get("when") == "every_step":
         # A group with nobody left to lead it may hold on to the leader it had, which here stood at its start.
         becomes.append(x[best] - 0.3 * (x[best] - Quadratic(0.0).start(bad)))

@@ -1,0 +1,239 @@
+"""Broken workers, unequal workers and misuse: what must not spread, hang or go unsaid."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from harness import WORLD, together
+from torch import nn
+
+import mpilsgd
+
+pytestmark = [pytest.mark.mpi(min_size=2)]
+
+METHODS: dict[str, Callable[[Any, Any], Any]] = {
+    "AllreduceSGD": lambda o, t: mpilsgd.AllreduceSGD(o, t),
+    "LocalSGD": lambda o, t: mpilsgd.LocalSGD(o, t, period=1),
+    "LSGD-after": lambda o, t: mpilsgd.LSGD(o, t, period=1),
+    "LSGD-with": lambda o, t: mpilsgd.LSGD(o, t, period=1, when="with_step"),
+    "LSGD-every": lambda o, t: mpilsgd.LSGD(o, t, period=1, when="every_step"),
+    "EASGD-jacobi": lambda o, t: mpilsgd.EASGD(o, t, period=1),
+    "EASGD-seidel": lambda o, t: mpilsgd.EASGD(o, t, period=1, form="gauss-seidel"),
+}
+by_method = pytest.mark.parametrize("name", METHODS)
+by_transport = pytest.mark.parametrize("shared", [True, False], ids=["windows", "messages"])
+
+
+@contextmanager
+def method(name: str, model: nn.Module, shared: bool = True, optimizer: Any = None) -> Iterator[Any]:
+    """The method around the model's optimizer; closed at the end."""
+    topo = mpilsgd.Topology(shared=shared)
+    inner = optimizer or torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    opt = METHODS[name](inner, topo)
+    yield opt
+    opt.close()
+    topo.free()
+
+
+def train(opt: Any, model: nn.Module, steps: int, schedule: Any = None) -> None:
+    data = torch.Generator().manual_seed(WORLD.rank)
+    for _ in range(steps):
+        x = torch.randn(8, 4, generator=data)
+        opt.zero_grad()
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        opt.step(loss=loss)
+        if schedule is not None:
+            schedule.step()
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+def on_all(value: Any) -> list[Any]:
+    return WORLD.allgather(value)
+
+
+@by_transport
+@by_method
+def test_training_goes_on_after_a_nan(name: str, shared: bool) -> None:
+    """The gradient taken at the broken parameters must not break them again."""
+    model = nn.Linear(4, 1)
+    with method(name, model, shared) as opt:
+        train(opt, model, 2)
+        if WORLD.rank == 1:
+            with torch.no_grad():
+                model.weight.fill_(math.nan)
+        train(opt, model, 6)
+        errors = [] if weights(model).isfinite().all() else [f"still {weights(model)}"]
+        if (opt.metrics.resets > 0) != (WORLD.rank == 1):
+            errors.append(f"{opt.metrics.resets} resets")
+        together(errors)
+
+
+@by_transport
+@pytest.mark.parametrize("name", ["LocalSGD", "EASGD-seidel"])
+def test_a_diverging_worker_adds_nothing(name: str, shared: bool) -> None:
+    """One infinite value: the worker's other, huge values stay out of the mean and the centre, too."""
+    model = nn.Linear(4, 1, bias=False)
+    with method(name, model, shared) as opt:
+        with torch.no_grad():
+            model.weight.fill_(0.5)
+            if WORLD.rank == 1:
+                model.weight.copy_(torch.tensor([[math.inf, 1e30, 1.0, 1.0]]))
+        model.weight.grad = torch.zeros_like(model.weight)
+        for group in opt.param_groups:
+            group["weight_decay"] = 0.0
+        opt.step(loss=0.0)
+        largest = float(weights(model).abs().max())
+        together([] if largest < 10 else [f"{weights(model)}"])
+
+
+def test_quadratic_average_of_a_worker_without_steps() -> None:
+    model = nn.Linear(4, 1)
+    topo = mpilsgd.Topology()
+    opt = mpilsgd.LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), topo, period=2, average="quadratic")
+    train(opt, model, 3 * WORLD.rank)
+    with opt.center():
+        centers = on_all(weights(model))
+    assert all(torch.equal(c, centers[0]) for c in centers)
+    opt.close()
+    topo.free()
+
+
+@by_transport
+def test_allreduce_workers_stay_equal_with_unequal_data_and_schedules(shared: bool) -> None:
+    model = nn.Linear(4, 1)
+    with method("AllreduceSGD", model, shared) as opt:
+        schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+        for _ in range(2):
+            train(opt, model, 3 + WORLD.rank, schedule)
+            with opt.center():
+                pass
+            after = on_all(weights(model))
+            assert all(torch.equal(w, after[0]) for w in after)
+
+
+def test_one_bad_gradient_while_others_are_out_of_data() -> None:
+    model = nn.Linear(4, 1)
+    with method("AllreduceSGD", model) as opt:
+        train(opt, model, 1)
+        if WORLD.rank == WORLD.size - 1:
+            for p in model.parameters():
+                p.grad = torch.full_like(p, math.nan)
+            opt.step(loss=math.nan)
+        with opt.center():
+            assert all(torch.isfinite(w).all() for w in on_all(weights(model)))
+
+
+@by_method
+def test_memory_that_was_swapped_is_taken_back(name: str) -> None:
+    """As RNN.flatten_parameters does; the training since then must survive center()."""
+    model = nn.Linear(4, 1)
+    with method(name, model) as opt:
+        model.weight.data = model.weight.data.clone()
+        train(opt, model, 3)
+        before = weights(model)
+        with opt.center():
+            pass
+        together([] if torch.equal(before, weights(model)) else [f"{before} became {weights(model)}"])
+
+
+def test_frozen_parameters_and_counters_start_equal() -> None:
+    torch.manual_seed(WORLD.rank)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    model[0].requires_grad_(False)
+    model[1].num_batches_tracked.fill_(WORLD.rank + 7)
+    inner = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with method("LSGD-after", model, optimizer=inner):
+        states = on_all(copy.deepcopy(model.state_dict()))
+        assert all(torch.equal(s[k], states[0][k]) for s in states for k in s)
+        assert int(states[-1]["1.num_batches_tracked"]) == 7
+
+
+def test_every_step_pulls_parameters_without_a_gradient() -> None:
+    model = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False))
+    topo = mpilsgd.Topology()
+    inner = mpilsgd.MSGD(model.parameters(), lr=0.1)
+    opt = mpilsgd.LSGD(inner, topo, pull=0.5, global_pull=0.0, period=1, when="every_step", init="different")
+    with torch.no_grad():
+        model[1].weight.fill_(float(topo.world.rank))
+    for _ in range(2):
+        opt.zero_grad()
+        model[0](torch.ones(2, 4)).square().mean().backward()
+        opt.step(loss=float(topo.group.rank))
+    lead = on_all(float(model[1].weight.detach()[0, 0]))
+    groups = topo.groups
+    expected = {r: ranks[0] + (r - ranks[0]) / 4 for ranks in groups for r in ranks}
+    assert lead == pytest.approx([expected[r] for r in range(WORLD.size)])
+    opt.close()
+    topo.free()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_averages_over_time_of_half_types(dtype: torch.dtype) -> None:
+    """0 for 300 steps, then 1 for 300: the averages are 1/2 and, with weights (t+1)^2, 7/8."""
+    for quadratic in (False, True):
+        model = nn.Linear(2, 1, bias=False).to(dtype)
+        topo = mpilsgd.Topology()
+        inner: Any = torch.optim.SGD(model.parameters(), lr=0.0)
+        if quadratic:
+            opt: Any = mpilsgd.LocalSGD(inner, topo, period=50, average="quadratic", a=1.0)
+        else:
+            opt = mpilsgd.LocalSGD(mpilsgd.RunningAverage(inner), topo, period=50)
+        for t in range(600):
+            with torch.no_grad():
+                model.weight.fill_(float(t >= 300))
+            model.weight.grad = torch.zeros_like(model.weight)
+            opt.step()
+        with opt.center():
+            held = float(model.weight.detach()[0, 0])
+        together([] if abs(held - (0.875 if quadratic else 0.5)) < 0.02 else [f"{quadratic}: {held}"])
+        opt.close()
+        topo.free()
+
+
+@by_method
+def test_evaluating_the_centre_counts_no_bytes(name: str) -> None:
+    model = nn.Linear(4, 1)
+    with method(name, model) as opt:
+        with opt.center():
+            pass
+        with pytest.raises(RuntimeError, match="inside center"), opt.center():
+            opt.step(loss=1.0)
+        assert (opt.metrics.bytes_group, opt.metrics.bytes_across, opt.metrics.rounds) == (0, 0, 0)
+
+
+def test_easgd_measures_the_distance_to_the_centre() -> None:
+    for shared in (True, False):
+        model = nn.Linear(4, 1, bias=False)
+        with method("EASGD-jacobi", model, shared) as opt:
+            with torch.no_grad():
+                model.weight.add_(1.0)
+            model.weight.grad = torch.zeros_like(model.weight)
+            opt.step(loss=1.0)
+            assert opt.metrics.distance == pytest.approx(2.0, rel=1e-5)
+
+
+def test_settings_of_a_topology_that_differ() -> None:
+    with pytest.raises(ValueError, match="same on every rank"):
+        mpilsgd.Topology(shared=WORLD.rank == 0)
+    with pytest.raises(ValueError, match="same on every rank"):
+        mpilsgd.Topology(group_size=1 if WORLD.rank == 0 else None)
+
+
+def test_recalibration_without_any_batch() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    topo = mpilsgd.Topology()
+    opt = mpilsgd.LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), topo, buffers="recalibrate")
+    with pytest.raises(ValueError, match="no worker had any batch"), opt.center([]):
+        pass
+    opt.close()
+    topo.free()

@@ -405,7 +405,9 @@ class Method(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state and, under "mpilsgd", this worker's clock, metrics and the method's own."""
-        own = {"method": type(self).__name__, "t": self.t, "metrics": dataclasses.asdict(self.metrics)}
+        metrics = dataclasses.asdict(self.metrics)
+        del metrics["t_comm"]  # this process's
+        own = {"method": type(self).__name__, "t": self.t, "metrics": metrics}
         return {**self.optimizer.state_dict(), "mpilsgd": {**own, **self._extra()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -417,7 +419,7 @@ class Method(torch.optim.Optimizer):
             raise ValueError(f"this is the state of {of}, not of {type(self).__name__}")
         self.optimizer.load_state_dict(state_dict)
         self.t = int(own["t"])
-        self.metrics = Metrics(**own["metrics"])
+        self.metrics = Metrics(**own["metrics"], t_comm=self.metrics.t_comm)
         self.fabric.traffic.group, self.fabric.traffic.across = (
             self.metrics.bytes_group,
             self.metrics.bytes_across,

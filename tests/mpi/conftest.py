@@ -1,0 +1,42 @@
+"""Fixtures of the tests of several ranks."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mpi4py import MPI
+
+WORLD = MPI.COMM_WORLD
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder that all ranks see; user modules in it can be imported."""
+    name = WORLD.bcast(tempfile.mkdtemp(prefix="mpilsgd-train-") if WORLD.rank == 0 else None)
+    monkeypatch.syspath_prepend(name)
+    threads = torch.get_num_threads()
+    yield Path(name)
+    torch.set_num_threads(threads)
+    WORLD.Barrier()
+    if WORLD.rank == 0:
+        shutil.rmtree(name, ignore_errors=True)
+
+
+@pytest.fixture
+def module(folder: Path) -> Callable[[str], str]:
+    """Writes a module of the user's; gives its name."""
+    count = iter(range(100))
+
+    def make(text: str) -> str:
+        name = f"{folder.name.replace('-', '_')}_{next(count)}"
+        if WORLD.rank == 0:
+            (folder / f"{name}.py").write_text(f"import torch\n{text}")
+        WORLD.Barrier()
+        return name
+
+    return make

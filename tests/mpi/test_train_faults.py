@@ -1,0 +1,193 @@
+"""How `mpilsgd train` ends when something is wrong: on every rank, promptly, with a message."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from job_harness import METHODS, QUICK, WORLD, everyone_got
+
+from mpilsgd.train import job
+from mpilsgd.train.run_directory import RunDirectory
+from mpilsgd.train.together import FAILED
+
+pytestmark = pytest.mark.mpi
+
+
+SMALL = "def data(n=1):\n    return ((torch.zeros({n}, 5), torch.zeros({n}).long()),) * 2\n"
+
+BAD_INPUT: dict[str, tuple[list[str], list[str]]] = {
+    "all at once": (
+        [
+            "--method",
+            "lsgd",
+            "--pull",
+            "1.5",
+            "--period",
+            "0",
+            "--when",
+            "never",
+            "--lr",
+            "-1",
+            "--group_size",
+            "99",
+        ],
+        [
+            "pull must be a number in [0, 1], not 1.5",
+            "period must be",
+            "when must be one of",
+            "lr: must be above 0",
+            "group_size=99",
+        ],
+    ),
+    "unknown method": (["--method", "SGDD"], ["method: 'SGDD' is not one of"]),
+    "unknown option": (["--pul", "0.1"], ["pul: unknown option; did you mean pull?"]),
+    "unknown model": (["--model", "vgg"], ["model: 'vgg' is not one of"]),
+    "option of another method": (["--method", "EASGD", "--pull", "0.1"], ["pull: not an option of EASGD"]),
+    "period of a set": (["--method", "LocalSGD", "--period", "[0, 3]"], ["a step number in period must be"]),
+    "group size": (["--group_size", "99"], ["group_size=99 does not fit"]),
+    "group size 0": (["--group_size", "0"], ["group_size: must be a whole number of at least 1"]),
+    "missing data": (["--data", "mnist", "--data_dir", "nowhere"], ["not found; looked in nowhere"]),
+    "batch too big": (["--batch_size", "2000"], ["batch_size=2000 cannot be filled"]),
+    "model and data": (
+        ["--model", "cnn7"],
+        ["cnn7 needs images of at least 24 x 24 pixels; the data has 1 x 8 x 8"],
+    ),
+    "no such device": (["--device", "cuda"], ["torch finds no GPU here"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_ends_every_rank_before_training(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv, parts = BAD_INPUT[name]
+    if name == "no such device" and torch.cuda.is_available():
+        pytest.skip("needs a machine without GPU")
+    started = time.monotonic()
+    everyone_got(job.main(["--output", str(folder / "run"), *argv]), 2)
+    assert time.monotonic() - started < 10
+    told = capsys.readouterr()
+    assert told.out == ""
+    for part in parts:
+        assert (part in told.err) == (WORLD.rank == 0), told.err
+    assert not (folder / "run").exists()
+
+
+def test_more_ranks_than_samples(
+    folder: Path, module: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = module(SMALL.format(n=WORLD.size - 1))
+    everyone_got(job.main(["--data", f"{name}:data", "--output", str(folder / "run")]), 2)
+    message = (
+        "holds no samples"
+        if WORLD.size == 1
+        else f"{WORLD.size} workers, but only {WORLD.size - 1} training sample"
+    )
+    assert (message in capsys.readouterr().err) == (WORLD.rank == 0)
+
+
+def test_a_model_that_does_not_give_class_scores(
+    folder: Path, module: Callable[[str], str], capsys: Any
+) -> None:
+    name = module("def net(): return torch.nn.Identity()\ndef flat(): return torch.nn.Linear(8, 10)\n")
+    for function, message in (
+        ("net", "has no trainable parameter"),
+        ("flat", "must give scores of shape (batch, classes)"),
+    ):
+        everyone_got(job.main(["--model", f"{name}:{function}", "--output", str(folder / "run")]), 2)
+        assert (message in capsys.readouterr().err) == (WORLD.rank == 0)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_one_rank_s_trouble_is_named(
+    folder: Path, module: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = module(
+        "from mpi4py import MPI\nlast = int(MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1)\n"
+        "def data(): return ((torch.zeros(40, 5), torch.zeros(40).long() - last),) * 2\n"
+        "def net():\n"
+        "    layers = torch.nn.Linear(64, 10 + last), torch.nn.Linear(10 + last, 10)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), *layers)\n"
+    )
+    everyone_got(job.main(["--data", f"{name}:data", "--output", str(folder / "run")]), 2)
+    told = capsys.readouterr().err
+    assert (f"rank {WORLD.size - 1}: " in told and "is below 0" in told) == (WORLD.rank == 0)
+    everyone_got(job.main(["--model", f"{name}:net", "--output", str(folder / "run")]), 2)
+    assert ("the models differ" in capsys.readouterr().err) == (WORLD.rank == 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_is_not_a_number_from_the_start(
+    method: str, folder: Path, module: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = module("def data(): return ((torch.full((64, 5), float('nan')), torch.arange(64) % 2),) * 2\n")
+    argv = [
+        "--data",
+        f"{name}:data",
+        "--batch_size",
+        "4",
+        "--method",
+        method,
+        "--output",
+        str(folder / "run"),
+    ]
+    everyone_got(job.main(argv), FAILED)
+    assert ("the loss is nan at the first step" in capsys.readouterr().err) == (WORLD.rank == 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_diverges_says_so(method: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "--method",
+        method,
+        *METHODS[method],
+        *QUICK,
+        "--lr",
+        "1e30",
+        "--epochs",
+        "3",
+        "--output",
+        str(folder / "run"),
+    ]
+    everyone_got(job.main(argv), FAILED)
+    assert ("diverged" in capsys.readouterr().err) == (WORLD.rank == 0)
+
+
+def test_a_directory_that_holds_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*QUICK, "--epochs", "1", "--output", str(folder / "run")]
+    everyone_got(job.main(argv), 0)
+    everyone_got(job.main(argv), 2)
+    assert ("holds a run already" in capsys.readouterr().err) == (WORLD.rank == 0)
+    everyone_got(job.main([*argv, "--overwrite"]), 0)
+
+
+def test_a_directory_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if WORLD.rank == 0:
+        (folder / "file").write_text("")
+    WORLD.Barrier()
+    everyone_got(job.main(["--output", str(folder / "file" / "run")]), 2)
+    assert ("file/run: cannot be written: Not a directory" in capsys.readouterr().err) == (WORLD.rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("writer", "who"), [("append", 0), ("save", -1), ("seal", 0), ("summarize", 0), ("save_center", 0)]
+)
+def test_a_disk_that_fills_up_ends_every_rank(
+    writer: str, who: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "the/file")
+
+    if WORLD.rank == who % WORLD.size:
+        monkeypatch.setattr(RunDirectory, writer, full)
+    started = time.monotonic()
+    argv = [*QUICK, "--epochs", "4", "--checkpoint_every", "2", "--output", str(folder / "run")]
+    everyone_got(job.main(argv), FAILED)
+    assert time.monotonic() - started < 10
+    assert ("the/file: No space left on device" in capsys.readouterr().err) == (WORLD.rank == 0)

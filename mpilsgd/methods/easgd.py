@@ -154,7 +154,7 @@ class EASGD(Method):
                 window.mine[self._n[d] :].copy_(self._c[d].mine[self._n[d] :])
         totals = level.combine(np.array([square]))
         self.metrics.rounds += 1
-        self.metrics.distance = (totals[0] / level.size) ** 0.5 / abs(alpha) if alpha else 0.0
+        self.metrics.distance = float(totals[0] / level.size) ** 0.5 / abs(alpha) if alpha else 0.0
 
     def _set_centre(self) -> None:
         for d, window in self._x.items():

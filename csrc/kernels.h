@@ -93,8 +93,9 @@ struct Triad : Operation {
 
 // What an operation found out on its way.
 struct Tally {
-  double squared_distance =
-      0;               // sum of (after - before)^2 over the moved elements that are finite before and after
+  // Sum of (after - before)^2 over the elements of x, or of all peers but not of the centre, that are finite
+  // before and after.
+  double squared_distance = 0;
   bool finite = true;  // of the vectors that are moved, before and after
   bool source_finite = true;  // of leaders and centre
 

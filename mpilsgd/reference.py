@@ -34,7 +34,7 @@ __all__ = [
 class Moved(NamedTuple):
     """What an update found out on its way over the vectors.
 
-    squared_distance: sum of (after - before)^2 in float64, over all vectors that were moved and over the
+    squared_distance: sum of (after - before)^2 in float64, over x or all peers (not the centre) and over the
     elements that are finite before and after. finite: all values of x (of all peers) were finite before and
     are after. source_finite: so were those of the leaders or the centre (True where there is none).
     bad_peers: the indices of the peers that had a value not finite before.

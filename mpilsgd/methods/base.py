@@ -36,6 +36,7 @@ class Metrics:
     bytes_group: int = 0
     bytes_across: int = 0
     t_comm: float = 0.0  # seconds in rounds, waiting included
+    t_wait: float = 0.0  # ... of these, waiting for the others to come
     leader: int = -1  # world rank of the last global (or only) leader
     leaders: list[int] = dataclasses.field(default_factory=list)  # ... of each group's last known leader
     distance: float = 0.0  # to the leader or centre, before the last pull
@@ -91,6 +92,7 @@ class Method(torch.optim.Optimizer):
         self.t = 0
         self.metrics = Metrics()
         self._open = self._lent = False
+        self._waited = 0.0
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._modules = [model] if model is not None else find_modules(parameters)
         # constants such as a mask of -inf are not statistics
@@ -184,7 +186,9 @@ class Method(torch.optim.Optimizer):
 
     def _gate(self, level: Any, purpose: float) -> np.ndarray:
         row = [purpose, self._stamp(), self._score(), self._note(), self._is_finite(purpose)]
+        start = time.perf_counter()
         table = level.table(row)
+        self._waited += time.perf_counter() - start
         stamps = {int(row[1]) for row in table if row[0] == ROUND}
         if len(stamps) > 1:
             raise RuntimeError(
@@ -209,11 +213,12 @@ class Method(torch.optim.Optimizer):
         """After a round in which this worker only took part for the others' sake."""
 
     def _exchange(self, purpose: float = ROUND) -> np.ndarray | None:
-        start = time.perf_counter()
+        start, self._waited = time.perf_counter(), 0.0
         with self._shown():
             table = self._meet(purpose)
         m, traffic = self.metrics, self.fabric.traffic
         m.t_comm += time.perf_counter() - start
+        m.t_wait += self._waited
         m.bytes_group, m.bytes_across = traffic.group, traffic.across
         return table
 
@@ -406,7 +411,7 @@ class Method(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state and, under "mpilsgd", this worker's clock, metrics and the method's own."""
         metrics = dataclasses.asdict(self.metrics)
-        del metrics["t_comm"]  # this process's
+        del metrics["t_comm"], metrics["t_wait"]  # this process's
         own = {"method": type(self).__name__, "t": self.t, "metrics": metrics}
         return {**self.optimizer.state_dict(), "mpilsgd": {**own, **self._extra()}}
 
@@ -419,7 +424,7 @@ class Method(torch.optim.Optimizer):
             raise ValueError(f"this is the state of {of}, not of {type(self).__name__}")
         self.optimizer.load_state_dict(state_dict)
         self.t = int(own["t"])
-        self.metrics = Metrics(**own["metrics"], t_comm=self.metrics.t_comm)
+        self.metrics = Metrics(**own["metrics"], t_comm=self.metrics.t_comm, t_wait=self.metrics.t_wait)
         self.fabric.traffic.group, self.fabric.traffic.across = (
             self.metrics.bytes_group,
             self.metrics.bytes_across,

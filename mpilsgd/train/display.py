@@ -86,6 +86,8 @@ def closing(summary: dict[str, Any], directory: str) -> str:
     whole = max(sum(parts.values()), 1e-12)
     words = {"compute": "computing", "data": "loading data", "comm": "communicating"}
     times = ", ".join(f"{words[k]} {duration(v)} ({100 * v / whole:.1f} %)" for k, v in parts.items())
+    waited = sum(summary["t_wait"]) / summary["world_size"]
+    times += f", of which {duration(waited)} waiting for other ranks"
     best = summary["best_worker"]
     lines = [
         (

@@ -37,6 +37,7 @@ class Progress:
         step: steps taken; with the sampler's batches an epoch it gives the position in the data.
         wall: seconds of training, evaluations and checkpoints not counted.
         compute, data, comm: seconds of it, by what was done.
+        wait: seconds of comm in which this worker waited for the others to come to a round.
         loss_sum, loss_count: of the batches since the last evaluation.
         evaluated: the step of the last evaluation.
         leader: the last known leader of all.
@@ -48,6 +49,7 @@ class Progress:
     compute: float = 0.0
     data: float = 0.0
     comm: float = 0.0
+    wait: float = 0.0
     loss_sum: float = 0.0
     loss_count: int = 0
     evaluated: int = 0
@@ -109,7 +111,7 @@ class Trainer:
 
     def _step(self, indices: torch.Tensor, epoch: int) -> None:
         at, opt, measured = self.progress, self.opt, self.opt.metrics
-        rounds, comm = measured.rounds, measured.t_comm
+        rounds, comm, wait = measured.rounds, measured.t_comm, measured.t_wait
         measured.leader, measured.leaders = (
             -1,
             [-1] * len(measured.leaders),
@@ -135,6 +137,7 @@ class Trainer:
         at.wall += end - start
         at.data += loaded - start
         at.comm += comm
+        at.wait += measured.t_wait - wait
         at.compute += end - loaded - comm
         at.loss_sum += value
         at.loss_count += 1
@@ -253,7 +256,7 @@ class Trainer:
             "bytes_group": sum(columns["bytes_group"]),
             "bytes_across": sum(columns["bytes_across"]),
             "wall_s": sum(columns["wall"]) / self.size,
-            **{f"t_{key}": columns[key] for key in ("compute", "data", "comm")},
+            **{f"t_{key}": columns[key] for key in ("compute", "data", "comm", "wait")},
         }
         on_first(self.topology, self.directory.summarize, summary, status=FAILED)
         return summary

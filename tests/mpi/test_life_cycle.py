@@ -47,7 +47,7 @@ by_local = pytest.mark.parametrize("name", ["momentum", "MSGD"])
 def test_resume_is_uninterrupted(case: Case, name: str) -> None:
     """Model and method saved to a file in mid-period, loaded into fresh ones: the same bits from there on."""
     errors: list[str] = []
-    for layout in FEW[:2]:
+    for layout in FEW[:1] if name == "MSGD" else FEW[-1:]:
         with running(case, Buffered(), LOCALS[name], layout, same=False) as run:
             run.run(5)
             file = io.BytesIO()
@@ -209,7 +209,7 @@ def test_a_broken_worker_is_set_back(case: Case, bad: int) -> None:
 def test_a_broken_gradient(case: Case, name: str) -> None:
     """A NaN gradient of the worker that leads breaks parameters and momentum; two rounds later all are finite."""
     errors: list[str] = []
-    for layout in FEW:
+    for layout in FEW[:1] if name == "MSGD" else FEW[-1:]:
         with running(
             case, Quadratic(0.5), LOCALS[name], layout, same=False, losses=lambda w, t: float(w)
         ) as run:
@@ -351,7 +351,7 @@ def linear(inputs: int, outputs: int, *more: torch.nn.Module) -> torch.nn.Module
 @pytest.mark.mpi(min_size=2)
 def test_models_that_differ_are_refused(case: Case, other: Callable[[], torch.nn.Module]) -> None:
     """Everywhere, before anything is exchanged; and a topology goes on working after it."""
-    for shared in (True, False):
+    for shared in (True, False) if case is METHODS[3] else (True,):
         topo = Topology(shared=shared)
         model = other() if topo.world.rank == topo.world.size - 1 else linear(5, 3)
         with pytest.raises(ValueError, match=r"(?i)differ|rank"):

@@ -141,6 +141,7 @@ def test_opening_and_closing() -> None:
         "t_compute": [1.0, 3.0],
         "t_data": [0.0, 0.0],
         "t_comm": [2.0, 2.0],
+        "t_wait": [1.0, 2.0],
         "bytes_group": 12_300_000,
         "bytes_across": 0,
         "rounds": 4,

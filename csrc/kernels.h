@@ -96,7 +96,7 @@ struct Tally {
   // Sum of (after - before)^2 over the elements of x, or of all peers but not of the centre, that are finite
   // before and after.
   double squared_distance = 0;
-  bool finite = true;  // of the vectors that are moved, before and after
+  bool finite = true;         // of the vectors that are moved, before and after
   bool source_finite = true;  // of leaders and centre
 
   void add(const Tally& part) {

@@ -119,11 +119,9 @@ class EASGD(Method):
         level = self.fabric.world
         seidel = self.form == "gauss-seidel"
         alpha, rate = self.moving_rate, self.center_rate / level.size
-        bad = {
-            r for r, row in enumerate(table) if not row[4]
-        }  # they add nothing to the centre, and start from it
+        # those that are not finite add nothing to the centre, and start anew from it
+        bad = {r for r, row in enumerate(table) if not row[4]}
         self._set_back(bad)
-        square = 0.0
         for d, window in self._x.items():
             a, b = share(level, 0, self._n[d])
             c = self._c[d].mine[a:b]
@@ -131,34 +129,31 @@ class EASGD(Method):
             peers = [view for r, view in every.items() if r not in bad]
             level.count_local((b - a) * window.mine.element_size())
             if level.n_islands == 1:
-                moved = kernels.elastic(c, peers, alpha, rate, gauss_seidel=seidel, stats=True)
-                square += moved.squared_distance if moved else 0.0
+                kernels.elastic(c, peers, alpha, rate, gauss_seidel=seidel)
             else:
                 scratch = self._scratch[accumulation_dtype(d)]
                 total = scratch.views[0][a:b]
                 if peers:
-                    moved = kernels.elastic_sum(total, c, peers, 0.0 if seidel else alpha, stats=True)
-                    square += moved.squared_distance if moved else 0.0
+                    kernels.elastic_sum(total, c, peers, 0.0 if seidel else alpha)
                 else:
                     total.zero_()
                 level.allreduce(scratch, 0, self._n[d])
-                kernels.elastic_apply(c, [], total, 0.0, rate)
-                if seidel and peers:
-                    moved = kernels.elastic(c, peers, alpha, 0.0, stats=True)
-                    square += moved.squared_distance if moved else 0.0
+                kernels.elastic_apply(c, peers if seidel else [], total, alpha if seidel else 0.0, rate)
             for r in bad & set(every):
                 every[r].copy_(c)
             level.fence()
         if level.rank in bad:  # buffers that are not exchanged may be broken, too
             for d, window in self._x.items():
                 window.mine[self._n[d] :].copy_(self._c[d].mine[self._n[d] :])
-        totals = level.combine(np.array([square]))
+        level.barrier()
         self.metrics.rounds += 1
-        self.metrics.distance = float(totals[0] / level.size) ** 0.5 / abs(alpha) if alpha else 0.0
 
     def _set_centre(self) -> None:
+        square = 0.0
         for d, window in self._x.items():
+            square += float(torch.dist(window.mine[: self._n[d]], self._c[d].mine[: self._n[d]])) ** 2
             window.mine[: self._n[d]].copy_(self._c[d].mine[: self._n[d]])
+        self.metrics.distance = square**0.5
 
     def _extra(self) -> dict[str, Any]:
         return {"center": {str(d): c.mine.clone() for d, c in self._c.items()}}

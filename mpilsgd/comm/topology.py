@@ -137,9 +137,13 @@ def end_job(kind: type[BaseException], value: BaseException, trace: Any) -> None
     """Prints the exception with this rank's number and ends all ranks."""
     global _status
     _status = 1
-    text = "".join(traceback.format_exception(kind, value, trace))
+    if issubclass(kind, KeyboardInterrupt):
+        told = f"rank {MPI.COMM_WORLD.rank}: interrupted, the job ends\n"
+    else:
+        text = "".join(traceback.format_exception(kind, value, trace))
+        told = f"rank {MPI.COMM_WORLD.rank} failed, the job ends:\n{text}"
     with contextlib.suppress(Exception):
         sys.stdout.flush()
-        sys.stderr.write(f"rank {MPI.COMM_WORLD.rank} failed, the job ends:\n{text}")
+        sys.stderr.write(told)
         sys.stderr.flush()
-    MPI.COMM_WORLD.Abort(1)
+    MPI.COMM_WORLD.Abort(130 if issubclass(kind, KeyboardInterrupt) else 1)

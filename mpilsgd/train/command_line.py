@@ -59,8 +59,8 @@ def _parser(options: dict[str, MethodOption]) -> ArgumentParser:
     parser = ArgumentParser(
         prog="mpilsgd train",
         usage="mpilsgd train [CONFIG.yaml] [--option value ...]",
-        description="Trains a model on all ranks: mpiexec -n 4 mpilsgd train jobs/lenet.yaml --data_dir FOLDER. "
-        "One rank works too. The command line goes before the file. Defaults are in [brackets]; null means: not set.",
+        description="Trains a model on all ranks: mpiexec -n 4 mpilsgd train jobs/lenet-mnist.yaml --data_dir FOLDER. "
+        "One rank works too. The command line overrides the file. Defaults are in [brackets]; null means: not set.",
         exit_on_error=False,
         formatter_class=_Help,
     )

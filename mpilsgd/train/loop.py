@@ -96,6 +96,8 @@ class Trainer:
         """Trains to the end and returns the summary. Collective."""
         at = self.progress
         self.model.train()
+        if at.step == 0:
+            self.save()  # a run that is killed at any moment can be resumed, on as many ranks
         order, epoch = torch.empty(0), -1
         while at.step < self.total:
             if at.step // self.sampler.batches != epoch:

@@ -52,50 +52,86 @@ float* open(T* p, Buffer<float>& buffer, int m) {
   return buffer.data;
 }
 
-// Puts a converted copy back and, where it will be measured, takes over the rounding.
-inline void close(float*, float*, int, bool) {}
-inline void close(double*, double*, int, bool) {}
+// Puts a converted copy back.
+inline void close(float*, const float*, int) {}
+inline void close(double*, const double*, int) {}
 template <class T>
-void close(T* p, float* tile, int m, bool measured) {
+void close(T* p, const float* tile, int m) {
   narrow(tile, p, m);
-  if (measured) widen(p, tile, m);
 }
+
+// 0 for a finite value, other bits for any other: OR collects them over a tile, in one cheap operation a
+// vector.
+inline std::uint32_t flaw(float v) { return bits_of(defect(v)); }
+inline std::uint64_t flaw(double v) {
+  v = defect(v);
+  std::uint64_t bits;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+template <class A>
+using Flaws = decltype(flaw(A()));
 
 template <class A>
 bool all_finite(const A* v, int m) {
-  A defects = 0;
-#pragma omp simd reduction(+ : defects)
-  for (int j = 0; j < m; ++j) defects += defect(v[j]);
-  return defects == A(0);
+  Flaws<A> flaws = 0;
+#pragma omp simd reduction(| : flaws)
+  for (int j = 0; j < m; ++j) flaws |= flaw(v[j]);
+  return !flaws;
 }
 
-// Remembers a tile before its update; returns whether it was finite.
 template <class A>
-bool keep(Buffer<A>& before, const A* x, int m) {
-  A defects = 0;
-#pragma omp simd reduction(+ : defects)
-  for (int j = 0; j < m; ++j) {
-    before.data[j] = x[j];
-    defects += defect(x[j]);
-  }
-  return defects == A(0);
-}
+struct Change {
+  A before, after;
+};
 
-// Adds the squared distance of a tile from what was kept of it; returns whether both are finite.
-template <class A>
-bool measure(const Buffer<A>& before, const A* x, int m, double& squared_distance) {
-  A defects = 0;
+// Runs over a tile and takes its statistics: step(j) makes and returns the change of element j, the sources
+// are the tiles of leaders. Returns whether all was finite before.
+template <class A, class Step, class... Source>
+bool measure(int m, Tally& tally, Step step, const Source*... sources) {
+  Flaws<A> flaws_before = 0, flaws_after = 0, flaws_of_sources = 0;
   double squares = 0;
-#pragma omp simd reduction(+ : defects, squares)
+#pragma omp simd reduction(| : flaws_before, flaws_after, flaws_of_sources) reduction(+ : squares)
   for (int j = 0; j < m; ++j) {
-    A p = defect(before.data[j]) + defect(x[j]);
-    A d = x[j] - before.data[j];
-    double moved = p == A(0) ? d : A(0);
-    defects += p;
-    squares += moved * moved;
+    flaws_of_sources |= (Flaws<A>(0) | ... | flaw(sources[j]));  // first: one may be what is moved
+    const Change<A> change = step(j);
+    flaws_before |= flaw(change.before);
+    flaws_after |= flaw(change.after);
+    double moved = double(change.after) - double(change.before);  // of floats this cannot overflow
+    squares += is_finite(moved) ? moved * moved : 0;
   }
-  squared_distance += squares;
-  return defects == A(0);
+  tally.squared_distance += squares;
+  tally.finite &= !(flaws_before | flaws_after);
+  tally.source_finite &= !flaws_of_sources;
+  return !flaws_before;
+}
+
+// x[j] <- update(x[j], j) on an opened tile of the memory at p. Returns false if it was to take statistics
+// and not all was finite before.
+template <class T, class Update, class... Source>
+bool move(T* p, Acc<T>* x, int m, bool stats, Tally& tally, Update update, const Source*... sources) {
+  using A = Acc<T>;
+  if (!stats) {
+#pragma omp simd
+    for (int j = 0; j < m; ++j) x[j] = update(x[j], j);
+    close(p, x, m);
+    return true;
+  }
+  if constexpr (sizeof(T) == sizeof(A)) {
+    auto step = [=](int j) {
+      const A before = x[j], after = update(before, j);
+      x[j] = after;
+      return Change<A>{before, after};
+    };
+    return measure<A>(m, tally, step, sources...);
+  } else {
+    Buffer<A> after;
+#pragma omp simd
+    for (int j = 0; j < m; ++j) after.data[j] = update(x[j], j);
+    narrow(after.data, p, m);
+    widen(p, after.data, m);  // what was stored counts
+    return measure<A>(m, tally, [x, &after](int j) { return Change<A>{x[j], after.data[j]}; }, sources...);
+  }
 }
 
 void mark_bad(const PeersOperation& op, int peer) {
@@ -107,71 +143,83 @@ T* peer_at(const Op& op, int i, std::int64_t at) {
   return static_cast<T*>(op.peers[i]) + at;
 }
 
+// sum[j] (+)= term(x[j], j) for some workers' tiles in one loop; returns their flaws.
+template <class A, class Term, class... Tile>
+Flaws<A> add_tiles(A* sum, bool first, int m, Term term, const Tile*... x) {
+  Flaws<A> flaws = 0;
+#pragma omp simd reduction(| : flaws)
+  for (int j = 0; j < m; ++j) {
+    A value = first ? A(0) : sum[j];
+    ((value += term(x[j], j)), ...);
+    flaws |= (flaw(x[j]) | ...);
+    sum[j] = value;
+  }
+  return flaws;
+}
+
+// sum[j] = sum_i term(x_i, j), in the order of the workers. Returns whether all their values were finite.
+template <class T, class A, class Term>
+bool add_up(const PeersOperation& op, std::int64_t at, int m, A* sum, Tally& tally, Term term) {
+  Buffer<A> buffers[4];
+  Flaws<A> flaws = 0;
+  int i = 0;
+  auto tile = [&](int k) { return open(static_cast<const T*>(peer_at<T>(op, i + k, at)), buffers[k], m); };
+  for (; i + 4 <= op.n_peers; i += 4) {
+    flaws |= add_tiles(sum, i == 0, m, term, tile(0), tile(1), tile(2), tile(3));
+  }
+  const int rest = op.n_peers - i;
+  if (rest == 3) flaws |= add_tiles(sum, i == 0, m, term, tile(0), tile(1), tile(2));
+  if (rest == 2) flaws |= add_tiles(sum, i == 0, m, term, tile(0), tile(1));
+  if (rest == 1) flaws |= add_tiles(sum, i == 0, m, term, tile(0));
+  if (!flaws) return true;
+  for (i = 0; op.stats && i < op.n_peers; ++i) {
+    if (!all_finite(tile(0), m)) mark_bad(op, i);
+  }
+  tally.finite = false;
+  return false;
+}
+
+// x_i[j] <- update(x_i[j], j) for all workers, one after the other.
+template <class T, class Update>
+void move_workers(const PeersOperation& op, std::int64_t at, int m, Tally& tally, Update update) {
+  Buffer<Acc<T>> buffer;
+  for (int i = 0; i < op.n_peers; ++i) {
+    T* p = peer_at<T>(op, i, at);
+    if (!move(p, open(p, buffer, m), m, op.stats, tally, update)) mark_bad(op, i);
+  }
+}
+
 // One tile of every operation, at element `at`, m elements long: work<T>(op, at, m, tally).
 template <class T>
 void work(const Pull& op, std::int64_t at, int m, Tally& tally) {
   using A = Acc<T>;
-  Buffer<A> x_buffer, leader_buffer, other_buffer, before;
+  Buffer<A> x_buffer, leader_buffer, other_buffer;
   const A rate = A(op.rate), other_rate = A(op.other_rate);
-  A* x = open(static_cast<T*>(op.x) + at, x_buffer, m);
+  T* p = static_cast<T*>(op.x) + at;
+  A* x = open(p, x_buffer, m);
   const A* leader = open(static_cast<const T*>(op.leader) + at, leader_buffer, m);
-  const A* other = op.other ? open(static_cast<const T*>(op.other) + at, other_buffer, m) : nullptr;
-  if (op.stats) {
-    tally.finite &= keep(before, x, m);
-    tally.source_finite &= all_finite(leader, m) && (!other || all_finite(other, m));
-  }
-  if (other) {
-#pragma omp simd
-    for (int j = 0; j < m; ++j) x[j] = pull(x[j], leader[j], rate, other[j], other_rate);
+  if (op.other) {
+    const A* other = open(static_cast<const T*>(op.other) + at, other_buffer, m);
+    auto update = [=](A v, int j) { return pull(v, leader[j], rate, other[j], other_rate); };
+    move(p, x, m, op.stats, tally, update, leader, other);
   } else {
-#pragma omp simd
-    for (int j = 0; j < m; ++j) x[j] = pull(x[j], leader[j], rate);
-  }
-  close(static_cast<T*>(op.x) + at, x, m, op.stats);
-  if (op.stats) tally.finite &= measure(before, x, m, tally.squared_distance);
-}
-
-// sum_i d_i of a tile; with a moving rate the workers are moved by their d_i on the way.
-template <class T, class A>
-void gather(const PeersOperation& op, const A* center, A moving_rate, std::int64_t at, int m, A* sum,
-            Tally& tally) {
-  Buffer<A> x_buffer, before;
-  for (int j = 0; j < m; ++j) sum[j] = 0;
-  for (int i = 0; i < op.n_peers; ++i) {
-    A* x = open(peer_at<T>(op, i, at), x_buffer, m);
-    if (op.stats && !keep(before, x, m)) {
-      tally.finite = false;
-      mark_bad(op, i);
-    }
-    if (moving_rate != A(0)) {
-#pragma omp simd
-      for (int j = 0; j < m; ++j) {
-        A d = elastic_term(x[j], center[j]);
-        sum[j] += d;
-        x[j] = elastic_worker(x[j], d, moving_rate);
-      }
-      close(peer_at<T>(op, i, at), x, m, op.stats);
-      if (op.stats) tally.finite &= measure(before, x, m, tally.squared_distance);
-    } else {
-#pragma omp simd
-      for (int j = 0; j < m; ++j) sum[j] += elastic_term(x[j], center[j]);
-    }
+    auto update = [=](A v, int j) { return pull(v, leader[j], rate); };
+    move(p, x, m, op.stats, tally, update, leader);
   }
 }
 
-// The workers' part alone, against a centre that has moved already.
+// sum <- sum_i d_i
 template <class T, class A>
-void move_workers(const PeersOperation& op, const A* center, A moving_rate, std::int64_t at, int m,
-                  Tally& tally) {
-  Buffer<A> x_buffer, before;
-  for (int i = 0; i < op.n_peers && moving_rate != A(0); ++i) {
-    A* x = open(peer_at<T>(op, i, at), x_buffer, m);
-    if (op.stats) keep(before, x, m);
-#pragma omp simd
-    for (int j = 0; j < m; ++j) x[j] = elastic_worker(x[j], elastic_term(x[j], center[j]), moving_rate);
-    close(peer_at<T>(op, i, at), x, m, op.stats);
-    if (op.stats) tally.finite &= measure(before, x, m, tally.squared_distance);
-  }
+void gather(const PeersOperation& op, const A* center, std::int64_t at, int m, A* sum, Tally& tally) {
+  add_up<T>(op, at, m, sum, tally, [=](A x, int j) { return elastic_term(x, center[j]); });
+}
+
+// The workers' part, against the centre as it is.
+template <class T, class A>
+void follow(const PeersOperation& op, const A* center, A moving_rate, std::int64_t at, int m, Tally& tally) {
+  if (moving_rate == A(0)) return;
+  move_workers<T>(op, at, m, tally,
+                  [=](A x, int j) { return elastic_worker(x, elastic_term(x, center[j]), moving_rate); });
 }
 
 template <class A>
@@ -180,33 +228,35 @@ void move_center(A* center, const A* sum, A rate, int m) {
   for (int j = 0; j < m; ++j) center[j] = elastic_center(center[j], sum[j], rate);
 }
 
+// One worker: both sides move in one loop, without the detour over a buffer for the sum.
+template <bool kGaussSeidel, class T, class A>
+void move_pair(const Elastic& op, A* center, A moving_rate, A rate, std::int64_t at, int m, Tally& tally) {
+  move_workers<T>(op, at, m, tally, [=](A x, int j) {
+    const A d = elastic_term(x, center[j]);
+    center[j] = elastic_center(center[j], d, rate);
+    return elastic_worker(x, kGaussSeidel ? elastic_term(x, center[j]) : d, moving_rate);
+  });
+}
+
 template <class T>
 void work(const Elastic& op, std::int64_t at, int m, Tally& tally) {
   using A = Acc<T>;
-  Buffer<A> center_buffer, sum, before;
+  Buffer<A> center_buffer, sum;
   const A moving_rate = A(op.moving_rate), rate = A(op.rate);
-  A* center = open(static_cast<T*>(op.center) + at, center_buffer, m);
-  if (op.n_peers == 1 && moving_rate != A(0) && !op.gauss_seidel && !op.stats) {
-    // One worker: both sides move in one loop, without the detour over a buffer for the sum.
-    Buffer<A> x_buffer;
-    A* x = open(peer_at<T>(op, 0, at), x_buffer, m);
-#pragma omp simd
-    for (int j = 0; j < m; ++j) {
-      A d = elastic_term(x[j], center[j]);
-      x[j] = elastic_worker(x[j], d, moving_rate);
-      center[j] = elastic_center(center[j], d, rate);
-    }
-    close(peer_at<T>(op, 0, at), x, m, false);
-    close(static_cast<T*>(op.center) + at, center, m, false);
-    return;
+  T* p = static_cast<T*>(op.center) + at;
+  A* center = open(p, center_buffer, m);
+  if (op.n_peers == 1 && moving_rate != A(0)) {
+    auto* pair = op.gauss_seidel ? &move_pair<true, T, A> : &move_pair<false, T, A>;
+    pair(op, center, moving_rate, rate, at, m, tally);
+  } else {
+    gather<T>(op, center, at, m, sum.data, tally);
+    if (!op.gauss_seidel) follow<T>(op, center, moving_rate, at, m, tally);
+    move_center(center, sum.data, rate, m);
+    if (op.gauss_seidel) follow<T>(op, center, moving_rate, at, m, tally);
   }
-  if (op.stats) tally.source_finite &= keep(before, center, m);
-  gather<T>(op, center, op.gauss_seidel ? A(0) : moving_rate, at, m, sum.data, tally);
-  move_center(center, sum.data, rate, m);
-  if (op.gauss_seidel) move_workers<T>(op, center, moving_rate, at, m, tally);
-  close(static_cast<T*>(op.center) + at, center, m, op.stats);
-  double by_center = 0;  // the distance is that of the workers
-  if (op.stats) tally.source_finite &= measure(before, center, m, by_center);
+  close(p, center, m);
+  // A value that is not finite does not become so by the move: the centre need only be looked at afterwards.
+  if (op.stats) tally.source_finite &= all_finite(open(static_cast<const T*>(p), center_buffer, m), m);
 }
 
 template <class T>
@@ -215,38 +265,26 @@ void work(const ElasticSum& op, std::int64_t at, int m, Tally& tally) {
   Buffer<A> center_buffer;
   const A* center = open(static_cast<const T*>(op.center) + at, center_buffer, m);
   if (op.stats) tally.source_finite &= all_finite(center, m);
-  gather<T>(op, center, A(op.moving_rate), at, m, static_cast<A*>(op.total) + at, tally);
+  gather<T>(op, center, at, m, static_cast<A*>(op.total) + at, tally);
+  follow<T>(op, center, A(op.moving_rate), at, m, tally);
 }
 
 template <class T>
 void work(const ElasticApply& op, std::int64_t at, int m, Tally& tally) {
   using A = Acc<T>;
   Buffer<A> center_buffer;
-  A* center = open(static_cast<T*>(op.center) + at, center_buffer, m);
+  T* p = static_cast<T*>(op.center) + at;
+  A* center = open(p, center_buffer, m);
   move_center(center, static_cast<const A*>(op.total) + at, A(op.rate), m);
-  move_workers<T>(op, center, A(op.moving_rate), at, m, tally);
-  close(static_cast<T*>(op.center) + at, center, m, false);
+  follow<T>(op, center, A(op.moving_rate), at, m, tally);
+  close(p, center, m);
 }
 
 template <class T>
 void work(const Total& op, std::int64_t at, int m, Tally& tally) {
   using A = Acc<T>;
-  Buffer<A> x_buffer;
   A* out = static_cast<A*>(op.out) + at;
-  for (int i = 0; i < op.n_peers; ++i) {
-    const A* x = open(static_cast<const T*>(peer_at<T>(op, i, at)), x_buffer, m);
-    if (op.stats && !all_finite(x, m)) {
-      tally.finite = false;
-      mark_bad(op, i);
-    }
-    if (i == 0) {
-#pragma omp simd
-      for (int j = 0; j < m; ++j) out[j] = summand(x[j]);
-    } else {
-#pragma omp simd
-      for (int j = 0; j < m; ++j) out[j] += summand(x[j]);
-    }
-  }
+  add_up<T>(op, at, m, out, tally, [](A x, int) { return summand(x); });
   if (op.stats) tally.finite &= all_finite(out, m);
 }
 
@@ -262,7 +300,7 @@ void work(const Assign& op, std::int64_t at, int m, Tally&) {
     if constexpr (sizeof(T) == sizeof(A)) {
       __builtin_memcpy(peer_at<T>(op, i, at), buffer.data, sizeof(A) * m);
     } else {
-      close(peer_at<T>(op, i, at), buffer.data, m, false);
+      close(peer_at<T>(op, i, at), buffer.data, m);
     }
   }
 }
@@ -270,36 +308,27 @@ void work(const Assign& op, std::int64_t at, int m, Tally&) {
 template <class T>
 void work(const Average& op, std::int64_t at, int m, Tally& tally) {
   using A = Acc<T>;
-  Buffer<A> sum, count, x_buffer, before;
-  for (int j = 0; j < m; ++j) sum.data[j] = count.data[j] = 0;
-  for (int i = 0; i < op.n_peers; ++i) {
-    const A* x = open(static_cast<const T*>(peer_at<T>(op, i, at)), x_buffer, m);
-    if (op.stats && !all_finite(x, m)) mark_bad(op, i);
+  Buffer<A> sum, count;
+  const A all = A(op.n_peers);
+  if (add_up<T>(op, at, m, sum.data, tally, [](A x, int) { return summand(x); })) {
 #pragma omp simd
-    for (int j = 0; j < m; ++j) {
-      sum.data[j] += summand(x[j]);
-      count.data[j] += weight(x[j]);
-    }
-  }
-  for (int i = 0; i < op.n_peers; ++i) {
-    A* x = open(peer_at<T>(op, i, at), x_buffer, m);
-    if (op.stats) keep(before, x, m);
-#pragma omp simd
-    for (int j = 0; j < m; ++j) x[j] = mean(x[j], sum.data[j], count.data[j]);
-    close(peer_at<T>(op, i, at), x, m, op.stats);
-    if (op.stats) tally.finite &= measure(before, x, m, tally.squared_distance);
+    for (int j = 0; j < m; ++j) sum.data[j] = mean(sum.data[j], sum.data[j], all);
+    move_workers<T>(op, at, m, tally, [&sum](A, int j) { return sum.data[j]; });
+  } else {
+    add_up<T>(op, at, m, count.data, tally, [](A x, int) { return weight(x); });
+    move_workers<T>(op, at, m, tally,
+                    [&sum, &count](A x, int j) { return mean(x, sum.data[j], count.data[j]); });
   }
 }
 
 template <class T>
 void work(const Msgd& op, std::int64_t at, int m, Tally& tally) {
   using A = Acc<T>;
-  Buffer<A> x_buffer, grad_buffer, v_buffer, leader_buffer, other_buffer, before;
+  Buffer<A> x_buffer, grad_buffer, v_buffer, leader_buffer, other_buffer;
   const MsgdRates<A> r{A(op.lr), A(op.momentum), op.nesterov ? A(op.momentum) : A(0), A(op.weight_decay)};
-  const A rate = A(op.rate), other_rate = A(op.other_rate);
-  A* x = open(static_cast<T*>(op.x) + at, x_buffer, m);
+  T* p = static_cast<T*>(op.x) + at;
+  A* x = open(p, x_buffer, m);
   const A* grad = open(static_cast<const T*>(op.grad) + at, grad_buffer, m);
-  if (op.stats) tally.finite &= keep(before, x, m);
   A* v = v_buffer.data;
   if (op.velocity) {
     v = open(static_cast<T*>(op.velocity) + at, v_buffer, m);
@@ -308,45 +337,39 @@ void work(const Msgd& op, std::int64_t at, int m, Tally& tally) {
   }
   const T* leader_memory = static_cast<const T*>(op.leader ? op.leader : op.other);
   if (!leader_memory) {
-#pragma omp simd
-    for (int j = 0; j < m; ++j) {
-      A next = msgd_velocity(x[j], grad[j], v[j], r);
-      A iterate = from_look_ahead(x[j], v[j], r.look);
-      x[j] = to_look_ahead(iterate + next, next, r.look);
+    move(p, x, m, op.stats, tally, [=](A stored, int j) {
+      const A next = msgd_velocity(stored, grad[j], v[j], r);
+      const A iterate = from_look_ahead(stored, v[j], r.look);
       v[j] = next;
-    }
+      return to_look_ahead(iterate + next, next, r.look);
+    });
   } else {
     // One loop for one leader and for two: a missing one is replaced by the other, with rate 0.
     const T* other_memory = static_cast<const T*>(op.other ? op.other : op.leader);
-    const A leader_rate = op.leader ? rate : A(0), second_rate = op.other ? other_rate : A(0);
+    const A leader_rate = op.leader ? A(op.rate) : A(0), other_rate = op.other ? A(op.other_rate) : A(0);
     const A* leader = open(leader_memory + at, leader_buffer, m);
     const A* other = leader_memory == other_memory ? leader : open(other_memory + at, other_buffer, m);
-    if (op.stats) tally.source_finite &= all_finite(leader, m) && (other == leader || all_finite(other, m));
-#pragma omp simd
-    for (int j = 0; j < m; ++j) {
-      A next = msgd_velocity(x[j], grad[j], v[j], r);
-      A iterate = from_look_ahead(x[j], v[j], r.look);
-      A pulled = iterate + next - leader_rate * pull_term(iterate, leader[j]) -
-                 second_rate * pull_term(iterate, other[j]);
-      x[j] = to_look_ahead(pulled, next, r.look);
+    auto update = [=](A stored, int j) {
+      const A next = msgd_velocity(stored, grad[j], v[j], r);
+      const A iterate = from_look_ahead(stored, v[j], r.look);
+      const A pulled = iterate + next - leader_rate * pull_term(iterate, leader[j]) -
+                       other_rate * pull_term(iterate, other[j]);
       v[j] = next;
-    }
+      return to_look_ahead(pulled, next, r.look);
+    };
+    move(p, x, m, op.stats, tally, update, leader, other);
   }
-  close(static_cast<T*>(op.x) + at, x, m, op.stats);
-  if (op.velocity) close(static_cast<T*>(op.velocity) + at, v, m, false);
-  if (op.stats) tally.finite &= measure(before, x, m, tally.squared_distance);
+  if (op.velocity) close(static_cast<T*>(op.velocity) + at, v, m);
 }
 
 template <class T>
-void work(const Iterate& op, std::int64_t at, int m, Tally&) {
+void work(const Iterate& op, std::int64_t at, int m, Tally& tally) {
   using A = Acc<T>;
   Buffer<A> x_buffer, v_buffer;
   const A step = A(op.step);
-  A* x = open(static_cast<T*>(op.x) + at, x_buffer, m);
+  T* p = static_cast<T*>(op.x) + at;
   const A* v = open(static_cast<const T*>(op.velocity) + at, v_buffer, m);
-#pragma omp simd
-  for (int j = 0; j < m; ++j) x[j] = to_look_ahead(x[j], v[j], step);
-  close(static_cast<T*>(op.x) + at, x, m, false);
+  move(p, open(p, x_buffer, m), m, false, tally, [=](A x, int j) { return to_look_ahead(x, v[j], step); });
 }
 
 template <class T>

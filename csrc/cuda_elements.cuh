@@ -97,7 +97,7 @@ struct Note {
   __device__ void moved(A before, A after) {
     if constexpr (kStats) {
       const bool finite = defect(before) + defect(after) == A(0);
-      const double d = finite ? double(after - before) : 0.0;
+      const double d = finite ? double(after) - double(before) : 0.0;
       squared_distance += d * d;
       bad |= !finite;
     }

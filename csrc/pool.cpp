@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 #include <unistd.h>
@@ -90,13 +91,38 @@ class Pool {
   int threads_ = 0;
 };
 
+const pid_t kLoader = getpid();
+
+// torch's own threads, if its OpenMP can be reached (libgomp's entry point, which LLVM's and Intel's offer,
+// too): after torch's work they spin for a while, and other threads would have to share the cores with them.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+struct Team {
+  const std::function<void(int)>& part;
+  const int parts;
+  std::atomic<int> next{0};
+
+  static void join(void* data) {
+    Team& team = *static_cast<Team*>(data);
+    for (int i; (i = team.next.fetch_add(1, std::memory_order_relaxed)) < team.parts;) team.part(i);
+  }
+};
+
+Parallel torch_threads() {
+  static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return getpid() == kLoader ? parallel : nullptr;  // OpenMP's threads do not live on in a fork
+}
+
 }  // namespace
 
 void in_parallel(int parts, const std::function<void(int)>& part) {
-  if (parts > 1) {
-    Pool::ours().run(parts, part);
-  } else {
+  if (parts < 2) {
     part(0);
+  } else if (Parallel parallel = torch_threads()) {
+    Team team{part, parts};
+    parallel(Team::join, &team, unsigned(parts), 0);
+  } else {
+    Pool::ours().run(parts, part);
   }
 }
 

@@ -1,4 +1,5 @@
-// A few helper threads that sleep until a long vector comes. After a fork the child starts its own.
+// Threads for long vectors: torch's own where they can be reached, else a few that sleep until they are
+// needed (a forked child starts its own).
 #pragma once
 
 #include <functional>

@@ -223,7 +223,7 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 
 def _moved(before: Sequence[Tensor], after: Sequence[Tensor], sources: Sequence[Tensor]) -> Moved:
-    distances = ((_wide(new) - _wide(old)).double() for old, new in zip(before, after, strict=True))
+    distances = (new.double() - old.double() for old, new in zip(before, after, strict=True))
     return Moved(
         squared_distance=math.fsum(float((d[torch.isfinite(d)] ** 2).sum()) for d in distances),
         finite=all(check(t) for t in (*before, *after)),

@@ -182,7 +182,7 @@ def distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return gap if np.isfinite(gap) else np.inf
 
 
-def together(errors: list[str]) -> None:
+def check_together(errors: list[str]) -> None:
     """Fails on every rank if any rank has an error, so that none goes on alone."""
     found = [f"rank {rank}: {error}" for rank, own in enumerate(WORLD.allgather(errors)) for error in own[:3]]
     assert not found, "\n".join(found)

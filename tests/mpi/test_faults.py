@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import WORLD, together
+from harness import WORLD, check_together
 from torch import nn
 
 import mpilsgd
@@ -75,7 +75,7 @@ def test_training_goes_on_after_a_nan(name: str, shared: bool) -> None:
         errors = [] if weights(model).isfinite().all() else [f"still {weights(model)}"]
         if (opt.metrics.resets > 0) != (WORLD.rank == 1):
             errors.append(f"{opt.metrics.resets} resets")
-        together(errors)
+        check_together(errors)
 
 
 @by_transport
@@ -93,7 +93,7 @@ def test_a_diverging_worker_adds_nothing(name: str, shared: bool) -> None:
             group["weight_decay"] = 0.0
         opt.step(loss=0.0)
         largest = float(weights(model).abs().max())
-        together([] if largest < 10 else [f"{weights(model)}"])
+        check_together([] if largest < 10 else [f"{weights(model)}"])
 
 
 def test_quadratic_average_of_a_worker_without_steps() -> None:
@@ -143,7 +143,7 @@ def test_memory_that_was_swapped_is_taken_back(name: str) -> None:
         before = weights(model)
         with opt.center():
             pass
-        together([] if torch.equal(before, weights(model)) else [f"{before} became {weights(model)}"])
+        check_together([] if torch.equal(before, weights(model)) else [f"{before} became {weights(model)}"])
 
 
 def test_frozen_parameters_and_counters_start_equal() -> None:
@@ -195,7 +195,7 @@ def test_averages_over_time_of_half_types(dtype: torch.dtype) -> None:
             opt.step()
         with opt.center():
             held = float(model.weight.detach()[0, 0])
-        together([] if abs(held - (0.875 if quadratic else 0.5)) < 0.02 else [f"{quadratic}: {held}"])
+        check_together([] if abs(held - (0.875 if quadratic else 0.5)) < 0.02 else [f"{quadratic}: {held}"])
         opt.close()
         topo.free()
 

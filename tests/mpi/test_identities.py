@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import FEW, LAYOUTS, WORLD, Case, Layout, Run, distance, layouts, running, together
+from harness import FEW, LAYOUTS, WORLD, Case, Layout, Run, check_together, distance, layouts, running
 from mpi4py import MPI
 from numpy.typing import NDArray
 from problems import Problem, Quadratic, Sinc, TanhNet
@@ -55,7 +55,7 @@ def test_one_worker_is_sgd(local: Local) -> None:
         ):
             with running(case, TanhNet(), local, layout, comm=MPI.COMM_SELF) as run:
                 errors += close(run.run(7).x(), plain, f"{case} {layout}")
-    together(errors)
+    check_together(errors)
 
 
 @by_layout
@@ -70,7 +70,7 @@ def test_no_pull_is_independent_workers(layout: Layout) -> None:
         *(Case(EASGD, {"center_rate": 0, "period": 2, "form": form}) for form in ("jacobi", "gauss-seidel")),
     ):
         errors += close(final(case, layout, TanhNet(), same=False)[: plain.size], plain, str(case))
-    together(errors)
+    check_together(errors)
 
 
 @by_layout
@@ -80,7 +80,9 @@ def test_without_momentum_eamsgd_is_easgd(form: str, layout: Layout) -> None:
     with_msgd = final(
         case, layout, TanhNet(), Local("msgd", lr=0.1, nesterov=True, weight_decay=0.1), same=False
     )
-    together(close(with_msgd, final(case, layout, TanhNet(), Local(lr=0.1, weight_decay=0.1), same=False)))
+    check_together(
+        close(with_msgd, final(case, layout, TanhNet(), Local(lr=0.1, weight_decay=0.1), same=False))
+    )
 
 
 @by_layout
@@ -95,7 +97,7 @@ def test_the_leader_takes_a_plain_step(when: str, layout: Layout) -> None:
             run.step()
             if run.opt.metrics.leader == run.rank:
                 errors += close(run.x(), x - 0.1 * TanhNet().gradient(x, run.rank, t)[1], f"t={t}")
-    together(errors)
+    check_together(errors)
 
 
 @by_layout
@@ -112,7 +114,7 @@ def test_equal_workers_stay_sgd(local: Local, layout: Layout) -> None:
         *(Case(LSGD, {"pull": 0.3, "period": 1, "when": when}) for when in ("after_step", "with_step")),
     ):
         errors += close(final(case, layout, problem, local), np.concatenate([plain, plain]), str(case))
-    together(errors)
+    check_together(errors)
 
 
 @pytest.mark.parametrize("when", ["after_step", "with_step", "every_step"])
@@ -140,7 +142,7 @@ def test_groups_of_one_and_one_group(when: str) -> None:
     (name, expected), *others = results.items()
     for other, result in others:
         errors += close(result, expected, f"{other} against {name}")
-    together(errors)
+    check_together(errors)
 
 
 @by_layout
@@ -148,7 +150,7 @@ def test_sequential_is_one_update_with_other_rates(layout: Layout) -> None:
     common = {"period": 2, "global_period": 2}
     sequential = Case(LSGD, {"pull": 0.4, "global_pull": 0.3, "sequential": True, **common})
     together_ = Case(LSGD, {"pull": 0.4 * 0.7, "global_pull": 0.3, **common})
-    together(
+    check_together(
         close(
             final(sequential, layout, TanhNet(), same=False), final(together_, layout, TanhNet(), same=False)
         )
@@ -173,7 +175,7 @@ def test_zero_gradient_conserves_the_sum(period: int, layout: Layout) -> None:
         errors = close(sum_with_center(run), before)
         if WORLD.size > 1 and (run.x() == x).all():
             errors.append("nothing moved")
-    together(errors)
+    check_together(errors)
 
 
 @by_layout
@@ -181,7 +183,7 @@ def test_zero_gradient_conserves_the_sum(period: int, layout: Layout) -> None:
 def test_gauss_seidel_1_1_is_local_sgd(period: int, layout: Layout) -> None:
     rates = {"center_rate": 1.0, "moving_rate": 1.0, "form": "gauss-seidel"}
     elastic = final(Case(EASGD, {**rates, "period": period}), layout, TanhNet(), steps=6)
-    together(close(elastic, final(Case(LocalSGD, {"period": period}), layout, TanhNet(), steps=6)))
+    check_together(close(elastic, final(Case(LocalSGD, {"period": period}), layout, TanhNet(), steps=6)))
 
 
 @by_layout
@@ -189,7 +191,7 @@ def test_synchronous_downpour_is_minibatch_with_step_p_eta(layout: Layout) -> No
     """Gauss-Seidel(α = 1, β = p) at τ = 1."""
     options = {"center_rate": float(WORLD.size), "moving_rate": 1.0, "period": 1, "form": "gauss-seidel"}
     downpour = final(Case(EASGD, options), layout, TanhNet(), Local(lr=0.03))
-    together(close(downpour, final(Case(AllreduceSGD), layout, TanhNet(), Local(lr=0.03 * WORLD.size))))
+    check_together(close(downpour, final(Case(AllreduceSGD), layout, TanhNet(), Local(lr=0.03 * WORLD.size))))
 
 
 @by_layout
@@ -208,7 +210,7 @@ def test_local_sgd_identities(layout: Layout) -> None:
             errors += close(
                 np.mean(WORLD.allgather(run.x()), axis=0), workers.mean(0) - 0.1 * gradient, f"t={t}"
             )
-    together(errors)
+    check_together(errors)
 
 
 @by_layout
@@ -228,7 +230,7 @@ def test_center_of_synchronous_easgd_in_closed_form(layout: Layout) -> None:
             run.step()
             expected = gamma**t * center + (gamma**t - phi**t) / (gamma - phi) * alpha * u
             errors += close(run.center(), expected, f"t={t}", 1e-11)
-    together(errors)
+    check_together(errors)
 
 
 def test_stability_of_synchronous_downpour() -> None:

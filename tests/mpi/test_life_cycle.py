@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import FEW, LAYOUTS, WORLD, Case, Layout, Run, distance, running, together
+from harness import FEW, LAYOUTS, WORLD, Case, Layout, Run, check_together, distance, running
 from numpy.typing import NDArray
 from problems import Buffered, LeastSquares, Quadratic, TanhNet, fill
 from simulation import Local
@@ -69,7 +69,7 @@ def test_resume_is_uninterrupted(case: Case, name: str) -> None:
                 if (again == center).all()
                 else [f"{layout}: centre differs by {distance(again, center):.1e}"]
             )
-    together(errors)
+    check_together(errors)
 
 
 @by_layout
@@ -94,7 +94,7 @@ def test_center_comes_and_goes(case: Case, layout: Layout) -> None:
             errors += [] if (run.held() == held).all() else ["the model changed with an exception"]
         run.run(3)
         errors += [] if (run.x() == x).all() else ["the run went on otherwise"]
-    together(errors)
+    check_together(errors)
 
 
 @by_layout
@@ -200,7 +200,7 @@ def test_a_broken_worker_is_set_back(case: Case, bad: int) -> None:
                 errors.append(f"{layout}: not finite later")
             if run.opt.metrics.resets != resets:
                 errors.append(f"{layout}: reset again")
-    together(errors)
+    check_together(errors)
 
 
 @pytest.mark.mpi(min_size=2)
@@ -235,7 +235,7 @@ def test_a_broken_gradient(case: Case, name: str) -> None:
             run.run(3)
             if not np.isfinite(run.held()).all():
                 errors.append(f"{layout}: not finite later")
-    together(errors)
+    check_together(errors)
 
 
 @pytest.mark.parametrize("case", NAN_CASES, ids=str)
@@ -247,7 +247,7 @@ def test_all_broken_ends_on_every_rank(case: Case) -> None:
             with pytest.raises(RuntimeError):
                 for _ in range(2):
                     run.still(math.nan)
-        together([])
+        check_together([])
 
 
 @pytest.mark.mpi(min_size=2)
@@ -267,7 +267,7 @@ def test_a_rank_runs_out_of_data(case: Case, layout: Layout) -> None:
                     [] if all((mine == v).all() for v in WORLD.allgather(mine)) else ["the centres differ"]
                 )
             run.run(3 * (run.rank == last))  # and then straight into close()
-        together(errors)
+        check_together(errors)
 
 
 def batch_norm_run(case: Case, buffers: str) -> tuple[Any, Any, list[torch.Tensor]]:
@@ -430,4 +430,4 @@ def test_metrics_start_at_nothing_and_grow(case: Case) -> None:
         if run.opt.t != 6:
             errors.append(f"the clock is at {run.opt.t}")
     assert mpilsgd.__version__
-    together(errors)
+    check_together(errors)

@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from harness import FEW, LAYOUTS, MOST, TOLERANCE, WORLD, Case, Layout, compare, distance, running, together
+from harness import (
+    FEW,
+    LAYOUTS,
+    MOST,
+    TOLERANCE,
+    WORLD,
+    Case,
+    Layout,
+    check_together,
+    compare,
+    distance,
+    running,
+)
 from problems import Accumulated, Buffered, LeastSquares, Problem, Quadratic, TanhNet
 from simulation import LSGD as SimulatedLSGD
 from simulation import Local
@@ -71,7 +83,7 @@ def test_equals_simulation(case: Case, layout: Layout) -> None:
         label = f"{type(problem).__name__} {dtype} {'same' if same else 'different'} start"
         with running(case, problem, SGD, layout, same=same, dtype=dtype) as run:
             errors += compare(run, case.simulate(problem, SGD, layout, same=same), 7, TOLERANCE[dtype], label)
-    together(errors)
+    check_together(errors)
 
 
 @pytest.mark.parametrize("name", LOCALS)
@@ -81,7 +93,7 @@ def test_local_optimizers(case: Case, name: str) -> None:
     with running(case, TanhNet(), LOCALS[name], LAYOUTS[0], same=False) as run:
         simulated = case.simulate(TanhNet(), LOCALS[name], LAYOUTS[0], same=False)
         errors = compare(run, simulated, 6, 1e-12)
-    together(errors)
+    check_together(errors)
 
 
 @by_layout
@@ -107,7 +119,7 @@ def test_until_grad_norm(layout: Layout) -> None:
                 simulated.step()
             gap = distance(run.x(), simulated.x[run.rank])
             errors += [f"round {count}: x differs by {gap:.1e}"] if gap > 1e-12 else []
-    together(errors)
+    check_together(errors)
 
 
 def test_until_grad_norm_freezes() -> None:
@@ -122,7 +134,7 @@ def test_until_grad_norm_freezes() -> None:
         errors = (
             [] if (run.x() == frozen).all() and frozen @ frozen <= 1e-3 else [f"{frozen} became {run.x()}"]
         )
-    together(errors)
+    check_together(errors)
 
 
 @by_layout
@@ -162,7 +174,7 @@ def test_leaders(layout: Layout) -> None:
                     errors.append(f"{when}: {run.opt.metrics.rounds} rounds after 8 steps")
                 if (run.opt.metrics.leads > 0) != (leads > 0):
                     errors.append(f"{when}: leads={run.opt.metrics.leads}, the simulation's {leads}")
-    together(errors)
+    check_together(errors)
 
 
 @pytest.mark.parametrize("when", ["after_step", "with_step"])
@@ -177,7 +189,7 @@ def test_score_in_place_of_losses(when: str) -> None:
         own = lambda worker, x: problem.gradient(x, worker, 0)[0]  # noqa: E731
         simulated = case.simulate(problem, SGD, layout, same=False, score=own)
         errors = compare(run, simulated, 8, 1e-12)
-    together(errors)
+    check_together(errors)
 
 
 @by_way
@@ -194,7 +206,7 @@ def test_float_buffers_follow_the_exchange(case: Case) -> None:
                 errors += [f"{layout}: centre differs by {gap:.1e}"] if gap > 1e-12 else []
             else:
                 errors += compare(run, simulated, 8, 1e-12, str(layout))
-    together(errors)
+    check_together(errors)
 
 
 @by_way
@@ -221,7 +233,7 @@ def test_scheduler_and_accumulation(case: Case) -> None:
             simulated.step()
             gap = distance(run.x(), simulated.x[run.rank])
             errors += [f"t={t}: differs by {gap:.1e}"] if gap > 1e-12 else []
-    together(errors)
+    check_together(errors)
 
 
 @by_way
@@ -239,7 +251,7 @@ def test_closure(case: Case) -> None:
             assert math.isfinite(run.opt.step(closure).item())
             run.t += 1
         gap = distance(run.x(), simulated.x[run.rank])
-    together([f"differs by {gap:.1e}"] if gap > 1e-12 else [])
+    check_together([f"differs by {gap:.1e}"] if gap > 1e-12 else [])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -257,7 +269,7 @@ def test_half_precision(case: Case, dtype: torch.dtype) -> None:
         errors = compare(run, simulated, 6, TOLERANCE[dtype])
         if next(run.model.parameters()).dtype != dtype:
             errors.append(f"the model is {next(run.model.parameters()).dtype} now")
-    together(errors)
+    check_together(errors)
 
 
 @by_layout
@@ -270,4 +282,4 @@ def test_consensus_is_a_fixed_point(case: Case, layout: Layout) -> None:
         start = problem.start(0)
         errors = [] if (run.held() == start).all() else [f"x moved to {run.held()}"]
         errors += [] if (run.center() == start).all() else ["the centre moved"]
-    together(errors)
+    check_together(errors)

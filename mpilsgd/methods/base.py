@@ -15,9 +15,10 @@ import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Fabric, Topology, Window, end_job, exit_status
-from mpilsgd.flat import FlatParameters, digest, find_modules, float_buffers
+from mpilsgd.flat import FlatParameters, find_modules, float_buffers
 from mpilsgd.methods.arguments import choice
 from mpilsgd.methods.averaging import Span, accumulation_dtype, average, recalibrate
+from mpilsgd.methods.equality import broadcast_rest, check_equal
 from mpilsgd.methods.wrapped import forget
 
 # What a worker has come to a meeting for; the least number present decides what happens.
@@ -97,7 +98,13 @@ class Method(torch.optim.Optimizer):
         self._modules = [model] if model is not None else find_modules(parameters)
         # constants such as a mask of -inf are not statistics
         held = [b for b in float_buffers(self._modules) if bool(torch.isfinite(b).all())]
-        self._check_equal(parameters, held, {**settings, "init": init, "buffers": buffers})
+        check_equal(
+            self.topology,
+            type(self).__name__,
+            parameters,
+            held,
+            {**settings, "init": init, "buffers": buffers},
+        )
         device = parameters[0].device
         nbytes = sum(-(-t.numel() * t.element_size() // 64) * 64 for t in [*parameters, *held])
         node = self.topology.node
@@ -123,7 +130,7 @@ class Method(torch.optim.Optimizer):
                 self._scratch[kind] = self.fabric.common(self.fabric.world, kind, numel, device)
         if init == "same":
             self._copy_from(0)
-            self._broadcast_rest()
+            broadcast_rest(self.topology, self._modules, self.flat)
         self.fabric.traffic.group = self.fabric.traffic.across = 0  # counts rounds
         self._open = True
         _living.append(self)
@@ -318,18 +325,6 @@ class Method(torch.optim.Optimizer):
         """The mean over the world ranks that count, to all. Collective, after a barrier."""
         average(self.fabric.world, self._scratch, spans, {r for r, c in enumerate(counts) if c})
 
-    def _broadcast_rest(self) -> None:
-        """Rank 0's frozen parameters and other buffers of the modules, which no round exchanges. Collective."""
-        flat = {id(t) for t in [*self.flat.parameters, *self.flat.buffers]}
-        rest = [t for m in self._modules for t in [*m.parameters(), *m.buffers()] if id(t) not in flat]
-        values = self.topology.broadcast([t.detach().cpu() for t in rest])
-        fits = [t.shape for t in rest] == [v.shape for v in values]
-        self.topology.agree(
-            None if fits else "the frozen parameters or buffers have other shapes than on rank 0"
-        )
-        for t, value in zip(rest, values, strict=True):
-            t.detach().copy_(value)
-
     def _copy_from(self, source: int, takers: set[int] | None = None) -> None:
         """The takers (default: all) get the whole vectors of world rank `source`. Collective."""
         level = self.fabric.world
@@ -365,26 +360,6 @@ class Method(torch.optim.Optimizer):
             return windows[dtype].mine
 
         return allocate
-
-    def _check_equal(self, parameters: list[Any], held: list[Any], settings: dict[str, Any]) -> None:
-        error, model = None, ""
-        try:
-            model = digest(parameters, held)
-        except ValueError as wrong:
-            error = str(wrong)
-        self.topology.agree(error)
-        told = {k: "a callable" if callable(v) else v for k, v in settings.items()}
-        rows = self.topology.allgather(
-            (model, str(sum(p.numel() for p in parameters)), type(self).__name__, told)
-        )
-        for r, row in enumerate(rows):
-            if row[0] != rows[0][0]:
-                raise ValueError(
-                    f"the models differ: rank {r} has {row[1]} parameters in another number, shape, dtype or "
-                    f"order than rank 0 with {rows[0][1]}"
-                )
-            if row[2:] != rows[0][2:]:
-                raise ValueError(f"the settings differ: rank 0 has {rows[0][2:]}, rank {r} has {row[2:]}")
 
     # torch.optim.Optimizer
 

@@ -195,16 +195,21 @@ void work(const Pull& op, std::int64_t at, int m, Tally& tally) {
   using A = Acc<T>;
   Buffer<A> x_buffer, leader_buffer, other_buffer;
   const A rate = A(op.rate), other_rate = A(op.other_rate);
-  T* p = static_cast<T*>(op.x) + at;
-  A* x = open(p, x_buffer, m);
   const A* leader = open(static_cast<const T*>(op.leader) + at, leader_buffer, m);
-  if (op.other) {
-    const A* other = open(static_cast<const T*>(op.other) + at, other_buffer, m);
-    auto update = [=](A v, int j) { return pull(v, leader[j], rate, other[j], other_rate); };
-    move(p, x, m, op.stats, tally, update, leader, other);
-  } else {
-    auto update = [=](A v, int j) { return pull(v, leader[j], rate); };
-    move(p, x, m, op.stats, tally, update, leader);
+  const A* other = op.other ? open(static_cast<const T*>(op.other) + at, other_buffer, m) : nullptr;
+  for (int i = 0; i < op.n_peers; ++i) {
+    T* p = peer_at<T>(op, i, at);
+    A* x = open(p, x_buffer, m);
+    Tally own;
+    if (other) {
+      auto update = [=](A v, int j) { return pull(v, leader[j], rate, other[j], other_rate); };
+      move(p, x, m, op.stats, own, update, leader, other);
+    } else {
+      auto update = [=](A v, int j) { return pull(v, leader[j], rate); };
+      move(p, x, m, op.stats, own, update, leader);
+    }
+    if (!own.finite) mark_bad(op, i);
+    tally.add(own);
   }
 }
 

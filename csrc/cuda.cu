@@ -132,9 +132,9 @@ Peers hand_over(const PeersOperation& op, const Stream& on) {
 template <class T>
 Tally start(const Pull& op, const Stream& on) {
   using A = Acc<T>;
-  const PullBody<T> body{static_cast<T*>(op.x), static_cast<const T*>(op.leader),
+  const PullBody<T> body{hand_over(op, on), static_cast<const T*>(op.leader),
                          static_cast<const T*>(op.other), A(op.rate), A(op.other_rate)};
-  return launch(body, op, all_aligned(op.x, op.leader, op.other), on);
+  return launch(body, op, all_aligned(op.leader, op.other) && all_aligned(op), on, op.n_peers, op.bad_peers);
 }
 
 template <class T>

@@ -12,30 +12,36 @@ template <class T>
 struct PullBody {
   using Stored = T;
   using A = Acc<T>;
-  T* x;
+  Peers peers;
   const T *leader, *other;
   A rate, other_rate;
 
   template <int W, bool kStats>
   __device__ void run(std::int64_t at, Note<kStats>& note) const {
-    A value[W], before[W], pulled_to[W], and_to[W];
-    load<W>(x + at, value);
+    A pulled_to[W], and_to[W];
     load<W>(leader + at, pulled_to);
     if (other) load<W>(other + at, and_to);
 #pragma unroll
     for (int k = 0; k < W; ++k) {
-      before[k] = value[k];
       note.source(pulled_to[k]);
-      if (other) {
-        note.source(and_to[k]);
-        value[k] = pull(value[k], pulled_to[k], rate, and_to[k], other_rate);
-      } else {
-        value[k] = pull(value[k], pulled_to[k], rate);
-      }
+      if (other) note.source(and_to[k]);
     }
-    store<W>(x + at, value);
+    for (int i = 0; i < peers.n; ++i) {
+      T* p = peers.at<T>(i) + at;
+      A value[W], before[W];
+      load<W>(p, value);
 #pragma unroll
-    for (int k = 0; k < W; ++k) note.moved(before[k], value[k]);
+      for (int k = 0; k < W; ++k) {
+        before[k] = value[k];
+        value[k] = other ? pull(value[k], pulled_to[k], rate, and_to[k], other_rate)
+                         : pull(value[k], pulled_to[k], rate);
+      }
+      store<W>(p, value);
+      peers.read(i, before, note);
+      peers.read(i, value, note);
+#pragma unroll
+      for (int k = 0; k < W; ++k) note.moved(before[k], value[k]);
+    }
   }
 };
 

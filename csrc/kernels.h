@@ -23,10 +23,11 @@ struct PeersOperation : Operation {
   int n_peers = 0;
   unsigned char* bad_peers =
       nullptr;  // with stats: n_peers zeros; 1 is written for a peer with a value not finite
+                // before (Pull: before or after)
 };
 
-struct Pull : Operation {
-  void* x = nullptr;
+// The peers are pulled one after the other; the last of them may be the leader.
+struct Pull : PeersOperation {
   const void* leader = nullptr;
   const void* other = nullptr;  // may be null
   double rate = 0, other_rate = 0;

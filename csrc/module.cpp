@@ -78,15 +78,14 @@ py::object finish(Op& op, const Where& where, const Addresses& peers) {
   return py::make_tuple(tally[0], tally[1], tally[2], py::tuple(indices));
 }
 
-py::object pull(const Where& where, Address x, Address leader, double rate, Address other,
+py::object pull(const Where& where, const Addresses& peers, Address leader, double rate, Address other,
                 double other_rate) {
   mpilsgd::Pull op;
-  op.x = at(x);
   op.leader = at(leader);
   op.other = at(other);
   op.rate = rate;
   op.other_rate = other_rate;
-  return finish(op, where);
+  return finish(op, where, peers);
 }
 
 py::object elastic(const Where& where, Address center, const Addresses& peers, double moving_rate,

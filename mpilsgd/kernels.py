@@ -58,7 +58,7 @@ class FallbackWarning(UserWarning):
 
 
 def pull(
-    x: Tensor,
+    x: Tensor | Sequence[Tensor],
     leader: Tensor,
     rate: float,
     other: Tensor | None = None,
@@ -70,14 +70,16 @@ def pull(
 
     x <- x - rate (x - leader) [- other_rate (x - other)]
 
-    x: the vector that moves. leader, other: what it is pulled to; may be x itself. rate, other_rate: finite.
+    x: the vector that moves, or several, which lie apart; then the leader's memory is read once for all of them.
+    leader, other: what it is pulled to; may be the last x itself. rate, other_rate: finite.
     """
-    _match(x, leader=leader, other=other)
+    peers = [x] if isinstance(x, Tensor) else x
+    _match_pulled(peers, leader, other)
     _number(rate=rate, other_rate=other_rate)
-    where = _where(x, stats)
+    where = _where(leader, stats, len(peers))
     if where is None:
         return reference.pull(x, leader, rate, other, other_rate, stats)
-    return _moved(_core.pull(where, x.data_ptr(), leader.data_ptr(), rate, _pointer(other), other_rate))
+    return _moved(_core.pull(where, _pointers(peers), leader.data_ptr(), rate, _pointer(other), other_rate))
 
 
 def elastic(
@@ -358,6 +360,22 @@ def _match_peers(center: Tensor | None, peers: Sequence[Tensor], least: int = 1)
         if peer is not first:
             _same(f"peers[{i}]", peer, name, first)
     _apart([("center", center)] if center is not None else [], peers)
+
+
+def _match_pulled(peers: Sequence[Tensor], leader: Tensor, other: Tensor | None) -> None:
+    """The last of the peers is as x of _match, the others lie apart from all."""
+    if not peers:
+        raise ValueError("x must be a vector or hold at least one, got none")
+    *first, last = peers
+    _match(last, leader=leader, other=other)
+    if first:
+        for i, peer in enumerate(first):
+            _same(f"x[{i}]", peer, "the last", last)
+        sources = [("leader", leader)] + ([("other", other)] if other is not None else [])
+        for name, source in sources:
+            if any(_overlap(peer, source) for peer in first):
+                raise ValueError(f"{name} overlaps one of the vectors to move that is not the last")
+        _apart([], peers)
 
 
 def _match_total(total: Tensor, first: Tensor, others: Sequence[Tensor]) -> None:

@@ -37,7 +37,8 @@ class Moved(NamedTuple):
     squared_distance: sum of (after - before)^2 in float64, over x or all peers (not the centre) and over the
     elements that are finite before and after. finite: all values of x (of all peers) were finite before and
     are after. source_finite: so were those of the leaders or the centre (True where there is none).
-    bad_peers: the indices of the peers that had a value not finite before.
+    bad_peers: the indices of the peers that had a value not finite before
+    (pull: before or after).
     """
 
     squared_distance: float
@@ -61,7 +62,7 @@ def elastic_term(x: Tensor, center: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pull(
-    x: Tensor,
+    x: Tensor | Sequence[Tensor],
     leader: Tensor,
     rate: float,
     other: Tensor | None = None,
@@ -69,14 +70,19 @@ def pull(
     stats: bool = False,
 ) -> Moved | None:
     """x <- x - rate (x - leader) [- other_rate (x - other)]"""
-    before = [x.clone()] if stats else []
-    old = _wide(x)
-    new = old - rate * pull_term(old, _wide(leader))
-    if other is not None:
-        new = new - other_rate * pull_term(old, _wide(other))
+    peers = [x] if isinstance(x, Tensor) else list(x)
+    before = [p.clone() for p in peers] if stats else []
     sources = [leader.clone()] if other is None else [leader.clone(), other.clone()]
-    x.copy_(new)
-    return _moved(before, [x], sources) if stats else None
+    for p in peers:
+        old = _wide(p)
+        new = old - rate * pull_term(old, _wide(sources[0]))
+        if other is not None:
+            new = new - other_rate * pull_term(old, _wide(sources[1]))
+        p.copy_(new)
+    if not stats:
+        return None
+    bad = tuple(i for i, p in enumerate(peers) if not (check(before[i]) and check(p)))
+    return _moved(before, peers, sources)._replace(bad_peers=bad)
 
 
 # --- elastic averaging ----------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class Metrics:
     t_wait: float = 0.0  # ... of these, waiting for the others to come
     leader: int = -1  # world rank of the last global (or only) leader
     leaders: list[int] = dataclasses.field(default_factory=list)  # ... of each group's last known leader
-    distance: float = 0.0  # to the leaders, before the last pull; EASGD: to the centre, at the last center()
+    distance: float = 0.0  # of the workers to their leaders before the last pull (root mean square); EASGD: to the centre, at the last center()
     resets: int = 0  # times this worker was set back after a non-finite state
     leads: int = 0  # rounds that this worker led its group
 

@@ -13,6 +13,7 @@ import torch
 from mpilsgd import kernels
 from mpilsgd.comm import Level, Topology, Window
 from mpilsgd.methods.arguments import choice, number, whole
+from mpilsgd.methods.averaging import share
 from mpilsgd.methods.base import ROUND, Method
 from mpilsgd.methods.local import MSGD
 from mpilsgd.methods.wrapped import gradient_at_x
@@ -216,48 +217,53 @@ class LSGD(Method):
             self.metrics.leader = group.world_ranks[g]
         if g is None and w == world.rank:
             self.metrics.leads += 1
-        finite = self._anchor(g, w) if self.when == "every_step" else self._pull(g, w)
         level, table = (world, everyone) if everyone is not None else (group, mates)
         assert table is not None
-        flags = np.zeros(level.size)
-        flags[level.rank] = not finite
-        level.combine(flags)
-        if flags.any():
-            self._repair(level, table, {r for r in range(level.size) if flags[r]})
+        # who is not finite, and at the end the squared distance moved, and by how many vectors
+        found = np.zeros(level.size + 2)
+        (self._anchor if self.when == "every_step" else self._pull)(g, w, level, found)
+        level.combine(found)
+        rate = self.pull * (g is not None) + self.global_pull * (w is not None)
+        if found[-1] and rate:
+            self.metrics.distance = math.sqrt(found[-2] / found[-1]) / rate
+        bad = {r for r in range(level.size) if found[r]}
+        if bad:
+            self._repair(level, table, bad)
 
-    def _pull(self, g: int | None, w: int | None) -> bool:
-        """Pulls this worker to its leaders; whether it is finite. Readers first, then a local leader moves."""
+    def _pull(self, g: int | None, w: int | None, level: Level, found: np.ndarray) -> None:
+        """Pulls the workers of this island's part of the group, each rank its slice of all their vectors.
+
+        So a leader is read from memory once for all of them, and nobody idles. A local leader that moves to the
+        global one does so last, piece by piece behind the others.
+        """
         group, world = self.fabric.group, self.fabric.world
         near = {d: group.bring(x, g, self._local.get(d)) for d, x in self._x.items()} if g is not None else {}
         far = {d: world.bring(x, w, self._global.get(d)) for d, x in self._x.items()} if w is not None else {}
         rate, global_rate = self.pull, self.global_pull
         if self.sequential and near and far:
             rate *= 1.0 - global_rate
-        leads = g == group.rank
-        terms = [(near, rate)] if near and not leads else []
-        if far and w != world.rank:
-            terms.append((far, global_rate))
-        contested = near and far and group.world_ranks[g if g is not None else 0] != w
-        if contested and leads:
-            group.fence()
-        finite, square = True, 0.0
+        terms = ([(near, rate)] if near else []) + ([(far, global_rate)] if far else [])
+        leaders = ({group.world_ranks[g]} if g is not None else set()) | ({w} if w is not None else set())
+        # an only leader stays; one of two moves to the other, behind its followers
+        movers = [r for r in group.local_ranks if {group.world_ranks[r]} != leaders]
+        movers.sort(key=lambda r: r == g)
         for d, window in self._x.items():
-            n = self._n[d]
-            x = window.mine[:n]
-            pulls = [(vector[d][:n], r) for vector, r in terms]
-            if not pulls:
-                finite &= kernels.check(x)
+            if not movers or not terms:
+                found[level.rank] += not kernels.check(window.mine[: self._n[d]])
                 continue
+            a, b = share(group, 0, self._n[d])
+            pulls = [(vector[d][a:b], r) for vector, r in terms]
             (leader, r), (other, s) = pulls[0], pulls[1] if len(pulls) > 1 else (None, 0.0)
-            moved = kernels.pull(x, leader, r, other, s, stats=True)
+            vectors = [window.views[group.seats[m]][a:b] for m in movers]
+            moved = kernels.pull(vectors, leader, r, other, s, stats=True)
             assert moved is not None
-            finite &= moved.finite
-            square += moved.squared_distance
-        if contested and not leads:
-            group.fence()
-        whole_rate = sum(r for _, r in terms)
-        self.metrics.distance = math.sqrt(square) / whole_rate if whole_rate else 0.0
-        return finite
+            bad = {group.world_ranks[movers[i]] for i in moved.bad_peers}
+            if len(leaders) == 1 and not moved.source_finite:  # one of two is seen where it moves or leads alone
+                bad |= leaders
+            for world_rank in bad:
+                found[level.world_ranks.index(world_rank)] += 1
+            found[-2] += moved.squared_distance
+        found[-1] = len(movers) / len(group.local_ranks)
 
     def _repair(self, level: Level, table: np.ndarray, bad: set[int]) -> None:
         """Non-finite workers take the place of the best finite one. Collective over the level."""
@@ -277,20 +283,20 @@ class LSGD(Method):
 
     # "every_step": stale leaders
 
-    def _anchor(self, g: int | None, w: int | None) -> bool:
-        """Keeps the leaders' parameters as they are now; whether this worker's are finite."""
-        for k, (level, leader, kept) in enumerate(
+    def _anchor(self, g: int | None, w: int | None, level: Level, found: np.ndarray) -> None:
+        """Keeps the leaders' parameters as they are now."""
+        for k, (of, leader, kept) in enumerate(
             ((self.fabric.group, g, self._local), (self.fabric.world, w, self._global))
         ):
             if leader is None:
                 continue
             self._anchored[k] = True
             for d, window in self._x.items():
-                level.bring(window, leader, kept[d])
-                if level.rank == leader:
+                of.bring(window, leader, kept[d])
+                if of.rank == leader:
                     kept[d].views[0].copy_(window.mine)
-            level.table([0.0])
-        return all([kernels.check(w.mine[: self._n[d]]) for d, w in self._x.items()])
+            of.table([0.0])
+        found[level.rank] = not all([kernels.check(w.mine[: self._n[d]]) for d, w in self._x.items()])
 
     def _anchored_step(self) -> Any:
         anchors = [

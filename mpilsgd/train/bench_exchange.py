@@ -112,10 +112,12 @@ def _contestants(
     window.mine.uniform_()
     x, other, total, center = (torch.rand(numel) for _ in range(4))
     moving_rate = CENTER_RATE / size
+    step = -(-numel // topology.node.size)
+    mine = slice(topology.node.rank * step, (topology.node.rank + 1) * step)  # of every vector in the node
 
     def bare_pull() -> None:
-        if topology.node.rank:
-            kernels.pull(window.mine, window.views[0], PULL)
+        if len(window.views) > 1:
+            kernels.pull([view[mine] for view in window.views[1:]], window.views[0][mine], PULL)
 
     def bcast_lerp() -> None:
         leader = x if world.rank == 0 else other

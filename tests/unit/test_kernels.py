@@ -96,6 +96,19 @@ CASES: dict[str, tuple[Callable, Callable]] = {
         lambda f, v, s: f.pull(v["x"], v["l"], R, v["o"], Q, stats=s),
         lambda a, s: np_pull(a, s, True),
     ),
+    "pull many": (
+        lambda f, v, s: f.pull(peers_of(v), v["l"], R, v["o"], Q, stats=s),
+        lambda a, s: {
+            key: a[key] - s(R) * (a[key] - a["l"]) - s(Q) * (a[key] - a["o"]) for key in a if key.startswith("p")
+        },
+    ),
+    "pull many and the leader": (
+        lambda f, v, s: f.pull([*peers_of(v), v["l"]], v["l"], R, v["o"], Q, stats=s),
+        lambda a, s: {
+            **{key: a[key] - s(R) * (a[key] - a["l"]) - s(Q) * (a[key] - a["o"]) for key in a if key.startswith("p")},
+            "l": a["l"] - s(Q) * (a["l"] - a["o"]),
+        },
+    ),
     "pull itself": (lambda f, v, s: f.pull(v["x"], v["x"], R, stats=s), lambda a, s: {}),
     "jacobi": (
         lambda f, v, s: f.elastic(v["c"], peers_of(v), R, Q, stats=s),
@@ -306,7 +319,7 @@ def test_overflow_is_seen(isa: str) -> None:
         big = torch.finfo(dtype).max
         x = torch.tensor([1.0, big], dtype=dtype)
         moved = kernels.pull(x, torch.tensor([1.0, -big], dtype=dtype), -1.0, stats=True)
-        assert moved == (0.0, False, True, ())
+        assert moved == (0.0, False, True, (0,))
         assert kernels.check(torch.tensor([big, -big, torch.finfo(dtype).tiny], dtype=dtype))
 
 
@@ -435,6 +448,9 @@ X, Y, Z = torch.zeros(4), torch.ones(4), torch.ones(4)
         (lambda: kernels.pull(X, Y, float("nan")), "rate must be a finite number"),
         (lambda: kernels.pull(X, Y, 0.1, Z, float("inf")), "other_rate must be a finite number"),
         (lambda: kernels.pull(X[:3], X[1:], 0.1), "leader overlaps x"),
+        (lambda: kernels.pull([], Y, 0.1), "at least one"),
+        (lambda: kernels.pull([X, Z], X, 0.1), "leader overlaps one"),
+        (lambda: kernels.pull([X, X], Y, 0.1), "overlap"),
         (lambda: kernels.elastic(X, [], 0.1, 0.1), "at least one"),
         (lambda: kernels.elastic(X, Y, 0.1, 0.1), "sequence of vectors"),
         (lambda: kernels.elastic(X, [Y, torch.zeros(3)], 0.1, 0.1), r"peers\[1\] has length 3"),

@@ -97,8 +97,9 @@ bool measure(int m, Tally& tally, Step step, const Source*... sources) {
     const Change<A> change = step(j);
     flaws_before |= flaw(change.before);
     flaws_after |= flaw(change.after);
-    double moved = double(change.after) - double(change.before);  // of floats this cannot overflow
-    squares += is_finite(moved) ? moved * moved : 0;
+    const A moved = change.after - change.before;
+    const double distance = is_finite(moved) ? moved : A(0);
+    squares += distance * distance;
   }
   tally.squared_distance += squares;
   tally.finite &= !(flaws_before | flaws_after);
@@ -201,12 +202,21 @@ void work(const Pull& op, std::int64_t at, int m, Tally& tally) {
     T* p = peer_at<T>(op, i, at);
     A* x = open(p, x_buffer, m);
     Tally own;
+    const bool last = i == op.n_peers - 1;  // looks at the leaders, too: before it moves, if it is one of them
     if (other) {
       auto update = [=](A v, int j) { return pull(v, leader[j], rate, other[j], other_rate); };
-      move(p, x, m, op.stats, own, update, leader, other);
+      if (last) {
+        move(p, x, m, op.stats, own, update, leader, other);
+      } else {
+        move(p, x, m, op.stats, own, update);
+      }
     } else {
       auto update = [=](A v, int j) { return pull(v, leader[j], rate); };
-      move(p, x, m, op.stats, own, update, leader);
+      if (last) {
+        move(p, x, m, op.stats, own, update, leader);
+      } else {
+        move(p, x, m, op.stats, own, update);
+      }
     }
     if (!own.finite) mark_bad(op, i);
     tally.add(own);

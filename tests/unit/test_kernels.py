@@ -249,7 +249,7 @@ def assert_moved(moved: kernels.Moved | None, wanted: kernels.Moved | None) -> N
         assert moved is None
     else:
         assert moved is not None
-        assert moved.squared_distance == pytest.approx(wanted.squared_distance, rel=1e-9)
+        assert moved.squared_distance == pytest.approx(wanted.squared_distance, rel=1e-6)
         assert moved[1:] == wanted[1:]
 
 

@@ -158,6 +158,16 @@ Flaws<A> add_tiles(A* sum, bool first, int m, Term term, const Tile*... x) {
   return flaws;
 }
 
+// Some of the workers' tiles hold values that are not finite: whose?
+template <class T>
+void note_flaws(const PeersOperation& op, std::int64_t at, int m, Tally& tally) {
+  Buffer<Acc<T>> buffer;
+  for (int i = 0; op.stats && i < op.n_peers; ++i) {
+    if (!all_finite(open(static_cast<const T*>(peer_at<T>(op, i, at)), buffer, m), m)) mark_bad(op, i);
+  }
+  tally.finite = false;
+}
+
 // sum[j] = sum_i term(x_i, j), in the order of the workers. Returns whether all their values were finite.
 template <class T, class A, class Term>
 bool add_up(const PeersOperation& op, std::int64_t at, int m, A* sum, Tally& tally, Term term) {
@@ -172,12 +182,8 @@ bool add_up(const PeersOperation& op, std::int64_t at, int m, A* sum, Tally& tal
   if (rest == 3) flaws |= add_tiles(sum, i == 0, m, term, tile(0), tile(1), tile(2));
   if (rest == 2) flaws |= add_tiles(sum, i == 0, m, term, tile(0), tile(1));
   if (rest == 1) flaws |= add_tiles(sum, i == 0, m, term, tile(0));
-  if (!flaws) return true;
-  for (i = 0; op.stats && i < op.n_peers; ++i) {
-    if (!all_finite(tile(0), m)) mark_bad(op, i);
-  }
-  tally.finite = false;
-  return false;
+  if (flaws) note_flaws<T>(op, at, m, tally);
+  return !flaws;
 }
 
 // x_i[j] <- update(x_i[j], j) for all workers, one after the other.
@@ -253,6 +259,32 @@ void move_pair(const Elastic& op, A* center, A moving_rate, A rate, std::int64_t
   });
 }
 
+// Few workers that are only read: the centre moves in the loop that reads them. Returns their flaws.
+template <class A, class... Tile>
+Flaws<A> move_center_over(A* center, A rate, int m, const Tile*... x) {
+  Flaws<A> flaws = 0;
+#pragma omp simd reduction(| : flaws)
+  for (int j = 0; j < m; ++j) {
+    A sum = 0;
+    ((sum += elastic_term(x[j], center[j])), ...);
+    flaws |= (flaw(x[j]) | ...);
+    center[j] = elastic_center(center[j], sum, rate);
+  }
+  return flaws;
+}
+
+template <class T, class A>
+void follow_few(const Elastic& op, A* center, A rate, std::int64_t at, int m, Tally& tally) {
+  Buffer<A> buffers[4];
+  auto tile = [&](int i) { return open(static_cast<const T*>(peer_at<T>(op, i, at)), buffers[i], m); };
+  Flaws<A> flaws = 0;
+  if (op.n_peers == 1) flaws = move_center_over(center, rate, m, tile(0));
+  if (op.n_peers == 2) flaws = move_center_over(center, rate, m, tile(0), tile(1));
+  if (op.n_peers == 3) flaws = move_center_over(center, rate, m, tile(0), tile(1), tile(2));
+  if (op.n_peers == 4) flaws = move_center_over(center, rate, m, tile(0), tile(1), tile(2), tile(3));
+  if (flaws) note_flaws<T>(op, at, m, tally);
+}
+
 template <class T>
 void work(const Elastic& op, std::int64_t at, int m, Tally& tally) {
   using A = Acc<T>;
@@ -263,6 +295,8 @@ void work(const Elastic& op, std::int64_t at, int m, Tally& tally) {
   if (op.n_peers == 1 && moving_rate != A(0)) {
     auto* pair = op.gauss_seidel ? &move_pair<true, T, A> : &move_pair<false, T, A>;
     pair(op, center, moving_rate, rate, at, m, tally);
+  } else if (op.n_peers <= 4 && moving_rate == A(0)) {
+    follow_few<T>(op, center, rate, at, m, tally);
   } else {
     gather<T>(op, center, at, m, sum.data, tally);
     if (!op.gauss_seidel) follow<T>(op, center, moving_rate, at, m, tally);

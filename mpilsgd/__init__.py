@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from mpilsgd.comm import Topology
 from mpilsgd.flat import FlatParameters
-from mpilsgd.methods import EASGD, LSGD, MSGD, AllreduceSGD, LocalSGD, RunningAverage
+from mpilsgd.methods import ADMM, EASGD, LSGD, MSGD, AllreduceSGD, Downpour, LocalSGD, RunningAverage
 
 try:
     __version__ = version("mpilsgd")
@@ -12,10 +12,12 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "ADMM",
     "EASGD",
     "LSGD",
     "MSGD",
     "AllreduceSGD",
+    "Downpour",
     "FlatParameters",
     "LocalSGD",
     "RunningAverage",

@@ -60,6 +60,7 @@ class Fabric:
                     SharedMemoryWarning,
                     stacklevel=5,
                 )
+        self.agree = topology.agree
         rank = topology.world.rank
         self.traffic = Traffic()
         self.island = topology.world.Split(node.bcast(rank) if shared else rank, key=rank)
@@ -104,7 +105,8 @@ class Level:
     """The workers of one kind of exchange: those of a group, or of the world.
 
     Attributes:
-        comm: their communicator; local: those on this island; heads: the first of every island (null elsewhere).
+        comm: their communicator; local: those on this island; heads: the first of every island (null elsewhere);
+            heads_ranks: their ranks in `comm`; island: the index of this one among the islands.
         world_ranks: their ranks in the world; n_islands; local_ranks: the ranks in `comm` of those on this island.
         seats: their rank in their own island, the index into `Window.views`.
     """
@@ -128,6 +130,8 @@ class Level:
         islands = list(dict.fromkeys(colors))  # by their first rank, like the ranks of `heads`
         self._island = [islands.index(color) for color in colors]
         self.n_islands = len(islands)
+        self.island = self._island[comm.rank]
+        self.heads_ranks = [self._island.index(k) for k in range(self.n_islands)]
         self.local = self.comm.Split(self._island[comm.rank], key=comm.rank)
         self.heads = self.comm.Split(0 if self.local.rank == 0 else MPI.UNDEFINED, key=comm.rank)
 

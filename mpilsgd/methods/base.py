@@ -18,7 +18,9 @@ from mpilsgd.comm import Fabric, Topology, Window, end_job, exit_status
 from mpilsgd.flat import FlatParameters, find_modules, float_buffers
 from mpilsgd.methods.arguments import choice
 from mpilsgd.methods.averaging import Span, accumulation_dtype, average, recalibrate
+from mpilsgd.methods.course import Course
 from mpilsgd.methods.equality import broadcast_rest, check_equal
+from mpilsgd.methods.metrics import Metrics
 from mpilsgd.methods.wrapped import forget
 
 # What a worker has come to a meeting for; the least number present decides what happens.
@@ -27,22 +29,6 @@ ROUND, CENTER, CLOSE = 0.0, 1.0, 2.0
 
 class Diverged(RuntimeError):
     """Every worker's state is non-finite; raised on every rank."""
-
-
-@dataclasses.dataclass
-class Metrics:
-    """What one worker measured so far (bytes: read from other workers' memory or received)."""
-
-    rounds: int = 0
-    bytes_group: int = 0
-    bytes_across: int = 0
-    t_comm: float = 0.0  # seconds in rounds, waiting included
-    t_wait: float = 0.0  # ... of these, waiting for the others to come
-    leader: int = -1  # world rank of the last global (or only) leader
-    leaders: list[int] = dataclasses.field(default_factory=list)  # ... of each group's last known leader
-    distance: float = 0.0  # of the workers to their leaders before the last pull (root mean square); EASGD: to the centre, at the last center()
-    resets: int = 0  # times this worker was set back after a non-finite state
-    leads: int = 0  # rounds that this worker led its group
 
 
 class Method(torch.optim.Optimizer):
@@ -93,12 +79,13 @@ class Method(torch.optim.Optimizer):
         self.t = 0
         self.metrics = Metrics()
         self._open = self._lent = False
+        self._course: Course | None = None  # of an asynchronous run
         self._waited = 0.0
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._modules = [model] if model is not None else find_modules(parameters)
         # constants such as a mask of -inf are not statistics
         held = [b for b in float_buffers(self._modules) if bool(torch.isfinite(b).all())]
-        check_equal(
+        self._about = check_equal(
             self.topology,
             type(self).__name__,
             parameters,
@@ -163,6 +150,16 @@ class Method(torch.optim.Optimizer):
         with torch.no_grad():
             self._after(loss)
         return loss
+
+    def reached(self, total_steps: int) -> bool:
+        """Whether all workers together have taken so many steps. Loops over a total of steps end by it.
+
+        Not collective. Where workers keep step it is judged by this worker's own clock; an asynchronous run counts.
+        Once True it stays so.
+        """
+        if self._course is not None:
+            return self._course.reached(total_steps, self.t)
+        return self.t * self.topology.world.size >= total_steps
 
     def _acts_on_gradient(self) -> bool:
         """Whether something must happen between the gradient and the wrapped optimizer's step."""
@@ -232,15 +229,23 @@ class Method(torch.optim.Optimizer):
     def _rest(self, purpose: float) -> None:
         """Takes part in the others' rounds until all workers rest, and for `purpose`."""
         while True:
+            self._rests()
             table = self._exchange(purpose)
             if table is None:
                 self._followed()
                 continue
+            self._wakes()
             self._catch_up(table)
             if table[:, 0].min() == purpose:
                 return
             with self._held_centre(()):  # this worker closes, others want the centre: it helps
                 pass
+
+    def _rests(self) -> None:
+        """This worker takes no part until all have met, but in the others' rounds."""
+
+    def _wakes(self) -> None:
+        """All have met. Collective."""
 
     def _catch_up(self, table: np.ndarray) -> None:
         """All rest: the clocks of those who ran out of data go on from the furthest."""
@@ -422,6 +427,8 @@ class Method(torch.optim.Optimizer):
             return
         with torch.no_grad():
             self._rest(CLOSE)
+            if self._course is not None:
+                self._course.finish()
             self._release()
 
     def _release(self) -> None:
@@ -430,6 +437,8 @@ class Method(torch.optim.Optimizer):
         self.flat.release()
         self._x, self._g, self._scratch = {}, {}, {}
         self._free()
+        if self._course is not None:
+            self._course.free()
         self.fabric.free()
         if self._owns_topology:
             self.topology.free()

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Topology, Window
+from mpilsgd.comm import Shard, Topology, Window, thread_problem
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import accumulation_dtype, share
-from mpilsgd.methods.base import Method
+from mpilsgd.methods.centered import Centered
+from mpilsgd.methods.course import course_problems
 from mpilsgd.methods.wrapped import gradient_at_x
 
 
-class EASGD(Method):
-    """Elastic averaging SGD, synchronous; with `MSGD` as the worker's optimizer it is EAMSGD.
+class EASGD(Centered):
+    """Elastic averaging SGD; with `MSGD` as the worker's optimizer it is EAMSGD.
 
     Jacobi, at the steps t (from 0, before the step) that are multiples of tau; all right-hand sides at time t:
 
@@ -32,6 +35,13 @@ class EASGD(Method):
         moving_rate: alpha, in [-1, 2]; default beta/p (elastic symmetry). Below 0 it may be optimal: thesis 5.1.3.
         period: tau >= 1.
         form: "jacobi" or "gauss-seidel".
+        asynchronous: True: no worker waits for the others. Each exchanges with the centre by its own clock, alone
+            and in one piece, where the synchronous form exchanges with all (Algorithms 1 and 2):
+            x <- x - alpha (x - c), c <- c + (beta/p) (x - c), both from the old values (Jacobi).
+        overlap: with asynchronous and Jacobi, section 2.2: at the start of a period a thread exchanges a copy of x,
+            at its end x <- x - alpha D, where D is x - c as it was then. Two vectors more a worker.
+        order: of the workers' exchanges: "free" or "round-robin" (worker 0's whole step, then worker 1's, ...).
+        record, replay: a file to write the order of a free run to, one whose run is repeated bit for bit.
         optimizer, topology, init, buffers, model and errors: see `Method`.
 
     The centre is one copy a node; each rank works on its slice of it and of its node's workers, in one pass. It
@@ -50,6 +60,11 @@ class EASGD(Method):
         moving_rate: float | None = None,
         period: int = 10,
         form: str = "jacobi",
+        asynchronous: bool = False,
+        overlap: bool = False,
+        order: str = "free",
+        record: str | None = None,
+        replay: str | None = None,
         init: str = "same",
         buffers: str = "average",
         model: torch.nn.Module | None = None,
@@ -62,7 +77,19 @@ class EASGD(Method):
             problems.append(number("moving_rate", moving_rate, -1.0, 2.0))
         elif problems[0] is None:
             moving_rate = center_rate / p
+        problems.append(choice("asynchronous", asynchronous, (False, True)))
+        problems.append(choice("overlap", overlap, (False, True)))
+        if overlap and (not asynchronous or form != "jacobi"):
+            problems.append('overlap needs asynchronous=True and form="jacobi"')
+        if overlap:
+            problems.append(thread_problem())
+        problems += course_problems(asynchronous, order, record, replay)
         self.center_rate, self.period, self.form = center_rate, period, form
+        self.asynchronous, self.overlap = asynchronous, overlap
+        self._exchanging: Future[None] | None = None  # "overlap": the exchange under way
+        self._difference: dict[torch.dtype, torch.Tensor] = {}  # ... and its D
+        self._pending = False
+        self._c: dict[torch.dtype, Window] = {}
         self.moving_rate = 0.0 if moving_rate is None else moving_rate  # refused below
         super().__init__(
             optimizer,
@@ -71,15 +98,24 @@ class EASGD(Method):
             buffers=buffers,
             model=model,
             problems=problems,
-            settings=dict(center_rate=center_rate, moving_rate=moving_rate, period=period, form=form),
+            settings=dict(
+                center_rate=center_rate,
+                moving_rate=moving_rate,
+                period=period,
+                form=form,
+                asynchronous=asynchronous,
+                overlap=overlap,
+            ),
             vectors=1.0,
         )
         self._owns_topology = made
+        if asynchronous:
+            self._open_centre(init, order, record, replay)
+            self._start_alone(init)
+            return
         device = self.flat.parameters[0].device
         world = self.fabric.world
-        self._c: dict[torch.dtype, Window] = {
-            d: self.fabric.common(world, d, w.mine.numel(), device) for d, w in self._x.items()
-        }
+        self._c = {d: self.fabric.common(world, d, w.mine.numel(), device) for d, w in self._x.items()}
         with torch.no_grad():
             self._start_centre(init)
         self.fabric.traffic.group = self.fabric.traffic.across = 0
@@ -98,6 +134,17 @@ class EASGD(Method):
             if self.form == "gauss-seidel":  # the pull that opens the first period
                 kernels.pull(self._x[d].mine[: self._n[d]], self._c[d].mine[: self._n[d]], self.moving_rate)
 
+    def _start_alone(self, init: str) -> None:
+        with torch.no_grad(), self._iterates():
+            if self.form == "gauss-seidel" and init == "different":  # the pull that opens the first period
+                for d, c in self._collected():
+                    x = self._x[d].mine[: self._n[d]]
+                    kernels.pull(x, c[: x.numel()].to(x.device), self.moving_rate)
+        if self.overlap:
+            self._thread = ThreadPoolExecutor(1, "mpilsgd overlap")
+            for d, w in self._x.items():
+                self._difference[d] = torch.zeros_like(w.mine[: self._n[d]], dtype=accumulation_dtype(d))
+
     def _acts_on_gradient(self) -> bool:
         return self.form == "jacobi" and self.t % self.period == 0
 
@@ -108,12 +155,76 @@ class EASGD(Method):
         if not self._due:
             return super()._local_step(closure)
         with torch.no_grad(), gradient_at_x(self.optimizer):
-            self._exchange()
+            self._visit() if self.asynchronous else self._exchange()
             return super()._local_step(closure)
 
     def _after(self, loss: Any) -> None:
-        if self.form == "gauss-seidel" and self.t % self.period == 0:
-            self._exchange()
+        if self.t % self.period:
+            return
+        if self.form == "gauss-seidel":
+            self._visit() if self.asynchronous else self._exchange()
+        elif self._pending:
+            self._apply_difference()
+
+    # Asynchronous
+
+    def _visit(self) -> None:
+        with self._iterates():
+            fit = self._fit()
+            if self.overlap and fit:
+                self._send()
+                return
+            with self._visiting() as shards:
+                for shard in shards:
+                    if fit:
+                        self._move(shard)
+                    else:
+                        self._start_anew(shard)
+
+    def _move(self, shard: Shard) -> None:
+        seidel, rate = self.form == "gauss-seidel", self.center_rate / self.topology.world.size
+        for part in self._parts(shard):
+            kernels.elastic(part.c, [part.x], self.moving_rate, rate, gauss_seidel=seidel)
+        self._updates(shard)
+
+    def _send(self) -> None:
+        """Starts the exchange of x as it is now."""
+        sent = {d: w.mine[: self._n[d]].clone() for d, w in self._x.items()}
+        self._pending = True
+        self._exchanging = self._thread.submit(self._exchange_copy, sent)
+
+    def _exchange_copy(self, sent: dict[torch.dtype, torch.Tensor]) -> None:
+        rate = self.center_rate / self.topology.world.size
+        with self._visiting(timed=False) as shards:
+            for shard in shards:
+                for d, low, high, _, c, _ in self._parts(shard):
+                    difference = self._difference[d][low:high]
+                    kernels.elastic_sum(difference, c, [sent[d][low:high]], 0.0)
+                    kernels.elastic_apply(c, [], difference, 0.0, rate)
+                self._updates(shard)
+
+    def _arrive(self) -> None:
+        """Waits for the exchange under way."""
+        if self._exchanging is not None:
+            start = time.perf_counter()
+            self._exchanging.result()
+            self._exchanging = None
+            waited = time.perf_counter() - start
+            self.metrics.t_comm += waited
+            self.metrics.t_wait += waited
+
+    def _apply_difference(self) -> None:
+        self._arrive()
+        self._pending = False
+        with self._iterates():
+            for d, w in self._x.items():  # x <- x - alpha D
+                kernels.elastic_apply(w.mine[: self._n[d]], [], self._difference[d], 0.0, -self.moving_rate)
+
+    def _rests(self) -> None:
+        self._arrive()
+        super()._rests()
+
+    # Synchronous
 
     def _round(self, table: np.ndarray) -> None:
         level = self.fabric.world
@@ -149,6 +260,9 @@ class EASGD(Method):
         self.metrics.rounds += 1
 
     def _set_centre(self) -> None:
+        if self.asynchronous:
+            super()._set_centre()
+            return
         square = 0.0
         for d, window in self._x.items():
             square += float(torch.dist(window.mine[: self._n[d]], self._c[d].mine[: self._n[d]])) ** 2
@@ -156,12 +270,25 @@ class EASGD(Method):
         self.metrics.distance = square**0.5
 
     def _extra(self) -> dict[str, Any]:
+        if self.asynchronous:
+            self._arrive()
+            pending = {str(d): v.clone() for d, v in self._difference.items()} if self._pending else None
+            return {**super()._extra(), "pending": pending}
         return {"center": {str(d): c.mine.clone() for d, c in self._c.items()}}
 
     def _load_extra(self, own: dict[str, Any]) -> None:
+        if self.asynchronous:
+            super()._load_extra(own)
+            self._pending = own["pending"] is not None
+            for d, v in self._difference.items() if self._pending else ():
+                v.copy_(own["pending"][str(d)])
+            return
         for d, c in self._c.items():
             a, b = share(self.fabric.world, 0, c.mine.numel())
             c.mine[a:b].copy_(own["center"][str(d)][a:b])
 
     def _free(self) -> None:
+        super()._free()
         self._c = {}
+        if self.overlap:
+            self._thread.shutdown()

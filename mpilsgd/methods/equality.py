@@ -12,8 +12,11 @@ from mpilsgd.flat import FlatParameters, digest
 
 def check_equal(
     topology: Topology, method: str, parameters: list[Any], buffers: list[Any], settings: dict[str, Any]
-) -> None:
-    """Raises a ValueError on every rank if the ranks' models or settings differ. Collective."""
+) -> dict[str, Any]:
+    """Raises a ValueError on every rank if the ranks' models or settings differ. Collective.
+
+    Returns: method, settings, number of workers and a digest of the model: what makes a run of the method another.
+    """
     error, model = None, ""
     try:
         model = digest(parameters, buffers)
@@ -30,6 +33,7 @@ def check_equal(
             )
         if row[2:] != rows[0][2:]:
             raise ValueError(f"the settings differ: rank 0 has {rows[0][2:]}, rank {r} has {row[2:]}")
+    return {"method": method, "workers": len(rows), "model": model, "settings": told}
 
 
 def broadcast_rest(topology: Topology, modules: list[torch.nn.Module], flat: FlatParameters) -> None:

@@ -15,12 +15,14 @@ from mpilsgd.comm import Level, Topology, Window
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import share
 from mpilsgd.methods.base import ROUND, Method
+from mpilsgd.methods.course import Course, course_problems
 from mpilsgd.methods.local import MSGD
+from mpilsgd.methods.waitfree import WaitFree
 from mpilsgd.methods.wrapped import gradient_at_x
 
 
 class LSGD(Method):
-    """Leader SGD, synchronous, with one leader (one group) or a local leader a group and a global one.
+    """Leader SGD with one leader (one group) or a local leader a group and a global one.
 
         x^{j,i} <- x^{j,i} - pull (x^{j,i} - x~^j) - global_pull (x^{j,i} - x^)
 
@@ -43,9 +45,15 @@ class LSGD(Method):
         sequential: when both pulls are due, the local one first, then the global, as Algorithm 1 prints them: the
             simultaneous update with rates lambda (1 - lambda_G) and lambda_G.
         score: a callable without arguments, this worker's score now, less is better, in place of the loss window.
+        asynchronous: True (Algorithm 1): the steps of all workers are counted together; when they reach a multiple of
+            p tau (p tau_G), a round is due, and each joins it at its next step, with its own number of steps: nobody waits
+            longer than for the slowest worker's one step. "wait-free": nobody waits at all. By its own clock each worker
+            publishes its score and parameters and is pulled to the last published ones of the leader (three vectors more
+            a worker, four with two leaders).
+        order, record, replay: as for `EASGD`. In round robin Algorithm 1 is the synchronous form.
         optimizer, topology, init, buffers, model and errors: see `Method`.
 
-    Nothing is copied in a node: everyone reads the leader where it lies, in one pass, then a local leader moves to the
+    Nothing is copied in a node: all read the leader where it lies, in one pass, then a local leader moves to the
     global one. The centre is the mean of all workers. Momentum is not exchanged. A worker found non-finite is set
     back to the leader. Source: LSGD, Algorithm 1 and (3).
     """
@@ -63,10 +71,15 @@ class LSGD(Method):
         when: str = "after_step",
         sequential: bool = False,
         score: Callable[[], float] | None = None,
+        asynchronous: bool | str = False,
+        order: str = "free",
+        record: str | None = None,
+        replay: str | None = None,
         init: str = "same",
         buffers: str = "average",
         model: torch.nn.Module | None = None,
     ):
+        topology, made = (Topology(), True) if topology is None else (topology, False)
         problems = [
             number("pull", pull, 0.0, 1.0),
             whole("period", period),
@@ -79,6 +92,11 @@ class LSGD(Method):
             problems.append(whole("global_period", global_period))
         if score is not None and not callable(score):
             problems.append(f"score must be a callable without arguments, not {score!r}")
+        problems.append(choice("asynchronous", asynchronous, (False, True, "wait-free")))
+        if asynchronous == "wait-free" and when != "after_step":
+            problems.append('asynchronous="wait-free" goes with when="after_step"')
+        problems += course_problems(asynchronous, order, record, replay)
+        self.asynchronous = asynchronous
         self.pull = pull
         self.global_pull = pull if global_pull is None else global_pull
         self.period = period
@@ -103,9 +121,16 @@ class LSGD(Method):
                 loss_window=loss_window,
                 when=when,
                 sequential=sequential,
+                asynchronous=asynchronous,
+                score=score is not None,
             ),
-            vectors=(2.0 if topology is None else 1.0 + topology.n_groups) if when == "every_step" else 0.0,
+            vectors=2.0 * topology.node.size
+            if asynchronous == "wait-free"
+            else 1.0 + topology.n_groups
+            if when == "every_step"
+            else 0.0,
         )
+        self._owns_topology = made
         self.metrics.leaders = [-1] * self.topology.n_groups
         group, world = self.fabric.group, self.fabric.world
         device = self.flat.parameters[0].device
@@ -121,6 +146,24 @@ class LSGD(Method):
             elif d in self._scratch:
                 self._global[d] = self._scratch[d]
         self._anchored = [False, False]  # "every_step": whether there is a local, a global leader yet
+        # Rounds by the total of steps: the total at which the last one was due
+        self._joined = 0 if when == "after_step" else -1
+        self._by_total = asynchronous is True and order == "free"
+        self._waitfree: WaitFree | None = None
+        if asynchronous:
+            every = self.topology.world.size * math.gcd(self.period, self.global_period)
+            self._course = Course(
+                self.topology,
+                self.fabric,
+                order,
+                record,
+                replay,
+                self._about,
+                every if self._by_total else None,
+            )
+            if asynchronous == "wait-free":
+                two = self.global_pull > 0
+                self._waitfree = WaitFree(self.topology, self.fabric, self._course, self._x, self._n, two)
 
     # When
 
@@ -128,7 +171,52 @@ class LSGD(Method):
         return self.when != "after_step"
 
     def _due(self, t: int) -> tuple[bool, bool]:
-        return t % self.period == 0, t % self.global_period == 0
+        """Whether the local and the global pull are due at a clock: one worker's, or the total of all."""
+        unit = self.topology.world.size if self._by_total else 1
+        return t % (unit * self.period) == 0, t % (unit * self.global_period) == 0
+
+    def _stamp(self) -> int:
+        return self._joined if self._by_total else self.t
+
+    def _exchange_if_due(self) -> None:
+        if self._waitfree is not None:
+            self._exchange_alone(self._waitfree)
+        elif not self._by_total:
+            if any(self._due(self.t)):
+                self._exchange()
+        else:
+            while self._total_is_due():
+                self._exchange()
+
+    def _total_is_due(self) -> bool:
+        """Whether the total of steps has passed the next multiple; if so, this worker joins that round."""
+        assert self._course is not None
+        units = (self.topology.world.size * period for period in (self.period, self.global_period))
+        due = min((self._joined // unit + 1) * unit for unit in units)
+        if self._course.replays:
+            if self._course.upcoming() != [self.t, due]:
+                return False
+            self._course.repeat()
+        elif self._course.total() < due:
+            return False
+        self._course.note([self.t, due])
+        self._joined = due
+        return True
+
+    def _exchange_alone(self, waitfree: WaitFree) -> None:
+        local, global_ = self._due(self.t)
+        if not (local or global_):
+            return
+        with self._iterates():
+            fit = Method._is_finite(self, ROUND)
+            score = self._measure()
+            if not fit:
+                self._set_back({self.fabric.world.rank})
+                self._losses.clear()
+            rate, global_rate = self.pull * local, self.global_pull * global_
+            if self.sequential:
+                rate *= 1.0 - global_rate
+            waitfree.exchange(score, fit, (rate, global_rate), self.metrics)
 
     def _record(self, loss: Any) -> None:
         if self.score is not None:
@@ -147,17 +235,31 @@ class LSGD(Method):
         if self.when == "after_step":
             return super()._local_step(closure)
         with torch.no_grad(), gradient_at_x(self.optimizer):
-            if any(self._due(self.t)):
-                self._exchange()
+            self._exchange_if_due()
             if self.when == "every_step" and any(self._anchored):
                 return self._anchored_step()
             return super()._local_step(closure)
 
     def _after(self, loss: Any) -> None:
+        if self._course is not None:
+            self._course.count(self.t)
         if self.when == "after_step":
             self._record(loss)
-            if any(self._due(self.t)):
-                self._exchange()
+            self._exchange_if_due()
+
+    def _catch_up(self, table: np.ndarray) -> None:
+        if self._by_total:
+            self._joined = int(table[:, 1].max())
+        elif self._waitfree is None:
+            super()._catch_up(table)
+
+    def _rests(self) -> None:
+        if self._waitfree is not None:
+            self._waitfree.rest()
+
+    def _wakes(self) -> None:
+        if self._waitfree is not None:
+            self._waitfree.wake()
 
     def _is_finite(self, purpose: float) -> bool:
         return (
@@ -185,6 +287,7 @@ class LSGD(Method):
             mates = self._gate(self.fabric.group, purpose)
             stamp = _stamp_of_round(mates)
             if stamp is not None:
+                self._joined = stamp
                 world = self._gate(self.fabric.world, purpose) if self._due(stamp)[1] else None
                 self._lead(mates if self._due(stamp)[0] else None, world)
                 return None
@@ -192,6 +295,7 @@ class LSGD(Method):
         stamp = _stamp_of_round(everyone)
         if stamp is None:
             return everyone
+        self._joined = stamp
         local, global_ = self._due(stamp)
         # a group at rest takes part in a global round, but has no business of its own
         self._lead(everyone if local and mates is None else None, everyone if global_ else None)
@@ -258,7 +362,9 @@ class LSGD(Method):
             moved = kernels.pull(vectors, leader, r, other, s, stats=True)
             assert moved is not None
             bad = {group.world_ranks[movers[i]] for i in moved.bad_peers}
-            if len(leaders) == 1 and not moved.source_finite:  # one of two is seen where it moves or leads alone
+            if (
+                len(leaders) == 1 and not moved.source_finite
+            ):  # one of two is seen where it moves or leads alone
                 bad |= leaders
             for world_rank in bad:
                 found[level.world_ranks.index(world_rank)] += 1
@@ -332,6 +438,7 @@ class LSGD(Method):
         own: dict[str, Any] = {
             "losses": [float(loss) for loss in self._losses],
             "anchored": list(self._anchored),
+            "joined": self._joined,
         }
         if self.when == "every_step":
             own["anchors"] = [
@@ -343,11 +450,16 @@ class LSGD(Method):
         self._losses.clear()
         self._losses.extend(own["losses"])
         self._anchored = list(own["anchored"])
+        self._joined = own["joined"]
+        if self._course is not None:
+            self._course.count(self.t)
         for kept, saved in zip((self._local, self._global), own.get("anchors", ()), strict=False):
             for d, window in kept.items():
                 window.views[0].copy_(saved[str(d)])  # the same on every rank of the island
 
     def _free(self) -> None:
+        if self._waitfree is not None:
+            self._waitfree.free()
         self._local, self._global = {}, {}
 
 

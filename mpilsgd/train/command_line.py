@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.config import DEFAULT_EPOCHS, FIELDS, RESUMABLE, Config
-from mpilsgd.train.options import MethodOption, match, method_options, methods, suggestion
+from mpilsgd.train.options import NO_DEFAULT, MethodOption, match, method_options, methods, suggestion
 
 
 class ConfigError(InputError):
@@ -91,7 +91,7 @@ def _parser(options: dict[str, MethodOption]) -> ArgumentParser:
 
 def _add_method_options(parser: ArgumentParser, options: dict[str, MethodOption]) -> None:
     group = parser.add_argument_group("Options of the method")
-    for key, option in options.items():
+    for key, option in sorted(options.items(), key=lambda item: -len(item[1].defaults)):
         defaults: dict[str, list[str]] = {}
         for cls, default in option.defaults.items():
             defaults.setdefault(_shown(default), []).append(cls)
@@ -127,6 +127,8 @@ class _Help(DefaultHelpFormatter):
 
 
 def _shown(default: Any) -> str:
+    if default is NO_DEFAULT:
+        return "has to be given"
     if default is None or isinstance(default, bool):
         return {None: "null", True: "true", False: "false"}[default]
     return f"{default:g}" if isinstance(default, float) else "none" if default == [] else str(default)
@@ -143,6 +145,10 @@ def _placeholder(name: str, hint: Any) -> str:
         "lr_drops": "E,E,..",
         "eval_every": "E",
         "checkpoint_every": "E",
+        "slow": "RANK:X,..",
+        "asynchronous": "true|false|wait-free",
+        "record": "FILE",
+        "replay": "FILE",
     }
     members = [member for member in (typing.get_args(hint) or (hint,)) if member is not type(None)]
     words = {int: "N", float: "X", bool: "true|false", str: "NAME"}
@@ -166,7 +172,7 @@ def _regular(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
         follows = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else None
-        if kinds.get(name) in (bool, bool | None) and not equals and follows is None:
+        if bool in (kinds.get(name), *typing.get_args(kinds.get(name))) and not equals and follows is None:
             equals, value = "=", "true"
         regular.append(f"--{name}{equals}{value}")
     for i, argument in enumerate(regular[:-1]):

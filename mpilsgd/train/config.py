@@ -14,7 +14,8 @@ import yaml
 from mpilsgd.train.callables import InputError, is_path, resolve
 from mpilsgd.train.data import DATASETS
 from mpilsgd.train.models import MODELS
-from mpilsgd.train.options import match, method_options, methods, names_of, suggestion
+from mpilsgd.train.options import match, method_options, methods, names_of, required, suggestion
+from mpilsgd.train.stragglers import parse_slow
 
 OPTIMIZERS = ("SGD", "MSGD", "Adam", "AdamW")
 PATH = "package.module:callable"
@@ -104,6 +105,14 @@ class Config:
         None, "Run", "threads a rank (null: OMP_NUM_THREADS, or a fair share of the cores)"
     )
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "Run", "auto: a GPU if there is one")
+    slow: str | list[Any] | int | float | None = dataclasses.field(
+        default=None,
+        metadata={
+            "group": "Run",
+            "help": "slow ranks down on purpose, by sleeping: 2:3 (rank 2 takes 3 times as long for each gradient), "
+            "0:2,2:3 or random:1.5 (every step of every rank by a random factor of this mean)",
+        },
+    )
 
     method_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -128,9 +137,12 @@ class Config:
             own = names_of(methods()[self.method], options)
             for key in [k for k in self.method_options if k not in own]:
                 yield f"{key}: not an option of {self.method}, which has {', '.join(own)}"
-        for key, value in self.method_options.items():
-            if is_path(value):
-                yield from _unresolved(key, value)
+            for key in required(methods()[self.method], options):
+                if key not in self.method_options:
+                    yield f"{key}: {self.method} needs it: {options[key].help}"
+            for key, value in self.method_options.items():
+                if key in options and options[key].takes_code and is_path(value):
+                    yield from _unresolved(key, value)
         for name, good, rule in self._rules():
             if not good:
                 yield f"{name}: must be {rule}, not {getattr(self, name)!r}"
@@ -145,6 +157,10 @@ class Config:
                 parse_every(getattr(self, name))
             except ValueError as error:
                 yield f"{name}: {error}"
+        try:
+            self.slow = str(parse_slow(self.slow)) or None
+        except ValueError as error:
+            yield f"slow: {error}"
 
     def _rules(self) -> list[tuple[str, bool, str]]:
         count = "a whole number of at least 1"

@@ -8,6 +8,7 @@ import time
 from typing import Any, TextIO
 
 from mpilsgd.train.config import Config
+from mpilsgd.train.stragglers import parse_slow
 
 _LIVE_PERIOD = 0.2  # seconds between changes of the live line
 
@@ -44,7 +45,8 @@ class Display:
         seconds, steps = now - self._start[0], step - self._start[1]
         text = f"step {step}/{self.total}  epoch {step / self.batches:.2f}  loss {loss:.4f}"
         if steps and seconds:
-            text += f"  {steps / seconds:.3g} steps/s  {duration((self.total - step) * seconds / steps)} left"
+            left = max(self.total - step, 0)  # in an asynchronous run a fast rank goes on for the slow ones
+            text += f"  {steps / seconds:.3g} steps/s  {duration(left * seconds / steps)} left"
         self._erase()
         self.stream.write(text)
         self.stream.flush()
@@ -54,7 +56,7 @@ class Display:
         """The line for a line of metrics.jsonl."""
         width = len(str(self.total))
         text = (
-            f"epoch {row['epoch']:6.2f}  step {row['step']:{width}}  {duration(row['wall_s']):>8}  "
+            f"epoch {row['epoch']:6.2f}  step {int(row['step']):{width}}  {duration(row['wall_s']):>8}  "
             f"train loss {number(row['train_loss'])}  test loss {number(row['test_loss'])}  "
             f"test error {100 * row['test_error']:5.2f} %"
         )
@@ -69,14 +71,16 @@ class Display:
 def opening(
     config: Config, world_size: int, groups: list[list[int]], threads: int, samples: int, parameters: int
 ) -> str:
-    """What will be done, in two lines."""
+    """What will be done, in two lines; a third where ranks are slowed down."""
     sizes = sorted({len(group) for group in groups})
     of = "" if len(groups) == 1 else f" in {len(groups)} groups of {' or '.join(map(str, sizes))}"
     options = "".join(f" {key}={value}" for key, value in config.method_options.items())
+    slowdown = parse_slow(config.slow)
+    slowed = f"\nslowed down on purpose: {slowdown.told()}" if slowdown else ""
     return (
         f"{config.method}{options}: {config.model} ({parameters} parameters) on {config.data} ({samples} samples)\n"
         f"{world_size} rank(s){of}, {threads} thread(s) each; {config.optimizer} lr={config.lr:g}, "
-        f"batches of {config.batch_size}"
+        f"batches of {config.batch_size}{slowed}"
     )
 
 
@@ -104,7 +108,7 @@ def closing(summary: dict[str, Any], directory: str) -> str:
     lines += [
         (
             "training time",
-            f"{duration(summary['wall_s'])}, evaluation not counted; {summary['steps']} steps a rank",
+            f"{duration(summary['wall_s'])}, evaluation not counted; {_steps(summary)} steps a rank",
         ),
         ("time of a rank, mean", times),
         (
@@ -112,10 +116,27 @@ def closing(summary: dict[str, Any], directory: str) -> str:
             f"{size(summary['bytes_group'])} in groups, {size(summary['bytes_across'])} across groups",
         ),
         ("rounds", str(summary["rounds"])),
-        ("run directory", directory),
     ]
+    if "staleness" in summary:
+        lines.append(("staleness", _staleness(summary["staleness"])))
+    lines.append(("run directory", directory))
     width = max(len(name) for name, _ in lines)
     return "\n" + "\n".join(f"{name:{width}}  {text}" for name, text in lines)
+
+
+def _steps(summary: dict[str, Any]) -> str:
+    own = summary.get("worker_steps")
+    if own is None:
+        return str(summary["steps"])
+    return str(own[0]) if min(own) == max(own) else f"{min(own)} to {max(own)}"
+
+
+def _staleness(histogram: dict[str, int]) -> str:
+    counts = {int(key): count for key, count in histogram.items()}
+    mean = sum(key * count for key, count in counts.items()) / sum(counts.values())
+    return (
+        f"mean {mean:.2f}, at most {max(counts)} (centre updates by others between a worker's read and write)"
+    )
 
 
 def duration(seconds: float) -> str:

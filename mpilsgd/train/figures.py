@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,20 @@ PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vP*X"
 DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5))]
 INK, FAINT = "#222222", "#D9D9D9"
-PART_COLORS = {"compute": "#56B4E9", "data": "#E69F00", "comm": "#B5341A", "other": "#C8C8C8"}
-PART_NAMES = {"compute": "computing", "data": "loading data", "comm": "communicating", "other": "other"}
+PART_COLORS = {
+    "compute": "#56B4E9",
+    "data": "#E69F00",
+    "comm": "#B5341A",
+    "wait": "#E3A293",
+    "other": "#C8C8C8",
+}
+PART_NAMES = {
+    "compute": "computing",
+    "data": "loading data",
+    "comm": "communicating",
+    "wait": "waiting",
+    "other": "other",
+}
 STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
@@ -79,7 +92,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
                     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             _scale_y(row, np.concatenate([run.curve("step", y)[1] * y_scale for run in runs]))
             row[0].set_ylabel(y_label)
-        _legend_above(figure, handles, [run.name for run in runs])
+        _legend_above(figure, handles, [run.label for run in runs])
         return _save(figure, path)
 
 
@@ -100,7 +113,7 @@ def draw_leaders(runs: Sequence[Run], path: Path) -> Path | None:
         for (lanes, counts), run in zip(axes, runs, strict=True):
             _draw_lanes(lanes, run)
             _draw_counts(counts, run)
-            lanes.set_title(run.name, loc="left")
+            lanes.set_title(run.label, loc="left")
             lanes.set_ylabel("rank of the leader")
         axes[-1, 0].set_xlabel("step")
         axes[-1, 1].set_xlabel("times it led")
@@ -115,18 +128,18 @@ def draw_leaders(runs: Sequence[Run], path: Path) -> Path | None:
 
 
 def draw_time(runs: Sequence[Run], path: Path) -> Path:
-    """Time computing, loading, communicating (thesis Table 4.4): a bar a rank of one run, or a bar a run."""
+    """Time computing, loading, communicating, waiting (thesis Table 4.4): a bar a rank of one run, or a bar a run."""
     if len(runs) == 1:
-        parts = runs[0].seconds()
+        parts = _times(runs[0])
         count = max(map(len, parts.values()))
         labels = [f"rank {rank}" for rank in range(count)]
         bars = {part: np.resize(values, count) for part, values in parts.items()}
-        title = f"{runs[0].name}: time of each rank"
+        title = f"{runs[0].label}: time of each rank"
         wall = np.full(count, runs[0].total("wall_s"))
     else:
-        labels = [run.name for run in runs]
-        means = [{part: float(np.mean(values)) for part, values in run.seconds().items()} for run in runs]
-        bars = {part: np.array([mean[part] for mean in means]) for part in ("compute", "data", "comm")}
+        labels = [run.label for run in runs]
+        means = [{part: float(np.mean(values)) for part, values in _times(run).items()} for run in runs]
+        bars = {part: np.array([mean[part] for mean in means]) for part in means[0]}
         title = "time of a run, mean over its ranks"
         wall = np.array([run.total("wall_s") for run in runs])
     # The rest of the training time: the loop itself, metrics; left out where it is too little to see.
@@ -136,24 +149,20 @@ def draw_time(runs: Sequence[Run], path: Path) -> Path:
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 1.3 + 0.42 * len(labels)), layout="constrained")
         axis = figure.subplots()
-        unit, seconds = _time_unit(float(np.max(sum(bars.values()))))
+        whole = np.sum(list(bars.values()), axis=0)
+        unit, seconds = _time_unit(float(np.max(whole)))
         left = np.zeros(len(labels))
         for part, values in bars.items():
-            axis.barh(
-                labels,
-                values / seconds,
-                left=left,
-                height=0.66,
-                color=PART_COLORS[part],
-                label=PART_NAMES[part],
-            )
+            if not values.any():
+                continue
+            color, name = PART_COLORS[part], PART_NAMES[part]
+            axis.barh(labels, values / seconds, left=left, height=0.66, color=color, label=name)
             left = left + values / seconds
-        whole = np.maximum(sum(bars.values()), 1e-12)
         for i, end in enumerate(left):
-            share = 100 * bars["comm"][i] / whole[i]
-            text = " / ".join(_figure(bars[part][i]) for part in ("compute", "data", "comm"))
+            comm, wait = (100 * bars[part][i] / max(whole[i], 1e-12) for part in ("comm", "wait"))
+            waiting = f", waiting {wait:.2g} %" if bars["wait"].any() else ""
             axis.annotate(
-                f"{text} s,  {share:.2g} % comm.",
+                f"{_figure(end)} {unit}:  comm. {comm:.2g} %{waiting}",
                 (end, i),
                 xytext=(8, 0),
                 textcoords="offset points",
@@ -162,8 +171,8 @@ def draw_time(runs: Sequence[Run], path: Path) -> Path:
                 bbox={"color": "white", "pad": 1},
             )
         axis.invert_yaxis()
-        axis.set_xlim(0, max(float(left.max()), 1e-9) * 1.36)
-        axis.set_xlabel(f"[{unit}]   (figures: computing / loading / communicating)")
+        axis.set_xlim(0, max(float(left.max()), 1e-9) * 1.5)
+        axis.set_xlabel(f"training time [{unit}]")
         axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.grid(axis="x", color=FAINT, linewidth=0.6)
         axis.tick_params(axis="y", length=0)
@@ -173,11 +182,93 @@ def draw_time(runs: Sequence[Run], path: Path) -> Path:
         return _save(figure, path)
 
 
+def draw_asynchrony(runs: Sequence[Run], path: Path) -> Path | None:
+    """How stale the centre was when a worker wrote to it, and who took how many steps, a row a run.
+
+    None if no run was asynchronous.
+    """
+    colors = {id(run): PALETTE[i % len(PALETTE)] for i, run in enumerate(runs)}  # as in the curves
+    runs = [run for run in runs if run.staleness or run.worker_steps]
+    if not runs:
+        return None
+    with rc_context(STYLE):
+        heights = [max(1.7, 0.6 + 0.3 * min(len(run.worker_steps), 16)) for run in runs]
+        figure = Figure(figsize=(10, sum(heights) + 0.5), layout="constrained")
+        axes = figure.subplots(len(runs), 2, squeeze=False, width_ratios=[3, 2], height_ratios=heights)
+        highest = max((max(run.staleness) for run in runs if run.staleness), default=0)
+        most = max((max(run.worker_steps) for run in runs if run.worker_steps), default=1)
+        for (stale, steps), run in zip(axes, runs, strict=True):
+            color = colors[id(run)]
+            stale.set_title(run.label, loc="left")
+            _draw_staleness(stale, run, color, highest)
+            _draw_steps(steps, run, color, most)
+        axes[-1, 0].set_xlabel("centre updates by others between a worker's read and its write")
+        axes[-1, 1].set_xlabel("steps of each rank")
+        return _save(figure, path)
+
+
+def _draw_staleness(axis: Axes, run: Run, color: str, highest: int) -> None:
+    if not run.staleness:
+        axis.set_axis_off()
+        axis.annotate("no centre to be stale", (0, 0.5), xycoords="axes fraction", color="#666666")
+        return
+    keys, counts = (
+        np.array(part, dtype=float) for part in (list(run.staleness), list(run.staleness.values()))
+    )
+    share = 100 * counts / counts.sum()
+    axis.bar(keys, share, width=0.86, color=color, alpha=0.8)
+    mean = float((keys * counts).sum() / counts.sum())
+    axis.axvline(mean, color=INK, linewidth=1, linestyle=(0, (3, 2)))
+    axis.annotate(
+        f"mean {mean:.2f}, most {keys.max():.0f}",
+        (0.99, 0.9),
+        xycoords="axes fraction",
+        ha="right",
+        fontsize=9,
+        bbox={"color": "white", "pad": 1},
+    )
+    axis.set_xlim(-0.7, highest + 0.7)
+    axis.set_ylabel("exchanges [%]")
+    axis.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
+    axis.grid(axis="y", color=FAINT, linewidth=0.6)
+
+
+def _draw_steps(axis: Axes, run: Run, color: str, most: int) -> None:
+    steps = run.worker_steps
+    if not steps:
+        axis.set_axis_off()
+        return
+    axis.barh(range(len(steps)), steps, height=0.72, color=color, alpha=0.8)
+    if len(steps) <= 16:
+        for rank, count in enumerate(steps):
+            axis.annotate(f" {count}", (count, rank), va="center", fontsize=9)
+    axis.set_xlim(0, most * 1.2)
+    axis.set_ylim(len(steps) - 0.45, -0.55)
+    axis.yaxis.set_major_locator(
+        FixedLocator([float(rank) for rank in range(0, len(steps), max(1, len(steps) // 16))])
+    )
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:.0f}"))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axis.set_ylabel("rank")
+    axis.grid(axis="x", color=FAINT, linewidth=0.6)
+    axis.tick_params(axis="y", length=0)
+
+
+def _times(run: Run) -> dict[str, np.ndarray]:
+    """Seconds of each rank by what was done; waiting taken out of communicating."""
+    parts = {part: np.array(values) for part, values in run.seconds().items()}
+    waited = np.array(run.waiting())
+    known = waited.shape == parts["comm"].shape
+    waited = np.minimum(waited, parts["comm"]) if known else np.zeros_like(parts["comm"])
+    return {**parts, "comm": parts["comm"] - waited, "wait": waited}
+
+
 def _draw_lanes(axis: Axes, run: Run) -> None:
     """The time line of each rank: a coloured bar while it leads its group, a black one while it leads all."""
     steps = [line["step"] for line in run.leaders]
     typical = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
-    end = max(steps[-1] + typical, run.last("step"))
+    end = max(steps[-1], last) if math.isfinite(last := run.last("step")) else steps[-1] + typical
     for group in range(run.n_groups):
         for rank, spans in _spans(run.elections(group), end).items():
             color = PALETTE[group % 6]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import sys
 import warnings
@@ -20,10 +22,11 @@ from mpilsgd.train.data import Dataset
 from mpilsgd.train.display import Display, closing, opening
 from mpilsgd.train.evaluation import evaluating
 from mpilsgd.train.loop import Trainer
-from mpilsgd.train.options import keyword_arguments, method_options, methods, names_of
+from mpilsgd.train.options import keyword_arguments, method_options, methods, names_of, required
 from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.sampling import Sampler, derived_seed
-from mpilsgd.train.together import Stopped, all_here, on_first, together
+from mpilsgd.train.stragglers import parse_slow
+from mpilsgd.train.together import FAILED, Stopped, all_here, on_first, together
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,6 +50,7 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     config, status = _configure(argv, base)
     if config is None:
         return status
+    left = _leave_recordings(config)
     topology = Topology(group_size=config.group_size, shared=config.shared)
     _set_threads(config.threads, topology)
     train, test = together(topology, data.load, config.data, config.data_dir, config.augment, config.seed)
@@ -68,9 +72,14 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     display.say(opening(config, size, topology.groups, torch.get_num_threads(), len(train), parameters))
     if config.resume:
         _resume(trainer, directory, topology, display)
+    if left:
+        display.say(f"resumed without {' and '.join(left)}, which are of whole runs")
     summary = trainer.run()
     display.say(closing(summary, str(directory.path)))
-    opt.close()
+    try:
+        opt.close()
+    except ValueError as error:  # raised on every rank: a recording that cannot be written, for one
+        raise Stopped(str(error), FAILED) from None
     topology.free()
     return 0
 
@@ -114,15 +123,40 @@ def _mistakes_of_ranks(config: Config, base: Topology) -> list[str]:
             Topology(group_size=config.group_size).free()
         except ValueError as error:
             mistakes.append(str(error))
-    if config.method in methods():
+    with contextlib.suppress(ValueError):  # which is told already
+        absent = [rank for rank in parse_slow(config.slow).ranks if rank >= base.world.size]
+        mistakes += [
+            f"slow: there is no rank {rank}; the ranks are 0 to {base.world.size - 1}" for rank in absent
+        ]
+    if config.method in methods() and _is_complete(config):
         trial = torch.nn.Linear(1, 1)
+        unrecorded = dataclasses.replace(
+            config, method_options={**config.method_options, **dict.fromkeys(_recordings(config))}
+        )
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the real one will say it
-                _method(config, base, torch.optim.SGD(trial.parameters(), lr=0.1), trial).close()
+                _method(unrecorded, base, torch.optim.SGD(trial.parameters(), lr=0.1), trial).close()
         except ValueError as error:
             mistakes += str(error).split("; ")
     return mistakes
+
+
+def _is_complete(config: Config) -> bool:
+    needed = required(methods()[config.method], method_options(FIELDS))
+    return all(key in config.method_options for key in needed)
+
+
+def _recordings(config: Config) -> list[str]:
+    return [key for key in ("record", "replay") if config.method_options.get(key) is not None]
+
+
+def _leave_recordings(config: Config) -> list[str]:
+    """A run that is resumed is neither recorded nor replayed: a recording is of a whole run."""
+    left = _recordings(config) if config.resume else []
+    for key in left:
+        del config.method_options[key]
+    return left
 
 
 def _method(
@@ -201,6 +235,6 @@ def _resume(trainer: Trainer, directory: RunDirectory, topology: Topology, displ
     """Goes back to the last finished checkpoint, or to the start if there is none."""
     step = together(topology, directory.sealed_step, topology.world.size)
     if step is not None:
-        trainer.restore(together(topology, directory.load, topology.world.rank, step))
-    on_first(topology, directory.cut, step or 0)
+        trainer.restore(together(topology, directory.load, topology.world.rank, step), step)
+    on_first(topology, directory.cut, trainer.mean_step())
     display.say(f"resumed at step {step}" if step is not None else "no finished checkpoint: starting anew")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import itertools
 import math
 import random
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,12 @@ from mpilsgd.methods import Diverged, Method
 from mpilsgd.train.config import Config, parse_every
 from mpilsgd.train.data import Dataset
 from mpilsgd.train.display import Display
+from mpilsgd.train.elections import Election, merged, on_common_clock
 from mpilsgd.train.evaluation import Result, evaluate
 from mpilsgd.train.run_directory import METRICS, RunDirectory
 from mpilsgd.train.sampling import Sampler, generator
 from mpilsgd.train.schedule import Schedule
+from mpilsgd.train.stragglers import parse_slow
 from mpilsgd.train.together import FAILED, Stopped, on_first, stop_if, together
 
 _CALIBRATION_BATCHES = 20  # per rank, for buffers="recalibrate"
@@ -34,12 +36,12 @@ class Progress:
     """How far a worker is, and what it measured; saved with every checkpoint.
 
     Attributes:
-        step: steps taken; with the sampler's batches an epoch it gives the position in the data.
-        wall: seconds of training, evaluations and checkpoints not counted.
+        step: its own steps; with the sampler's batches an epoch it gives the position in the data.
+        wall: seconds of training, without evaluations and checkpoints, but with the wait for the last to come to them.
         compute, data, comm: seconds of it, by what was done.
-        wait: seconds of comm in which this worker waited for the others to come to a round.
+        wait: seconds of comm in which this worker waited: for the others to come, or for its turn.
         loss_sum, loss_count: of the batches since the last evaluation.
-        evaluated: the step of the last evaluation.
+        evaluated: the workers' mean step at the last evaluation.
         leader: the last known leader of all.
         leads: how often this worker led its group.
     """
@@ -52,18 +54,29 @@ class Progress:
     wait: float = 0.0
     loss_sum: float = 0.0
     loss_count: int = 0
-    evaluated: int = 0
+    evaluated: float = 0
     leader: int = -1
     leads: int = 0
 
 
+class Event(NamedTuple):
+    """What all workers do together once they have taken `step` steps on the mean."""
+
+    step: int
+    what: str  # "evaluate" or "save", in this order at one step
+
+
 class Trainer:
-    """Trains one worker's model in step with the others.
+    """Trains one worker's model together with the others.
+
+    The run ends, evaluates and saves by the sum of all workers' steps: in an asynchronous run the fast ones take more
+    than `total_steps` of their own. Every worker comes to the same evaluations and checkpoints, in the same order.
 
     Args:
         model, opt: the model, and the method that holds its parameters.
         train, test: the data sets; sampler: this worker's batches.
         directory: where rank 0 writes; display: where it tells.
+        total_steps: of a worker, on the mean.
     """
 
     def __init__(
@@ -83,33 +96,49 @@ class Trainer:
         self.train_set, self.test_set, self.sampler = train, test, sampler
         self.directory, self.display, self.total = directory, display, total_steps
         self.schedule = Schedule(config.lr_drops, config.lr_drop_factor, config.lr_gamma)
-        self.eval_interval = steps_of(config.eval_every, sampler.batches)
-        self.checkpoint_interval = steps_of(config.checkpoint_every, sampler.batches)
+        self.slowdown = parse_slow(config.slow)
         self.progress = Progress()
         self.rank, self.size = topology.world.rank, topology.world.size
-        self._elections: list[
-            tuple[int, int, int, int]
-        ] = []  # step, group, its leader, leader of all (-1: none elected)
+        self.asynchronous: bool | str = getattr(opt, "asynchronous", False)
+        self._elections: list[Election] = []
+        self._flushed: tuple[int, float] = (0, 0)  # own and mean step when they were last written
+        self._sealed: int | None = None  # the name of the last checkpoint
         self._last_loss = 0.0
 
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the summary. Collective."""
-        at = self.progress
+        at, opt = self.progress, self.opt
         self.model.train()
-        if at.step == 0:
-            self.save()  # a run that is killed at any moment can be resumed, on as many ranks
+        if not self._sealed:
+            self.save(0)  # a run that is killed at any moment can be resumed, on as many ranks
+        events = collections.deque(self._events())
         order, epoch = torch.empty(0), -1
-        while at.step < self.total:
+        while not opt.reached(self.total * self.size):
             if at.step // self.sampler.batches != epoch:
                 epoch = at.step // self.sampler.batches
                 order = self.sampler.epoch(epoch)
             self._step(order[at.step % self.sampler.batches], epoch)
             self.display.step(at.step, self._last_loss)
-            if at.step == self.total or (self.eval_interval and at.step % self.eval_interval == 0):
-                self.evaluate()
-            if self.checkpoint_interval and at.step % self.checkpoint_interval == 0 and at.step < self.total:
-                self.save()
+            while events and opt.reached(events[0].step * self.size):
+                self._do(events.popleft())
+        for event in events:  # others brought the total there since this worker last asked
+            self._do(event)
         return self._finish()
+
+    def _events(self) -> list[Event]:
+        """What lies between the last checkpoint and the end, by mean step; at one step the evaluation first."""
+        intervals = {"evaluate": self.config.eval_every, "save": self.config.checkpoint_every}
+        events = []
+        for what, every in intervals.items():
+            interval = steps_of(every, self.sampler.batches)
+            events += [Event(step, what) for step in range(interval, self.total, interval or 1) if interval]
+        return sorted(event for event in events if event.step > (self._sealed or 0))
+
+    def _do(self, event: Event) -> None:
+        if event.what == "evaluate":
+            self.evaluate()
+        else:
+            self.save(event.step)
 
     def _step(self, indices: torch.Tensor, epoch: int) -> None:
         at, opt, measured = self.progress, self.opt, self.opt.metrics
@@ -128,6 +157,7 @@ class Trainer:
         loss = functional.cross_entropy(self.model(inputs), targets)
         loss.backward()
         value = loss.item()
+        self.slowdown.sleep(time.perf_counter() - loaded, self.config.seed, self.rank, at.step)
         if at.step == 0:
             self._refuse_first(value)
         with self._divergence():
@@ -149,7 +179,9 @@ class Trainer:
             group = self.topology.group_index
             at.leads += measured.leaders[group] == self.rank
             if self.topology.group.rank == 0:
-                self._elections.append((at.step, group, measured.leaders[group], measured.leader))
+                self._elections.append(
+                    Election(at.step, measured.rounds, group, measured.leaders[group], measured.leader)
+                )
 
     def _refuse_first(self, loss: float) -> None:
         """A first loss that is not finite never becomes finite. Collective."""
@@ -166,30 +198,31 @@ class Trainer:
 
     # Evaluation
 
-    def evaluate(self) -> tuple[Result, dict[str, Any] | None]:
-        """Evaluates the centre and writes a line; after the last step also returns the centre's state. Collective."""
+    def evaluate(self, last: bool = False) -> tuple[Result, dict[str, Any] | None]:
+        """Evaluates the centre and writes a line; the last time it also returns the centre's state. Collective."""
         at = self.progress
         state = None
         traffic = dataclasses.replace(self.opt.fabric.traffic)
         with self._centre():
             result = evaluate(self.model, self.test_set, self.topology)
-            if at.step >= self.total and self.rank == 0:
+            if last and self.rank == 0:
                 state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self.opt.fabric.traffic.group, self.opt.fabric.traffic.across = traffic.group, traffic.across
-        if at.evaluated == at.step:
-            return result, state  # of a finished run that was resumed
+        self._count_waiting()
         rows = self.topology.allgather(
-            (at.loss_sum, at.loss_count, self._measured(), self._elections, self._last_loss)
+            (at.step, at.loss_sum, at.loss_count, self._measured(), self._last_loss)
         )
-        self._elections = []
-        at.loss_sum, at.loss_count, at.evaluated = 0.0, 0, at.step
-        losses, counts, measured, elections, last = zip(*rows, strict=True)
+        steps, losses, counts, measured, last_losses = zip(*rows, strict=True)
+        step = mean(steps)
+        if at.evaluated == step:
+            return result, state  # of a finished run that was resumed
+        at.loss_sum, at.loss_count, at.evaluated = 0.0, 0, step
         totals = {key: sum(row[key] for row in measured) for key in measured[0]}
         row = {
-            "step": at.step,
-            "epoch": at.step / self.sampler.batches,
+            "step": step,
+            "epoch": step / self.sampler.batches,
             "wall_s": totals["wall"] / self.size,
-            "grad_evals": at.step * self.size,
+            "grad_evals": sum(steps),
             "rounds": max(row["rounds"] for row in measured),
             "bytes_group": totals["bytes_group"],
             "bytes_across": totals["bytes_across"],
@@ -200,12 +233,20 @@ class Trainer:
             **{f"t_{key}": totals[key] / self.size for key in ("compute", "data", "comm")},
         }
         assert tuple(row) == METRICS
-        on_first(self.topology, self._write, row, merged(elections, self.topology.n_groups), status=FAILED)
+        self._write(row)
         self.display.evaluation(row)
-        if not any(math.isfinite(loss) for loss in last):
+        if not any(math.isfinite(loss) for loss in last_losses):
             reason = f"the loss of every worker is non-finite at step {at.step}: the run has diverged; try a smaller lr"
             stop_if(self.topology, reason, FAILED)
         return result, state
+
+    def _count_waiting(self) -> None:
+        """Who came early has waited for the last one: training has lasted as long for all. Collective."""
+        at = self.progress
+        latest = max(self.topology.allgather(at.wall))
+        waited, at.wall = latest - at.wall, latest
+        at.comm += waited
+        at.wait += waited
 
     def _centre(self) -> contextlib.AbstractContextManager[None]:
         recalibrates = self.opt.buffers_policy == "recalibrate" and bool(self.opt.flat.buffers)
@@ -219,8 +260,18 @@ class Trainer:
                 0
             ]
 
-    def _write(self, row: dict[str, Any] | None, elections: list[dict[str, Any]]) -> None:
-        self.directory.append("leaders.jsonl", elections)
+    def _write(self, row: dict[str, Any] | None = None) -> None:
+        """Writes the leaders since the last time, and a line of metrics. Collective."""
+        at = self.progress
+        rows = self.topology.allgather((self._flushed, at.step, self._elections))
+        now = mean(step for _, step, _ in rows)
+        elections = [on_common_clock(found, (t, step), (then, now)) for (t, then), step, found in rows]
+        lines = merged(elections, self.topology.n_groups, by_round=self.asynchronous is True)
+        self._flushed, self._elections = (at.step, now), []
+        on_first(self.topology, self._append, row, lines, status=FAILED)
+
+    def _append(self, row: dict[str, Any] | None, lines: list[dict[str, Any]]) -> None:
+        self.directory.append("leaders.jsonl", lines)
         self.directory.append("metrics.jsonl", [] if row is None else [row])
 
     def _measured(self) -> dict[str, float]:
@@ -231,8 +282,8 @@ class Trainer:
     # The end
 
     def _finish(self) -> dict[str, Any]:
-        result, state = self.evaluate()
-        self.save()
+        result, state = self.evaluate(last=True)
+        self.save(max(self.total, self._sealed or 0))
         on_first(self.topology, self.directory.save_center, state, status=FAILED)
         with getattr(self.opt.optimizer, "iterate", contextlib.nullcontext)():
             own = evaluate(self.model, self.test_set)
@@ -245,9 +296,9 @@ class Trainer:
             "world_size": self.size,
             "group_size": max(map(len, self.topology.groups)),
             "groups": self.topology.groups,
-            "steps": self.progress.step,
-            "epochs": self.progress.step / self.sampler.batches,
-            "grad_evals": self.progress.step * self.size,
+            "steps": mean(columns["step"]),
+            "epochs": mean(columns["step"]) / self.sampler.batches,
+            "grad_evals": sum(columns["step"]),
             "test_error": result.error,
             "test_loss": result.loss,
             "best_worker": {"rank": best, "test_error": columns["error"][best]},
@@ -260,22 +311,28 @@ class Trainer:
             "wall_s": sum(columns["wall"]) / self.size,
             **{f"t_{key}": columns[key] for key in ("compute", "data", "comm", "wait")},
         }
+        if self.asynchronous:
+            summary["worker_steps"] = columns["step"]
+        if any(columns["staleness"]):
+            summary["staleness"] = histogram(columns["staleness"])
         on_first(self.topology, self.directory.summarize, summary, status=FAILED)
         return summary
 
     # Checkpoints
 
-    def save(self) -> None:
-        """Writes a checkpoint that counts when all of it is there. Collective."""
-        step = self.progress.step
-        elections = merged(self.topology.allgather(self._elections), self.topology.n_groups)
-        self._elections = []
-        on_first(self.topology, self._write, None, elections, status=FAILED)
-        together(self.topology, self.directory.save, self.rank, step, self._state(), status=FAILED)
-        on_first(self.topology, self.directory.seal, step, self.size, status=FAILED)
-        together(self.topology, self.directory.sweep, self.rank, step, status=FAILED)
+    def save(self, name: int) -> None:
+        """Writes a checkpoint that counts when all of it is there; its name is a step that no other has. Collective."""
+        if self.asynchronous:
+            with self._centre():  # until all have come, some may need this worker for a round
+                pass
+        self._count_waiting()
+        self._write()
+        together(self.topology, self.directory.save, self.rank, name, self._state(), status=FAILED)
+        on_first(self.topology, self.directory.seal, name, self.size, status=FAILED)
+        together(self.topology, self.directory.sweep, self.rank, name, status=FAILED)
+        self._sealed = name
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], name: int) -> None:
         """Takes up the state that a checkpoint holds of this rank."""
         self.model.load_state_dict(state["model"])
         self.opt.load_state_dict(state["optimizer"])
@@ -286,6 +343,13 @@ class Trainer:
         traffic = self.opt.fabric.traffic
         traffic.group, traffic.across = self.opt.metrics.bytes_group, self.opt.metrics.bytes_across
         restore_random_state(state["random"])
+        self._sealed = name
+
+    def mean_step(self) -> float:
+        """How far the workers are after `restore`, on the mean. Collective."""
+        own = self.progress.step
+        self._flushed = (own, mean(self.topology.allgather(own)))
+        return self._flushed[1]
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -307,15 +371,19 @@ def steps_of(every: float | str | None, batches: int) -> int:
     return int(number) if unit == "steps" else max(1, round(number * batches))
 
 
-def merged(elections: Iterable[Iterable[tuple[int, int, int, int]]], n_groups: int) -> list[dict[str, Any]]:
-    """The lines of leaders.jsonl from what the first rank of each group noted."""
-    lines: dict[int, dict[str, Any]] = {}
-    for step, group, local, overall in itertools.chain.from_iterable(elections):
-        line = lines.setdefault(step, {"step": step, "leaders": [None] * n_groups, "leader": None})
-        line["leaders"][group] = local if local >= 0 else None
-        if overall >= 0:
-            line["leader"] = overall
-    return [lines[step] for step in sorted(lines)]
+def histogram(parts: Iterable[dict[int, int]]) -> dict[str, int]:
+    """The sum of the workers' histograms, as JSON has it: by rising key."""
+    total: collections.Counter[int] = collections.Counter()
+    for part in parts:
+        total.update(part)
+    return {str(key): total[key] for key in sorted(total)}
+
+
+def mean(steps: Iterable[int]) -> float:
+    """The mean of the workers' steps; a whole number where it is one."""
+    steps = list(steps)
+    whole, rest = divmod(sum(steps), len(steps))
+    return whole if rest == 0 else sum(steps) / len(steps)
 
 
 def random_state() -> dict[str, Any]:

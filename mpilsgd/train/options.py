@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
+import operator
 import re
 import textwrap
 import types
@@ -16,6 +18,7 @@ import mpilsgd.methods
 from mpilsgd.methods import Method
 from mpilsgd.train.callables import is_path, resolve
 
+NO_DEFAULT = inspect.Parameter.empty
 _NOT_OPTIONS = ("self", "optimizer", "topology", "model")
 _SIMPLE = (int, float, bool, str, type(None))
 # In a newcomer's words; an option that is not listed is explained by its class' docstring.
@@ -36,8 +39,19 @@ _HELP = {
     "moving_rate": "rate at which a worker moves to the centre (null: center_rate / ranks)",
     "form": "jacobi: workers and centre move at once; gauss-seidel: the centre moves first",
     "until_grad_norm": "each worker steps until its squared gradient norm is at most this, in place of period",
-    "average": "what is evaluated: last (the mean of the workers) or quadratic (their mean over time, weights (a+t)^2)",
+    "average": "what is evaluated; LocalSGD: last (the mean of the workers) or quadratic (their mean over time, "
+    "weights (a+t)^2); Downpour: null (the centre), running (its mean over time) or the rate of a moving average",
     "a": "see average (null: the period)",
+    "asynchronous": "true: nobody waits for others to take as many steps (LSGD: rounds go by the steps of all "
+    "together); wait-free (LSGD): nobody waits at all, each pulls to what the leader last published; ADMM, false: "
+    "the workers take turns",
+    "overlap": "go on computing while the exchange with the centre is under way (asynchronous, form jacobi)",
+    "order": "of an asynchronous run: free (as it comes) or round-robin (rank 0's step, then rank 1's, ...: the same "
+    "every time)",
+    "record": "file for the order of events of an asynchronous run, to replay it",
+    "replay": "file that record wrote: the same run again, bit for bit",
+    "momentum": "momentum of the centre, in [0, 1); above 0 it needs period 1",
+    "rho": "penalty on the distance to the centre, above 0",
 }
 
 
@@ -49,6 +63,11 @@ class MethodOption:
     type: Any
     defaults: dict[str, Any]
     help: str
+
+    @property
+    def takes_code(self) -> bool:
+        """Whether `package.module:callable` may name the value."""
+        return self.type is Any
 
 
 def methods() -> dict[str, type[Method]]:
@@ -71,8 +90,7 @@ def method_options(reserved: Iterable[str] = ()) -> dict[str, MethodOption]:
             key = f"method_{parameter.name}" if parameter.name in reserved else parameter.name
             kind = _parser_type(hints.get(parameter.name, Any))
             option = options.setdefault(key, MethodOption(parameter.name, kind, {}, ""))
-            if option.type != kind:
-                option.type = Any if Any in (option.type, kind) else option.type | kind
+            option.type = _either(option.type, kind)
             option.defaults[class_name] = parameter.default
             option.help = option.help or _HELP.get(parameter.name) or texts.get(parameter.name, "")
     return options
@@ -83,11 +101,16 @@ def names_of(cls: type[Method], options: dict[str, MethodOption]) -> list[str]:
     return [key for key, option in options.items() if cls.__name__ in option.defaults]
 
 
+def required(cls: type[Method], options: dict[str, MethodOption]) -> list[str]:
+    """Those of them without which the method cannot be made."""
+    return [key for key in names_of(cls, options) if options[key].defaults[cls.__name__] is NO_DEFAULT]
+
+
 def keyword_arguments(given: dict[str, Any], options: dict[str, MethodOption]) -> dict[str, Any]:
     """The constructor's arguments for the options that were set: lists of steps become sets, paths become callables."""
     arguments = {}
     for key, value in given.items():
-        if is_path(value):
+        if options[key].takes_code and is_path(value):
             value = resolve(value)
         arguments[options[key].name] = set(value) if isinstance(value, list) else value
     return arguments
@@ -125,6 +148,15 @@ def _hints(cls: type[Method]) -> dict[str, Any]:
 def _parser_type(hint: Any) -> Any:
     """The hint, if the command line can parse it strictly; else anything, and the class itself checks the value."""
     return hint if all(member in _SIMPLE for member in _members(hint)) else Any
+
+
+def _either(one: Any, other: Any) -> Any:
+    """The union of two types; a text comes last, which everything on a command line is."""
+    if Any in (one, other):
+        return Any
+    members = dict.fromkeys([*_members(one), *_members(other)])
+    ordered = sorted(members, key=lambda member: (member is str, member is type(None)))
+    return functools.reduce(operator.or_, ordered)
 
 
 def _is_code(hint: Any) -> bool:

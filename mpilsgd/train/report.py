@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Draws PNG figures of one or more runs and prints a table of them: test error and loss over "
         "wall-clock time and over gradient evaluations (curves.png), who led when and how often "
-        "(leaders.png), the time spent computing, loading and communicating (time.png)."
+        "(leaders.png), the time spent computing, loading, communicating and waiting (time.png), and of "
+        "asynchronous runs each rank's steps and how stale the centre was (asynchrony.png)."
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="run directory (what `mpilsgd train --output` wrote)"
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
             (figures.draw_curves, "curves.png"),
             (figures.draw_leaders, "leaders.png"),
             (figures.draw_time, "time.png"),
+            (figures.draw_asynchrony, "asynchrony.png"),
         ):
             path = draw(runs, folder / name)
             if path is not None:
@@ -97,7 +99,12 @@ def table(runs: Sequence[Run]) -> str:
         "rounds",
     ]
     head += ["in groups", "across", "resets"]
-    return columns([head] + [_row(one) for one in runs])
+    rows = [head] + [_row(one) for one in runs]
+    if any(one.worker_steps for one in runs):  # asynchronous runs: what says something of them
+        rows[0] += ["waiting", "staleness"]
+        for row, one in zip(rows[1:], runs, strict=True):
+            row += [_waiting(one), _staleness(one)]
+    return columns(rows)
 
 
 def leads_text(one: Run) -> str:
@@ -125,7 +132,7 @@ def _row(one: Run) -> list[str]:
         one.name,
         one.method,
         f"{one.world_size}{groups}",
-        count(one.last("step")),
+        _steps(one),
         percent(final),
         percent(float(errors[best])) if best >= 0 else "-",
         duration(float(wall[best])) if best >= 0 else "-",
@@ -137,6 +144,26 @@ def _row(one: Run) -> list[str]:
         in_bytes(one.total("bytes_across")),
         _resets(one),
     ]
+
+
+def _steps(one: Run) -> str:
+    own = one.worker_steps
+    return f"{min(own)}..{max(own)}" if own and min(own) < max(own) else count(one.last("step"))
+
+
+def _waiting(one: Run) -> str:
+    whole = sum(float(np.mean(values)) for values in one.seconds().values())
+    waited = one.waiting()
+    return f"{100 * float(np.mean(waited)) / whole:.2g} %" if waited and whole > 0 else "-"
+
+
+def _staleness(one: Run) -> str:
+    """Mean and maximum."""
+    counts = one.staleness
+    if not counts:
+        return "-"
+    mean = sum(key * number for key, number in counts.items()) / sum(counts.values())
+    return f"{mean:.2f}, most {max(counts)}"
 
 
 def _resets(one: Run) -> str:

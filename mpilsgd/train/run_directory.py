@@ -111,7 +111,7 @@ class RunDirectory:
         with _named(self.path / name), open(self.path / name, "ab") as file:
             file.write("".join(lines).encode())
 
-    def cut(self, step: int) -> None:
+    def cut(self, step: float) -> None:
         """Drops the lines that lie after a step, and half a line at the end: they will be written again."""
         for name in ("metrics.jsonl", "leaders.jsonl"):
             path = self.path / name

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -66,6 +67,31 @@ class Run:
         return str(self.summary.get("method") or self.config.get("method") or "?")
 
     @property
+    def label(self) -> str:
+        """The name in figures: with the method, where the directory's name does not tell it."""
+        waits = {None: "", False: "", True: "asynchronous"}
+        kind = self.config.get("asynchronous")
+        words = [self.method, waits[kind] if isinstance(kind, bool | None) else str(kind)]
+        told = [word for word in words if word not in ("", "?") and _plain(word)[:5] not in _plain(self.name)]
+        return self.name + (f" ({' '.join(told)})" if told else "")
+
+    @property
+    def worker_steps(self) -> list[int]:
+        """The steps of each rank of an asynchronous run; empty for others."""
+        steps = self.summary.get("worker_steps")
+        return [int(step) for step in steps] if _is_numbers(steps) else []
+
+    @property
+    def staleness(self) -> dict[int, int]:
+        """How often so many updates of the centre lay between a worker's read and its write; empty without one."""
+        found = self.summary.get("staleness")
+        if not isinstance(found, dict) or not _is_numbers(list(found.values())):
+            return {}
+        if not all(str(key).isdecimal() for key in found):
+            return {}
+        return {int(key): int(found[key]) for key in sorted(found, key=int) if found[key] > 0}
+
+    @property
     def world_size(self) -> int:
         """The number of workers: the summary's, or one more than the highest rank that ever led."""
         named = [
@@ -118,6 +144,11 @@ class Run:
                 per_rank = [per_rank]
             parts[part] = [value if math.isfinite(value) else 0.0 for value in map(_number, per_rank)]
         return parts
+
+    def waiting(self) -> list[float]:
+        """Of the seconds of communication, those in which each rank waited for others; empty if it is not known."""
+        waits = self.summary.get("t_wait")
+        return [float(value) for value in waits] if _is_numbers(waits) else []
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -231,6 +262,15 @@ def _read_document(path: Path, notices: list[str]) -> dict[str, Any]:
         return content
     notices.append(f"{path.name} cannot be read and is left out")
     return {}
+
+
+def _is_numbers(values: Any) -> TypeGuard[list[float]]:
+    return isinstance(values, list) and all(math.isfinite(_number(value)) for value in values)
+
+
+def _plain(name: str) -> str:
+    """A name as it is compared."""
+    return re.sub("[^a-z0-9]", "", name.casefold())
 
 
 def _number(value: Any) -> float:

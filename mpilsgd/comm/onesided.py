@@ -1,0 +1,263 @@
+"""One-sided operations: words that all ranks may change atomically, turns, a counter of steps, progress."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+from mpi4py import MPI
+
+from mpilsgd.comm.fabric import Level
+
+_POLL = 5e-4  # seconds between two looks of the progress thread
+_SLEEP = 2e-5, 1e-3  # seconds between two looks of a waiting rank: at first, at last
+
+
+class Board:
+    """A few int64 words on every rank, at first 0, that any rank of the level may change atomically.
+
+    Passive-target operations in one epoch; each is complete when it returns. On the same node they need nobody's
+    help; across nodes the owner must enter MPI from time to time (see `Progress`). Collective: creation and `free`.
+    """
+
+    def __init__(self, comm: MPI.Comm, words: int):
+        assert isinstance(comm, MPI.Intracomm)
+        self._win = MPI.Win.Allocate(8 * words, 8, comm=comm)
+        self._win.Lock_all()
+        if words:
+            np.asarray(self._win.tomemory(), dtype=np.uint8)[:] = 0
+        self._win.Sync()
+        comm.Barrier()
+        self._win.Sync()
+
+    def _fetch(self, rank: int, word: int, value: int, op: MPI.Op) -> int:
+        given, result = np.array([value], np.int64), np.empty(1, np.int64)
+        self._win.Fetch_and_op(given, result, rank, word, op)
+        self._win.Flush(rank)
+        return int(result[0])
+
+    def add(self, rank: int, word: int, value: int) -> int:
+        """Adds; returns what was there before."""
+        return self._fetch(rank, word, value, MPI.SUM)
+
+    def read(self, rank: int, word: int) -> int:
+        return self._fetch(rank, word, 0, MPI.NO_OP)
+
+    def write(self, rank: int, word: int, value: int) -> None:
+        self._fetch(rank, word, value, MPI.REPLACE)
+
+    def raise_to(self, rank: int, word: int, value: int) -> None:
+        """The larger of the word and the value."""
+        self._fetch(rank, word, value, MPI.MAX)
+
+    def exchange(self, rank: int, word: int, expected: int, value: int) -> bool:
+        """Writes the value if the word is as expected; whether it was."""
+        given, expect, result = (np.array([v], np.int64) for v in (value, expected, 0))
+        self._win.Compare_and_swap(given, expect, result, rank, word)
+        self._win.Flush(rank)
+        return int(result[0]) == expected
+
+    def sync(self) -> None:
+        """Orders this rank's other loads and stores around the operations before and after."""
+        self._win.Sync()
+
+    def free(self) -> None:
+        self._win.Unlock_all()
+        self._win.Free()
+
+
+def wait_until(true: Callable[[], bool]) -> float:
+    """Returns when it is true; the seconds that took. Leaves the core to others meanwhile."""
+    start, pause = time.perf_counter(), _SLEEP[0]
+    for _ in range(20):
+        if true():
+            return time.perf_counter() - start
+    while not true():
+        time.sleep(pause)
+        pause = min(2 * pause, _SLEEP[1])
+    return time.perf_counter() - start
+
+
+class Turns:
+    """Whose turn it is at each of several places: one rank after the other, in the order of tickets.
+
+    Tickets are drawn (free order), or given: ticket k p + i is worker i's k-th turn in round robin since all last
+    met. A rank that rests is passed over there.
+
+    Args: level: the ranks; homes: the rank that keeps the words of each place.
+    """
+
+    NEXT, SERVING, TICKS, RESTING = range(4)
+
+    def __init__(self, level: Level, homes: list[int]):
+        self.board = Board(level.comm, 4)
+        self._rank, self._size, self.homes = level.rank, level.size, homes
+        self._round_robin = [0] * len(homes)  # turns taken since all last met
+
+    def take(self, place: int, ticket: int | None, round_robin: bool) -> tuple[int, float]:
+        """Waits for this rank's turn; its ticket and the seconds waited."""
+        board, home = self.board, self.homes[place]
+        if round_robin:
+            ticket = self._round_robin[place] * self._size + self._rank
+            self._round_robin[place] += 1
+        elif ticket is None:
+            ticket = board.add(home, self.NEXT, 1)
+        mine = ticket
+        waited = wait_until(lambda: board.read(home, self.SERVING) == mine)
+        board.sync()
+        return ticket, waited
+
+    def tick(self, place: int) -> int:
+        """Counts the updates of a place, by who has the turn; the number before."""
+        return self.board.add(self.homes[place], self.TICKS, 1)
+
+    def ticks(self, place: int) -> int:
+        """The updates of a place so far."""
+        return self.board.read(self.homes[place], self.TICKS)
+
+    def set_ticks(self, place: int, updates: int) -> None:
+        self.board.write(self.homes[place], self.TICKS, updates)
+
+    def pass_on(self, place: int, ticket: int, round_robin: bool) -> None:
+        """Ends this rank's turn."""
+        self.board.sync()
+        if round_robin:
+            self._advance(place, ticket)
+        else:
+            self.board.add(self.homes[place], self.SERVING, 1)
+
+    def _advance(self, place: int, ticket: int) -> None:
+        """From a ticket to the next one whose rank does not rest. Who rests and who passes on may both come here."""
+        home = self.homes[place]
+        for now in range(ticket, ticket + self._size):
+            if not self.board.exchange(home, self.SERVING, now, now + 1):
+                return  # another rank did
+            if not self.board.read((now + 1) % self._size, self.RESTING):
+                return
+
+    def rest(self) -> None:
+        """This rank takes no turns until all have met (round robin)."""
+        self.board.write(self._rank, self.RESTING, 1)
+        for place, home in enumerate(self.homes):
+            serving = self.board.read(home, self.SERVING)
+            if serving % self._size == self._rank:
+                self._advance(place, serving)
+
+    def wake(self, round_robin: bool) -> None:
+        """All have met: round robin begins anew with rank 0. A barrier must follow."""
+        self.board.write(self._rank, self.RESTING, 0)
+        if round_robin:
+            self._round_robin = [0] * len(self.homes)
+            if self._rank in self.homes:
+                self.board.write(self._rank, self.SERVING, 0)
+
+    def free(self) -> None:
+        self.board.free()
+
+
+class Counter:
+    """Counts the steps of all workers of a level.
+
+    On one island every step is one atomic addition. Across islands each counts for itself and hands its count on when
+    all its workers may have taken a step; who so makes the total cross a multiple of `every` tells all islands.
+    """
+
+    COUNT, SEEN, TOTAL = range(3)
+
+    def __init__(self, level: Level, every: int | None = None):
+        self._board = Board(level.comm, 3)
+        self._homes = level.heads_ranks
+        self._home = level.local_ranks[0]
+        self._batch, self._size = len(level.local_ranks), level.size
+        self._every = every
+
+    def add(self, steps: int = 1) -> None:
+        """Counts this worker's steps."""
+        before = self._board.add(self._home, self.COUNT, steps)
+        if len(self._homes) == 1:
+            return
+        handed = ((before + steps) // self._batch - before // self._batch) * self._batch
+        if handed:
+            old = self._board.add(self._homes[0], self.TOTAL, handed)
+            total = old + handed
+            crossed = self._every is not None and total // self._every > old // self._every
+            for home in self._homes if crossed else [self._home]:
+                self._board.raise_to(home, self.SEEN, total)
+
+    def read(self, near: int | None = None) -> int:
+        """The total, as far as it is known on this island; close to `near` as far as it is known at all."""
+        if len(self._homes) == 1:
+            return self._board.read(self._home, self.COUNT)
+        seen = self._board.read(self._home, self.SEEN)
+        if near is not None and seen < near <= seen + 4 * self._size:
+            seen = self._board.read(self._homes[0], self.TOTAL)
+            self._board.raise_to(self._home, self.SEEN, seen)
+        return seen
+
+    def free(self) -> None:
+        self._board.free()
+
+
+class Progress:
+    """A thread that lets MPI serve the others' one-sided operations while this rank computes."""
+
+    def __init__(self, comm: MPI.Comm):
+        self._comm = comm.Dup()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="mpilsgd progress", daemon=True)
+        self._thread.start()
+
+    def _poll(self) -> None:
+        while not self._end.wait(_POLL):
+            self._comm.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG)
+
+    def free(self) -> None:
+        """Collective."""
+        self._end.set()
+        self._thread.join()
+        self._comm.Free()
+
+
+def thread_problem() -> str | None:
+    """Why a second thread cannot talk MPI here; None if it can."""
+    if MPI.Query_thread() >= MPI.THREAD_MULTIPLE:
+        return None
+    return (
+        "MPI was started without MPI_THREAD_MULTIPLE, and a second thread has to talk MPI here: leave "
+        "mpi4py.rc.threads and mpi4py.rc.thread_level as they are, or use an MPI that gives it"
+    )
+
+
+_measured: dict[tuple[int, ...], bool] = {}
+
+
+def progresses_alone(level: Level) -> bool:
+    """Whether one-sided operations on another island's memory complete while its owner is not in MPI. Measured once.
+
+    Collective over the level. True where there is one island only.
+    """
+    homes = tuple(level.heads_ranks)
+    if len(homes) == 1:
+        return True
+    if homes not in _measured:
+        memory, result = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        assert isinstance(level.comm, MPI.Intracomm)
+        win = MPI.Win.Create(memory, 8, comm=level.comm)
+        win.Lock_all()
+        level.comm.Barrier()
+        start = time.perf_counter()
+        if level.rank == homes[1]:
+            win.Fetch_and_op(np.ones(1, np.int64), result, homes[0], 0, MPI.SUM)
+            win.Flush(homes[0])
+        elif level.rank == homes[0]:
+            time.sleep(_NAP)
+        taken = level.comm.bcast(time.perf_counter() - start, root=homes[1])
+        win.Unlock_all()
+        win.Free()
+        _measured[homes] = taken < _NAP / 2
+    return _measured[homes]
+
+
+_NAP = 0.05

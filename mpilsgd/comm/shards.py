@@ -1,0 +1,193 @@
+"""Vectors that belong to nobody: each island keeps a part, and every rank can work on all of them in its turn."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from mpi4py import MPI
+
+from mpilsgd.comm.fabric import Fabric
+from mpilsgd.comm.onesided import Progress, Turns, progresses_alone, thread_problem
+from mpilsgd.comm.windows import Window
+
+_ALIGN = 16  # elements: whole cache lines
+_PIECE = 1 << 30  # bytes an operation: counts are C ints
+
+
+@dataclasses.dataclass
+class Shard:
+    """One island's part, in this rank's turn.
+
+    Attributes: index; ticket: the number of the turn; updates: those of the shard before this one, if it counts;
+    spans: the elements of each dtype's vector; vectors: by name and the dtype of the workers' vectors.
+    """
+
+    index: int
+    ticket: int
+    spans: dict[torch.dtype, tuple[int, int]]
+    vectors: dict[str, dict[torch.dtype, torch.Tensor]]
+
+
+class Shards:
+    """Named vectors as long as the workers', cut into one shard an island, and the turns at each.
+
+    In its own island a rank works on the shard where it lies; that of another is fetched, worked on and put back, all
+    in its turn, so that an exchange is atomic a shard. Window rules: in a turn nobody else touches the shard through
+    any window, and both kinds are synchronised (`Win.Sync`, `Flush`) before the turn is passed on.
+
+    Args:
+        sizes: elements of each dtype of the workers' vectors; kinds: for each name, the type its vectors have for a
+            worker's dtype.
+        device: where the workers compute; the shards lie in the host's memory.
+
+    Collective: creation, `collect`, `free`.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        sizes: dict[torch.dtype, int],
+        kinds: dict[str, dict[torch.dtype, torch.dtype]],
+        device: torch.device,
+    ):
+        self._level = level = fabric.world
+        self._fabric, self._device = fabric, device
+        self.turns = Turns(level, level.heads_ranks)
+        self._spans: list[dict[torch.dtype, tuple[int, int]]] = []
+        for k in range(level.n_islands):
+            self._spans.append({d: _part(n, k, level.n_islands) for d, n in sizes.items()})
+        host = torch.device("cpu")
+        self.own: dict[str, dict[torch.dtype, Window]] = {}
+        self._remote: dict[tuple[str, torch.dtype], MPI.Win] = {}
+        self._fetched: dict[str, dict[torch.dtype, torch.Tensor]] = {}
+        for name, of in kinds.items():
+            self.own[name], self._fetched[name] = {}, {}
+            for d, kind in of.items():
+                a, b = self._spans[level.island][d]
+                window = self.own[name][d] = fabric.common(level, kind, b - a, host)
+                if level.n_islands > 1:
+                    memory = window.mine if level.local.rank == 0 else torch.empty(0, dtype=kind)
+                    exposed = memory.view(torch.uint8).numpy() if memory.numel() else MPI.BOTTOM
+                    assert isinstance(level.comm, MPI.Intracomm)
+                    win = self._remote[name, d] = MPI.Win.Create(exposed, 1, comm=level.comm)
+                    win.Lock_all()
+                    longest = max(stop - start for start, stop in (s[d] for s in self._spans))
+                    self._fetched[name][d] = torch.empty(longest, dtype=kind)
+        alone = progresses_alone(level)
+        fabric.agree(None if alone else thread_problem())
+        self._progress = None if alone else Progress(level.comm)
+        self.waited = 0.0  # seconds, in all turns so far
+        self.moved = 0  # bytes fetched from other islands
+
+    @property
+    def count(self) -> int:
+        return len(self._spans)
+
+    def span(self, dtype: torch.dtype) -> tuple[int, int]:
+        """The elements of this island's shard."""
+        return self._spans[self._level.island][dtype]
+
+    def visit(self, tickets: Sequence[int] | None, round_robin: bool) -> Generator[Shard, None, None]:
+        """Takes this rank's turn at every shard, one after the other, its own island's first.
+
+        What the caller has done to the vectors when it asks for the next is what the others will see. The turn is
+        passed on also if the caller raises: close the iterator then (`contextlib.closing`).
+        """
+        first = 0 if round_robin else self._level.island
+        for k in [*range(first, self.count), *range(first)]:
+            ticket, waited = self.turns.take(k, None if tickets is None else tickets[k], round_robin)
+            self.waited += waited
+            try:
+                yield self._open(k, ticket)
+                self._close(k)
+            finally:
+                self.turns.pass_on(k, ticket, round_robin)
+
+    def _open(self, k: int, ticket: int) -> Shard:
+        here = k == self._level.island
+        vectors: dict[str, dict[torch.dtype, torch.Tensor]] = {}
+        for name, windows in self.own.items():
+            vectors[name] = {}
+            for d, window in windows.items():
+                if here:
+                    window.sync()
+                    vectors[name][d] = window.views[0]
+                else:
+                    a, b = self._spans[k][d]
+                    vectors[name][d] = self._fetched[name][d][: b - a]
+                    self._transfer(k, name, d, vectors[name][d], MPI.Win.Get)
+        if self._device.type != "cpu":
+            vectors = {name: {d: v.to(self._device) for d, v in of.items()} for name, of in vectors.items()}
+        self._working = vectors
+        return Shard(k, ticket, self._spans[k], vectors)
+
+    def _close(self, k: int) -> None:
+        here = k == self._level.island
+        for name, windows in self.own.items():
+            for d, window in windows.items():
+                vector = self._working[name][d]
+                if self._device.type != "cpu":
+                    host = window.views[0] if here else self._fetched[name][d][: vector.numel()]
+                    vector = host.copy_(vector)
+                if here:
+                    window.sync()
+                else:
+                    self._transfer(k, name, d, vector, MPI.Win.Put)
+        if self._remote and here:
+            for win in self._remote.values():
+                win.Sync()
+
+    def _transfer(self, k: int, name: str, d: torch.dtype, vector: torch.Tensor, operation: Any) -> None:
+        transfer(self._remote[name, d], self._level.heads_ranks[k], vector, operation)
+        if operation is MPI.Win.Get:
+            self.moved += vector.numel() * vector.element_size()
+
+    def collect(self, name: str, dtype: torch.dtype, whole: Window | None) -> torch.Tensor:
+        """All of a vector, readable on this island. Collective; nobody may be in a turn.
+
+        whole: where it is put together, one an island; not needed on a single island.
+        """
+        level, own = self._level, self.own[name][dtype]
+        if self.count == 1:
+            return own.views[0]
+        assert whole is not None
+        vector = whole.views[0]
+        if level.heads != MPI.COMM_NULL:
+            a, b = self._spans[level.island][dtype]
+            vector[a:b].copy_(own.mine)
+            for k, spans in enumerate(self._spans):
+                a, b = spans[dtype]
+                data = vector[a:b].view(torch.uint8).numpy()
+                for start in range(0, data.size, _PIECE):
+                    level.heads.Bcast([data[start : start + _PIECE], MPI.BYTE], root=k)
+        level.fence()
+        return vector
+
+    def free(self) -> None:
+        """The vectors are freed with the fabric, afterwards."""
+        if self._progress is not None:
+            self._progress.free()
+        for win in self._remote.values():
+            win.Unlock_all()
+            win.Free()
+        self.turns.free()
+        self.own, self._fetched, self._working = {}, {}, {}
+
+
+def transfer(win: MPI.Win, rank: int, vector: torch.Tensor, operation: Any) -> None:
+    """Gets or puts a vector that begins the rank's part of a window of bytes; complete on return."""
+    data = vector.view(torch.uint8).numpy()
+    for start in range(0, data.size, _PIECE):
+        piece = data[start : start + _PIECE]
+        operation(win, [piece, MPI.BYTE], rank, [start, piece.size, MPI.BYTE])
+    win.Flush(rank)
+
+
+def _part(n: int, k: int, parts: int) -> tuple[int, int]:
+    """The k-th of the parts of n elements."""
+    step = -(-n // parts)
+    step = -(-step // _ALIGN) * _ALIGN
+    return min(k * step, n), min((k + 1) * step, n)

@@ -1,0 +1,114 @@
+"""Snapshots that workers publish and read without waiting for each other."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from mpilsgd.comm.fabric import Fabric
+from mpilsgd.comm.onesided import Board, Progress, progresses_alone, thread_problem, wait_until
+from mpilsgd.comm.shards import transfer
+
+Vectors = dict[torch.dtype, torch.Tensor]
+
+
+class Snapshots:
+    """Of every worker the last two versions of its vectors, and a number with each.
+
+    Version v lies in buffer v mod 2. Its owner announces a version, writes it, and only then counts it as published;
+    who has copied version v has it whole if nothing later than v + 1 is announced by then. So readers never block
+    the owner, and read again in the rare case that it went by them twice. In an island snapshots are read where they
+    lie; others are fetched.
+
+    Args: sizes: elements of each dtype's vector. Collective: creation and `free`.
+    """
+
+    ANNOUNCED, PUBLISHED, DONE = range(3)
+    NUMBER = 3  # and 4: those of the two buffers
+
+    def __init__(self, fabric: Fabric, sizes: dict[torch.dtype, int]):
+        self._level = level = fabric.world
+        self._sizes = sizes
+        self.board = Board(level.comm, 5)
+        host = torch.device("cpu")
+        self._windows = [{d: fabric.window(d, n, host) for d, n in sizes.items()} for _ in range(2)]
+        self._remote: list[dict[torch.dtype, MPI.Win]] = [{}, {}]
+        if level.n_islands > 1:
+            for windows, remote in zip(self._windows, self._remote, strict=True):
+                for d, window in windows.items():
+                    assert isinstance(level.comm, MPI.Intracomm)
+                    memory = window.mine.view(torch.uint8).numpy() if window.mine.numel() else MPI.BOTTOM
+                    remote[d] = MPI.Win.Create(memory, 1, comm=level.comm)
+                    remote[d].Lock_all()
+        alone = progresses_alone(level)
+        fabric.agree(None if alone else thread_problem())
+        self._progress = None if alone else Progress(level.comm)
+
+    def publish(self, vectors: Vectors, number: float, may_overwrite: Callable[[int], bool]) -> int:
+        """Publishes this worker's vectors; the version. may_overwrite(v): asked until version v may go."""
+        rank, board = self._level.rank, self.board
+        version = board.read(rank, self.PUBLISHED) + 1
+        wait_until(lambda: may_overwrite(version - 2))
+        board.write(rank, self.ANNOUNCED, version)
+        board.sync()
+        for d, window in self._windows[version % 2].items():
+            window.mine.copy_(vectors[d])
+            window.sync()
+        for win in self._remote[version % 2].values():
+            win.Sync()
+        board.write(rank, self.NUMBER + version % 2, _bits(number))
+        board.write(rank, self.PUBLISHED, version)
+        return version
+
+    def newest(self, rank: int) -> tuple[int, float]:
+        """The last version of a worker (0: none yet) and its number."""
+        version = self.board.read(rank, self.PUBLISHED)
+        return version, _number(self.board.read(rank, self.NUMBER + version % 2)) if version else 0.0
+
+    def copy(self, rank: int, version: int, into: Vectors) -> bool:
+        """Copies a worker's version, for as long as it is there; whether it is whole."""
+        level = self._level
+        here = rank in level.local_ranks
+        self.board.sync()
+        for d, window in self._windows[version % 2].items():
+            window.sync()
+            if here:
+                into[d].copy_(window.views[level.seats[rank]])
+            else:
+                host = into[d] if into[d].is_cpu else torch.empty(self._sizes[d], dtype=d)
+                transfer(self._remote[version % 2][d], rank, host, MPI.Win.Get)
+                if host is not into[d]:
+                    into[d].copy_(host)
+        self.board.sync()
+        return self.board.read(rank, self.ANNOUNCED) <= version + 1
+
+    def done(self, rank: int) -> int:
+        """How many exchanges a worker has finished."""
+        return self.board.read(rank, self.DONE)
+
+    def finish(self) -> None:
+        """This worker has finished an exchange."""
+        self.board.add(self._level.rank, self.DONE, 1)
+
+    def free(self) -> None:
+        """The buffers are freed with the fabric, afterwards."""
+        if self._progress is not None:
+            self._progress.free()
+        for remote in self._remote:
+            for win in remote.values():
+                win.Unlock_all()
+                win.Free()
+        self.board.free()
+        self._windows, self._remote = [], []
+
+
+def _bits(number: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+def _number(bits: int) -> float:
+    return float(np.array([bits], np.int64).view(np.float64)[0])

@@ -1,0 +1,186 @@
+"""The course of an asynchronous run: whose turn it is, how many steps were taken, what is recorded or repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from mpilsgd.comm import Fabric, Topology
+from mpilsgd.comm.onesided import Counter
+from mpilsgd.methods.arguments import choice
+
+FORMAT = 1
+
+
+def course_problems(asynchronous: Any, order: Any, record: Any, replay: Any) -> list[str | None]:
+    """What is wrong with the arguments about order."""
+    found = [choice("order", order, ("free", "round-robin"))]
+    for name, value in (("record", record), ("replay", replay)):
+        if value is not None and not isinstance(value, (str, os.PathLike)):
+            found.append(f"{name} must be the path of a file, not {value!r}")
+    if record is not None and replay is not None:
+        found.append("record and replay exclude each other: a replayed run has its recording already")
+    if replay is not None and order != "free":
+        found.append('replay repeats a run of order="free"; round robin is the same every time')
+    if not asynchronous:
+        given = {"order": order != "free", "record": record is not None, "replay": replay is not None}
+        named = [name for name, there in given.items() if there]
+        if named:
+            found.append(f"{', '.join(named)} only with asynchronous=True")
+    return found
+
+
+class Course:
+    """What the workers of one asynchronous method do when.
+
+    Args:
+        order: "free" (as it comes) or "round-robin" (worker 0's whole step, then worker 1's, ...).
+        record: the file to which rank 0 writes the order of events of a free run, at the end.
+        replay: such a file, whose run is to be repeated.
+        about: what must be equal for a replay: method, settings, number of workers, model.
+        every: a total of steps whose multiples all workers shall learn of at once.
+
+    Collective, as are `meet` and `finish`. Raises: ValueError on every rank if the replay cannot be used.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        fabric: Fabric,
+        order: str,
+        record: str | os.PathLike[str] | None,
+        replay: str | os.PathLike[str] | None,
+        about: dict[str, Any],
+        every: int | None = None,
+    ):
+        self._topology = topology
+        self._about = json.loads(json.dumps(about, default=str))
+        self._record = record
+        self.round_robin = order == "round-robin"
+        self._reached: dict[str, int] = {}
+        self._events: list[Any] = []
+        self._script: dict[str, Any] | None = None
+        if replay is not None:
+            self._script = self._read(replay)
+        if record is not None:
+            self._check_writable(record)
+        self._next = 0
+        self._counted = 0
+        self._counter = None if self.round_robin or self.replays else Counter(fabric.world, every)
+
+    @property
+    def replays(self) -> bool:
+        return self._script is not None
+
+    # Steps
+
+    def count(self, t: int) -> None:
+        """This worker has taken t steps."""
+        if self._counter is not None and t != self._counted:
+            self._counter.add(t - self._counted)
+        self._counted = t
+
+    def total(self, near: int | None = None) -> int:
+        """The steps of all workers, as far as they are known here; known better close to `near`."""
+        if self._counter is None:
+            return self._counted * self._topology.world.size
+        return self._counter.read(near)
+
+    def reached(self, total: int, t: int) -> bool:
+        """As `Method.reached`, for this worker's clock t."""
+        key = str(total)
+        if self._script is not None:
+            return key in self._script["reached"] and t >= self._script["reached"][key]
+        if key in self._reached:
+            return True
+        if self.total(total) < total:
+            return False
+        self._reached[key] = t
+        return True
+
+    # Events: anything JSON can hold
+
+    def note(self, event: Any) -> None:
+        """Records what this worker has done."""
+        if self._record is not None:
+            self._events.append(event)
+
+    def upcoming(self) -> Any:
+        """What this worker does next in the replayed run; None where it is free, or where nothing is left."""
+        events = [] if self._script is None else self._script["events"]
+        return events[self._next] if self._next < len(events) else None
+
+    def repeat(self) -> Any:
+        """Takes the next event of the replayed run; None in a run that is not one."""
+        if self._script is None:
+            return None
+        event = self.upcoming()
+        if event is None:
+            raise RuntimeError("this run goes on beyond the recorded one: it has taken other steps")
+        self._next += 1
+        return event
+
+    def script_of(self, rank: int) -> list[Any]:
+        """All events of a worker in the replayed run."""
+        assert self._script is not None
+        return list(self._script["all"][rank])
+
+    # Files
+
+    def finish(self) -> None:
+        """The run is over: writes the recording; says so if a replay has ended early."""
+        early = self.upcoming()
+        self._topology.agree(
+            None if early is None else f"the replay has ended before its recording did, at {early}"
+        )
+        if self._record is not None:
+            rows = self._topology.gather({"reached": self._reached, "events": self._events})
+            error = None
+            if rows is not None:
+                try:
+                    temporary = f"{os.fspath(self._record)}.{os.getpid()}"
+                    with open(temporary, "w") as file:
+                        json.dump({"mpilsgd recording": FORMAT, "of": self._about, "ranks": rows}, file)
+                    os.replace(temporary, self._record)
+                except OSError as problem:
+                    error = f"the recording could not be written: {problem}"
+            self._topology.agree(error)
+
+    def free(self) -> None:
+        if self._counter is not None:
+            self._counter.free()
+
+    def _check_writable(self, path: str | os.PathLike[str]) -> None:
+        folder = os.path.dirname(os.path.abspath(path))
+        fits = self._topology.world.rank or (os.path.isdir(folder) and os.access(folder, os.W_OK))
+        self._topology.agree(None if fits else f"record={os.fspath(path)}: cannot write there")
+
+    def _read(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        error, found = None, None
+        if self._topology.world.rank == 0:
+            try:
+                with open(path) as file:
+                    found = json.load(file)
+                if found["mpilsgd recording"] != FORMAT:
+                    raise ValueError(f"of format {found['mpilsgd recording']}, this version reads {FORMAT}")
+                if found["of"] != self._about:
+                    raise ValueError(_difference(found["of"], self._about))
+            except (OSError, ValueError, KeyError, TypeError) as problem:
+                what = "not a recording" if isinstance(problem, (KeyError, TypeError)) else str(problem)
+                error = f"replay={os.fspath(path)}: {what}"
+        error = self._topology.broadcast(error)
+        if error is not None:
+            raise ValueError(error)
+        found = self._topology.broadcast(found)
+        ranks = found["ranks"]
+        return {**ranks[self._topology.world.rank], "all": [row["events"] for row in ranks]}
+
+
+def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str:
+    wrong = [
+        f"{key} was {recorded.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted({*recorded, *now})
+        if recorded.get(key) != now.get(key)
+    ]
+    return "the recording of another run: " + "; ".join(wrong)

@@ -1,0 +1,25 @@
+"""What a worker measures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class Metrics:
+    """What one worker measured so far (bytes: read from other workers' memory or received)."""
+
+    rounds: int = 0
+    bytes_group: int = 0
+    bytes_across: int = 0
+    t_comm: float = 0.0  # seconds in rounds, waiting included
+    t_wait: float = 0.0  # ... of these, waiting for the others to come, or for a turn at the centre
+    leader: int = -1  # world rank of the last global (or only) leader
+    leaders: list[int] = dataclasses.field(default_factory=list)  # ... of each group's last known leader
+    # of the workers to their leaders before the last pull (root mean square); EASGD: to the centre, at the last
+    # center()
+    distance: float = 0.0
+    resets: int = 0  # times this worker was set back after a non-finite state
+    leads: int = 0  # rounds that this worker led its group
+    # asynchronous centres: how often so many updates by others lay between reading the centre and writing to it
+    staleness: dict[int, int] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,48 @@
+"""Who was elected when: from what the workers noted to the lines of leaders.jsonl."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+
+class Election(NamedTuple):
+    """What the first rank of a group noted.
+
+    Attributes:
+        step: by the group's clock.
+        round: which of the rounds it took part in.
+        group, local, overall: the group, its leader, the leader of all (-1: none elected).
+    """
+
+    step: float
+    round: int
+    group: int
+    local: int
+    overall: int
+
+
+def on_common_clock(
+    elections: Iterable[Election], own: tuple[float, float], common: tuple[float, float]
+) -> list[Election]:
+    """Elections by the common clock, which went from common[0] to common[1] while the worker's own did from own[0]."""
+    if own == common:
+        return list(elections)
+    rate = (common[1] - common[0]) / max(own[1] - own[0], 1)
+    return [e._replace(step=round(common[0] + (e.step - own[0]) * rate, 3)) for e in elections]
+
+
+def merged(
+    elections: Iterable[Iterable[Election]], n_groups: int, by_round: bool = False
+) -> list[dict[str, Any]]:
+    """The lines of leaders.jsonl: what belongs to one step, or to one round, is one line."""
+    lines: dict[float, dict[str, Any]] = {}
+    for step, number, group, local, overall in itertools.chain.from_iterable(elections):
+        key = number if by_round else step
+        line = lines.setdefault(key, {"step": step, "leaders": [None] * n_groups, "leader": None})
+        line["step"] = max(line["step"], step)
+        line["leaders"][group] = local if local >= 0 else None
+        if overall >= 0:
+            line["leader"] = overall
+    return sorted(lines.values(), key=lambda line: line["step"])

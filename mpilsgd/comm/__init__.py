@@ -1,15 +1,17 @@
 """Everything that talks MPI. No other package of mpilsgd imports mpi4py, and no arithmetic lives here."""
 
 from mpilsgd.comm.fabric import Fabric, Level, SharedMemoryWarning
-from mpilsgd.comm.onesided import Turns, thread_problem, wait_until
+from mpilsgd.comm.onesided import Counter, Progress, Turns, thread_problem, wait_until
 from mpilsgd.comm.shards import Shard, Shards
 from mpilsgd.comm.snapshots import Snapshots
 from mpilsgd.comm.topology import Topology, end_job, exit_status
 from mpilsgd.comm.windows import Window, free_shared_memory
 
 __all__ = [
+    "Counter",
     "Fabric",
     "Level",
+    "Progress",
     "Shard",
     "Shards",
     "SharedMemoryWarning",

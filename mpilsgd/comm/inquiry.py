@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import mpi4py
 from mpi4py import MPI
 
+from mpilsgd.comm.onesided import progresses_alone
 from mpilsgd.comm.windows import free_shared_memory
 
 THREAD_LEVELS = {
@@ -38,6 +39,7 @@ def info(comm: MPI.Comm | None = None) -> dict[str, Any]:
     Returns:
         library, library_version: "MPICH", "5.0.2"; standard: "5.0"; mpi4py: its version.
         thread_level: its name; cuda: a `CudaSupport`.
+        progresses_alone: whether one-sided operations across nodes are served without the target's help.
         size: number of ranks; launched: the number of processes that the launcher tells of (None: of none).
         hosts: the host name of every rank; nodes: the ranks of every set that shares memory.
         shared_memory, memory: bytes free in /dev/shm and in all, for every set of `nodes`.
@@ -58,6 +60,7 @@ def info(comm: MPI.Comm | None = None) -> dict[str, Any]:
         "mpi4py": mpi4py.__version__,
         "thread_level": THREAD_LEVELS.get(MPI.Query_thread(), "unknown"),
         "cuda": min((row[4] for row in rows), key=lambda support: support.aware),
+        "progresses_alone": progresses_alone(world, firsts),
         "size": world.size,
         "launched": launched_processes(os.environ),
         "hosts": [row[1] for row in rows],

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from mpilsgd.comm.fabric import Level
 
+_core: Any = None
+with contextlib.suppress(ImportError):
+    _core = importlib.import_module("mpilsgd._core")
+
 _POLL = 5e-4  # seconds between two looks of the progress thread
 _SLEEP = 2e-5, 1e-3  # seconds between two looks of a waiting rank: at first, at last
 
 
 class Board:
-    """A few int64 words on every rank, at first 0, that any rank of the level may change atomically.
+    """A few int64 words on every rank, at first 0, that any rank of the communicator may change atomically.
 
-    Passive-target operations in one epoch; each is complete when it returns. On the same node they need nobody's
-    help; across nodes the owner must enter MPI from time to time (see `Progress`). Collective: creation and `free`.
+    Where all ranks share memory, the processor's atomic operations on a shared window; else MPI's passive-target ones,
+    each complete when it returns, for which the owner must enter MPI from time to time (see `Progress`).
+    Collective: creation and `free`.
     """
 
-    def __init__(self, comm: MPI.Comm, words: int):
+    def __init__(self, comm: MPI.Comm, words: int, shared: bool):
         assert isinstance(comm, MPI.Intracomm)
-        self._win = MPI.Win.Allocate(8 * words, 8, comm=comm)
+        self._addresses: list[int] = []
+        if shared and _core is not None:
+            self._win = MPI.Win.Allocate_shared(8 * words, 8, comm=comm)
+            self._addresses = [self._win.Shared_query(r)[0].address for r in range(comm.size)]
+        else:
+            self._win = MPI.Win.Allocate(8 * words, 8, comm=comm)
         self._win.Lock_all()
         if words:
             np.asarray(self._win.tomemory(), dtype=np.uint8)[:] = 0
@@ -40,20 +53,37 @@ class Board:
 
     def add(self, rank: int, word: int, value: int) -> int:
         """Adds; returns what was there before."""
+        if self._addresses:
+            return _core.word_add(self._addresses[rank] + 8 * word, value)
         return self._fetch(rank, word, value, MPI.SUM)
 
     def read(self, rank: int, word: int) -> int:
+        if self._addresses:
+            return _core.word_load(self._addresses[rank] + 8 * word)
         return self._fetch(rank, word, 0, MPI.NO_OP)
 
+    def peek(self, word: int) -> int:
+        """This rank's own word, as it lies in its memory: what others have changed, soon."""
+        self._win.Sync()
+        return int(np.frombuffer(self._win.tomemory(), np.int64)[word])  # type: ignore[call-overload]
+
     def write(self, rank: int, word: int, value: int) -> None:
-        self._fetch(rank, word, value, MPI.REPLACE)
+        if self._addresses:
+            _core.word_swap(self._addresses[rank] + 8 * word, value)
+        else:
+            self._fetch(rank, word, value, MPI.REPLACE)
 
     def raise_to(self, rank: int, word: int, value: int) -> None:
         """The larger of the word and the value."""
-        self._fetch(rank, word, value, MPI.MAX)
+        if not self._addresses:
+            self._fetch(rank, word, value, MPI.MAX)
+        while self._addresses and (now := self.read(rank, word)) < value:
+            self.exchange(rank, word, now, value)
 
     def exchange(self, rank: int, word: int, expected: int, value: int) -> bool:
         """Writes the value if the word is as expected; whether it was."""
+        if self._addresses:
+            return _core.word_exchange(self._addresses[rank] + 8 * word, expected, value) == expected
         given, expect, result = (np.array([v], np.int64) for v in (value, expected, 0))
         self._win.Compare_and_swap(given, expect, result, rank, word)
         self._win.Flush(rank)
@@ -92,7 +122,7 @@ class Turns:
     NEXT, SERVING, TICKS, RESTING = range(4)
 
     def __init__(self, level: Level, homes: list[int]):
-        self.board = Board(level.comm, 4)
+        self.board = Board(level.comm, 4, level.n_islands == 1)
         self._rank, self._size, self.homes = level.rank, level.size, homes
         self._round_robin = [0] * len(homes)  # turns taken since all last met
 
@@ -160,44 +190,46 @@ class Turns:
 class Counter:
     """Counts the steps of all workers of a level.
 
-    On one island every step is one atomic addition. Across islands each counts for itself and hands its count on when
-    all its workers may have taken a step; who so makes the total cross a multiple of `every` tells all islands.
+    On an island every step is one atomic addition. Across islands each counts for itself and hands its count on when
+    all its workers may have taken a step; who so makes the total cross a multiple of `every` tells all ranks.
     """
 
-    COUNT, SEEN, TOTAL = range(3)
+    COUNT, SEEN = range(2)  # on the island
+    TOTAL, CROSSED = range(2)  # on the first rank of all, on every rank
 
     def __init__(self, level: Level, every: int | None = None):
-        self._board = Board(level.comm, 3)
-        self._homes = level.heads_ranks
-        self._home = level.local_ranks[0]
-        self._batch, self._size = len(level.local_ranks), level.size
+        self._island = Board(level.local, 2, True)
+        self._all = Board(level.comm, 2, False) if level.n_islands > 1 else None
+        self._size, self._batch = level.size, len(level.local_ranks)
         self._every = every
 
     def add(self, steps: int = 1) -> None:
         """Counts this worker's steps."""
-        before = self._board.add(self._home, self.COUNT, steps)
-        if len(self._homes) == 1:
+        before = self._island.add(0, self.COUNT, steps)
+        if self._all is None:
             return
         handed = ((before + steps) // self._batch - before // self._batch) * self._batch
         if handed:
-            old = self._board.add(self._homes[0], self.TOTAL, handed)
-            total = old + handed
-            crossed = self._every is not None and total // self._every > old // self._every
-            for home in self._homes if crossed else [self._home]:
-                self._board.raise_to(home, self.SEEN, total)
+            old = self._all.add(0, self.TOTAL, handed)
+            self._island.raise_to(0, self.SEEN, old + handed)
+            if self._every is not None and (old + handed) // self._every > old // self._every:
+                for rank in range(self._size):
+                    self._all.raise_to(rank, self.CROSSED, old + handed)
 
     def read(self, near: int | None = None) -> int:
         """The total, as far as it is known on this island; close to `near` as far as it is known at all."""
-        if len(self._homes) == 1:
-            return self._board.read(self._home, self.COUNT)
-        seen = self._board.read(self._home, self.SEEN)
+        if self._all is None:
+            return self._island.read(0, self.COUNT)
+        seen = max(self._island.read(0, self.SEEN), self._all.peek(self.CROSSED))
         if near is not None and seen < near <= seen + 4 * self._size:
-            seen = self._board.read(self._homes[0], self.TOTAL)
-            self._board.raise_to(self._home, self.SEEN, seen)
+            seen = self._all.read(0, self.TOTAL)
+            self._island.raise_to(0, self.SEEN, seen)
         return seen
 
     def free(self) -> None:
-        self._board.free()
+        if self._all is not None:
+            self._all.free()
+        self._island.free()
 
 
 class Progress:
@@ -233,31 +265,31 @@ def thread_problem() -> str | None:
 _measured: dict[tuple[int, ...], bool] = {}
 
 
-def progresses_alone(level: Level) -> bool:
-    """Whether one-sided operations on another island's memory complete while its owner is not in MPI. Measured once.
+def progresses_alone(comm: MPI.Comm, homes: list[int]) -> bool:
+    """Whether one-sided operations on another island's memory complete while its owner is not in MPI.
 
-    Collective over the level. True where there is one island only.
+    homes: the first rank of every island. Measured once; True where there is one island only. Collective over `comm`.
     """
-    homes = tuple(level.heads_ranks)
-    if len(homes) == 1:
+    key = tuple(homes)
+    if len(key) == 1:
         return True
-    if homes not in _measured:
+    if key not in _measured:
+        assert isinstance(comm, MPI.Intracomm)
         memory, result = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        assert isinstance(level.comm, MPI.Intracomm)
-        win = MPI.Win.Create(memory, 8, comm=level.comm)
+        win = MPI.Win.Create(memory, 8, comm=comm)
         win.Lock_all()
-        level.comm.Barrier()
+        comm.Barrier()
         start = time.perf_counter()
-        if level.rank == homes[1]:
-            win.Fetch_and_op(np.ones(1, np.int64), result, homes[0], 0, MPI.SUM)
-            win.Flush(homes[0])
-        elif level.rank == homes[0]:
+        if comm.rank == key[1]:
+            win.Fetch_and_op(np.ones(1, np.int64), result, key[0], 0, MPI.SUM)
+            win.Flush(key[0])
+        elif comm.rank == key[0]:
             time.sleep(_NAP)
-        taken = level.comm.bcast(time.perf_counter() - start, root=homes[1])
+        taken = comm.bcast(time.perf_counter() - start, root=key[1])
         win.Unlock_all()
         win.Free()
-        _measured[homes] = taken < _NAP / 2
-    return _measured[homes]
+        _measured[key] = taken < _NAP / 2
+    return _measured[key]
 
 
 _NAP = 0.05

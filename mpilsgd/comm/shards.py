@@ -76,7 +76,7 @@ class Shards:
                     win.Lock_all()
                     longest = max(stop - start for start, stop in (s[d] for s in self._spans))
                     self._fetched[name][d] = torch.empty(longest, dtype=kind)
-        alone = progresses_alone(level)
+        alone = progresses_alone(level.comm, level.heads_ranks)
         fabric.agree(None if alone else thread_problem())
         self._progress = None if alone else Progress(level.comm)
         self.waited = 0.0  # seconds, in all turns so far

@@ -33,7 +33,7 @@ class Snapshots:
     def __init__(self, fabric: Fabric, sizes: dict[torch.dtype, int]):
         self._level = level = fabric.world
         self._sizes = sizes
-        self.board = Board(level.comm, 5)
+        self.board = Board(level.comm, 5, level.n_islands == 1)
         host = torch.device("cpu")
         self._windows = [{d: fabric.window(d, n, host) for d, n in sizes.items()} for _ in range(2)]
         self._remote: list[dict[torch.dtype, MPI.Win]] = [{}, {}]
@@ -44,7 +44,7 @@ class Snapshots:
                     memory = window.mine.view(torch.uint8).numpy() if window.mine.numel() else MPI.BOTTOM
                     remote[d] = MPI.Win.Create(memory, 1, comm=level.comm)
                     remote[d].Lock_all()
-        alone = progresses_alone(level)
+        alone = progresses_alone(level.comm, level.heads_ranks)
         fabric.agree(None if alone else thread_problem())
         self._progress = None if alone else Progress(level.comm)
 

@@ -10,7 +10,7 @@ from mpilsgd import kernels
 from mpilsgd.comm import Shard, Topology
 from mpilsgd.methods.arguments import choice, number
 from mpilsgd.methods.centered import Centered
-from mpilsgd.methods.course import course_problems
+from mpilsgd.methods.course import course_problems, course_settings
 
 
 class ADMM(Centered):
@@ -64,7 +64,7 @@ class ADMM(Centered):
             buffers=buffers,
             model=model,
             problems=problems,
-            settings=dict(rho=rho, asynchronous=asynchronous),
+            settings=dict(rho=rho, asynchronous=asynchronous, **course_settings(order, record, replay)),
             vectors=1.0,
         )
         self._open_centre(init, order if asynchronous else "round-robin", record, replay)
@@ -82,11 +82,12 @@ class ADMM(Centered):
         return True
 
     def _local_step(self, closure: Any) -> Any:
-        eta = self._eta()
+        eta, result = self._eta(), None
         with torch.no_grad(), self._iterates():
             fit = self._fit()
             before = {d: w.mine[: self._n[d]].clone() for d, w in self._x.items()}
-        result = super()._local_step(closure)
+        if fit:
+            result = super()._local_step(closure)
         with torch.no_grad(), self._iterates():
             fit = fit and self._fit()
             with self._visiting() as shards:
@@ -96,7 +97,8 @@ class ADMM(Centered):
                     else:
                         self._start_anew(shard)
             if not fit:
-                self._forget_multipliers()
+                for multipliers in self._multipliers.values():
+                    multipliers.zero_()
         return result
 
     def _move(self, shard: Shard, before: dict[torch.dtype, torch.Tensor], weight: float) -> None:
@@ -111,10 +113,6 @@ class ADMM(Centered):
             kernels.elastic(c, [x], 0.0, 1 / p)
             x.copy_(c)
         self._updates(shard)
-
-    def _forget_multipliers(self) -> None:
-        for multipliers in self._multipliers.values():
-            multipliers.zero_()
 
     def _extra(self) -> dict[str, Any]:
         return {**super()._extra(), "multipliers": {str(d): v.clone() for d, v in self._multipliers.items()}}

@@ -31,6 +31,14 @@ def course_problems(asynchronous: Any, order: Any, record: Any, replay: Any) -> 
     return found
 
 
+def course_settings(order: str, record: Any, replay: Any) -> dict[str, Any]:
+    """What all ranks must agree about, and what a replay need not have in common with its recording."""
+    return {_OWN: (order, record is not None, replay is not None)}
+
+
+_OWN = "order, recorded, replayed"
+
+
 class Course:
     """What the workers of one asynchronous method do when.
 
@@ -55,7 +63,8 @@ class Course:
         every: int | None = None,
     ):
         self._topology = topology
-        self._about = json.loads(json.dumps(about, default=str))
+        settings = {key: value for key, value in about["settings"].items() if key != _OWN}
+        self._about = json.loads(json.dumps({**about, "settings": settings}, default=str))
         self._record = record
         self.round_robin = order == "round-robin"
         self._reached: dict[str, int] = {}

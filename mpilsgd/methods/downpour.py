@@ -14,14 +14,14 @@ from mpilsgd.comm import Shard, Topology, Window
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import accumulation_dtype, follow, share
 from mpilsgd.methods.centered import Centered
-from mpilsgd.methods.course import course_problems
+from mpilsgd.methods.course import course_problems, course_settings
 
 
 class Downpour(Centered):
     """DOWNPOUR, with momentum (MDOWNPOUR) or averages of the centre (ADOWNPOUR, MVADOWNPOUR).
 
-    After the step that makes t a multiple of tau, where a is what the worker last received and x - a = v what its steps,
-    one gradient value each, have added since:
+    After the step that makes t a multiple of tau, where a is what the worker last received and x - a = v what its
+    steps, one gradient value each, have added since:
 
         c <- c + (x - a);    x <- c;    a <- c
 
@@ -82,7 +82,13 @@ class Downpour(Centered):
             buffers=buffers,
             model=model,
             problems=problems,
-            settings=dict(period=period, momentum=momentum, average=average, asynchronous=asynchronous),
+            settings=dict(
+                period=period,
+                momentum=momentum,
+                average=average,
+                asynchronous=asynchronous,
+                **course_settings(order, record, replay),
+            ),
             vectors=1.0 + bool(momentum) + (average is not None),
         )
         names = ["c", *(["u"] if momentum else []), *(["z"] if average is not None else [])]

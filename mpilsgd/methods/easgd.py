@@ -14,7 +14,7 @@ from mpilsgd.comm import Shard, Topology, Window, thread_problem
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import accumulation_dtype, share
 from mpilsgd.methods.centered import Centered
-from mpilsgd.methods.course import course_problems
+from mpilsgd.methods.course import course_problems, course_settings
 from mpilsgd.methods.wrapped import gradient_at_x
 
 
@@ -105,6 +105,7 @@ class EASGD(Centered):
                 form=form,
                 asynchronous=asynchronous,
                 overlap=overlap,
+                **course_settings(order, record, replay),
             ),
             vectors=1.0,
         )

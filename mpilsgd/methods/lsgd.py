@@ -15,7 +15,7 @@ from mpilsgd.comm import Level, Topology, Window
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import share
 from mpilsgd.methods.base import ROUND, Method
-from mpilsgd.methods.course import Course, course_problems
+from mpilsgd.methods.course import Course, course_problems, course_settings
 from mpilsgd.methods.local import MSGD
 from mpilsgd.methods.waitfree import WaitFree
 from mpilsgd.methods.wrapped import gradient_at_x
@@ -44,12 +44,13 @@ class LSGD(Method):
             (one vector a leader and node more).
         sequential: when both pulls are due, the local one first, then the global, as Algorithm 1 prints them: the
             simultaneous update with rates lambda (1 - lambda_G) and lambda_G.
-        score: a callable without arguments, this worker's score now, less is better, in place of the loss window.
-        asynchronous: True (Algorithm 1): the steps of all workers are counted together; when they reach a multiple of
-            p tau (p tau_G), a round is due, and each joins it at its next step, with its own number of steps: nobody waits
-            longer than for the slowest worker's one step. "wait-free": nobody waits at all. By its own clock each worker
-            publishes its score and parameters and is pulled to the last published ones of the leader (three vectors more
-            a worker, four with two leaders).
+        score: a callable without arguments, this worker's score now, less is better, in place of the loss
+            window.
+        asynchronous: True (Algorithm 1): the steps of all workers are counted together; when they reach a multiple
+            of p tau (p tau_G), a round is due, and each joins it at its next step, with its own number of steps:
+            nobody waits longer than for the slowest worker's one step. "wait-free": nobody waits at all. By its own
+            clock each worker publishes its score and parameters and is pulled to the last published ones of the
+            leader (three vectors more a worker, four with two leaders).
         order, record, replay: as for `EASGD`. In round robin Algorithm 1 is the synchronous form.
         optimizer, topology, init, buffers, model and errors: see `Method`.
 
@@ -123,6 +124,7 @@ class LSGD(Method):
                 sequential=sequential,
                 asynchronous=asynchronous,
                 score=score is not None,
+                **course_settings(order, record, replay),
             ),
             vectors=2.0 * topology.node.size
             if asynchronous == "wait-free"

@@ -103,24 +103,25 @@ class WaitFree:
 
     def _best(self, ranks: Iterable[int], known: list[int], into: Vectors) -> tuple[int, int]:
         """The rank with the least score among the published ones and its version, whose copy is `into` then."""
-        me = self._fabric.world.rank
-        leader, version = known
+        me, snapshots = self._fabric.world.rank, self._snapshots
+        if self._course.replays:
+            leader, version = known
+            if leader >= 0 and leader != me:
+                wait_until(lambda: snapshots.newest(leader)[0] >= version)
+                snapshots.copy(leader, version, into)
+                self._count(leader)
+            return leader, version
         while True:
-            if not self._course.replays:
-                found = [(score, r, v) for r in ranks for v, score in [self._snapshots.newest(r)] if v]
-                found = [row for row in found if math.isfinite(row[0])]
-                if not found:
-                    return -1, 0
-                _, leader, version = min(found)
-            if leader < 0 or leader == me:
-                return leader, version
-            if self._course.replays:
-                wanted = version
-                wait_until(lambda: self._snapshots.newest(leader)[0] >= wanted)
-            whole = self._snapshots.copy(leader, version, into)
-            self._count(leader)
-            if whole or self._course.replays:
-                return leader, version
+            found = [(score, r, v) for r in ranks for v, score in [snapshots.newest(r)] if v]
+            found = [row for row in found if math.isfinite(row[0])]
+            if not found:
+                return -1, 0
+            _, best, newest = min(found)
+            if best == me:
+                return best, newest
+            self._count(best)
+            if snapshots.copy(best, newest, into):
+                return best, newest
 
     def _may_overwrite(self, version: int) -> bool:
         """In a replay: whether all have read the version who did so in the recorded run."""

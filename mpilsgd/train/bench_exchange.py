@@ -18,7 +18,7 @@ import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Topology, Window
-from mpilsgd.train import bench_memory
+from mpilsgd.train import bench_asynchronous, bench_memory
 from mpilsgd.train.bench_memory import CENTER_RATE, METHODS, PARAMETERS, PULL, Model
 from mpilsgd.train.table import columns, in_bytes, in_ms
 
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         before = {name: _traffic(method) for name, method in methods.items()}
         seconds = _measure(topology, calls, args.repetitions)
         traffic = topology.gather({name: _traffic(methods[name]) - before[name] for name in methods})
+    alone = bench_asynchronous.measure(topology, numel, args.repetitions, Still)
     memory = bench_memory.measure(topology, numel)
     if traffic is not None:
         print(
@@ -85,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
         print(_times_text(seconds, traffic, args.repetitions))
         print()
         print(_ratios_text(seconds))
+        print()
+        print(bench_asynchronous.text(alone))
         print()
         print(bench_memory.text(memory, 4 * numel))
     topology.free()

@@ -105,7 +105,7 @@ class Config:
         None, "Run", "threads a rank (null: OMP_NUM_THREADS, or a fair share of the cores)"
     )
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "Run", "auto: a GPU if there is one")
-    slow: str | list[Any] | int | float | None = dataclasses.field(
+    slow: str | list[str | int | float] | int | float | None = dataclasses.field(
         default=None,
         metadata={
             "group": "Run",

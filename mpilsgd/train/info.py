@@ -92,6 +92,7 @@ def _text(facts: dict[str, Any], groups: Sequence[Sequence[int]], rows: Sequence
         ("Python", _by_rank([row["python"] for row in rows])),
         ("MPI", "{library} {library_version} (standard {standard}), mpi4py {mpi4py}".format(**facts)),
         ("thread level", facts["thread_level"]),
+        ("progress", _progress_text(facts["progresses_alone"], len(facts["nodes"]))),
         ("ranks", f"{facts['size']} on {len(facts['nodes'])} node(s) in {len(groups)} group(s)"),
     ]
     if (facts["launched"] or 0) > facts["size"]:
@@ -111,6 +112,18 @@ def _text(facts: dict[str, Any], groups: Sequence[Sequence[int]], rows: Sequence
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:{width}}  {text}".rstrip() for name, text in lines)
+
+
+def _progress_text(alone: bool, nodes: int) -> str:
+    """What serves one-sided operations on a rank that computes."""
+    if nodes == 1:
+        return "one-sided operations within a node need no help"
+    if alone:
+        return "MPI serves one-sided operations from other nodes by itself (measured)"
+    return (
+        "MPI serves one-sided operations from other nodes only when called (measured): in asynchronous runs a "
+        "polling thread calls it"
+    )
 
 
 def _node_text(ranks: Sequence[int], groups: Sequence[Sequence[int]]) -> str:

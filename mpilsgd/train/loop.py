@@ -126,13 +126,11 @@ class Trainer:
         return self._finish()
 
     def _events(self) -> list[Event]:
-        """What lies between the last checkpoint and the end, by mean step; at one step the evaluation first."""
-        intervals = {"evaluate": self.config.eval_every, "save": self.config.checkpoint_every}
-        events = []
-        for what, every in intervals.items():
-            interval = steps_of(every, self.sampler.batches)
-            events += [Event(step, what) for step in range(interval, self.total, interval or 1) if interval]
-        return sorted(event for event in events if event.step > (self._sealed or 0))
+        batches = self.sampler.batches
+        evaluations = steps_of(self.config.eval_every, batches)
+        return events_between(
+            self._sealed or 0, self.total, evaluations, steps_of(self.config.checkpoint_every, batches)
+        )
 
     def _do(self, event: Event) -> None:
         if event.what == "evaluate":
@@ -369,6 +367,17 @@ def steps_of(every: float | str | None, batches: int) -> int:
         return 0
     number, unit = interval
     return int(number) if unit == "steps" else max(1, round(number * batches))
+
+
+def events_between(start: int, end: int, evaluations: int, saves: int) -> list[Event]:
+    """The evaluations and checkpoints after `start` and before `end`, by their intervals (0: none)."""
+    events = [
+        Event(step, what)
+        for what, interval in (("evaluate", evaluations), ("save", saves))
+        if interval
+        for step in range(start // interval * interval + interval, end, interval)
+    ]
+    return sorted(events)
 
 
 def histogram(parts: Iterable[dict[int, int]]) -> dict[str, int]:

@@ -12,8 +12,8 @@ import pytest
 
 from mpilsgd.cli import main
 from mpilsgd.train.command_line import ConfigError, parse
-from mpilsgd.train.config import Config, default_output, parse_every
-from mpilsgd.train.options import method_options, methods
+from mpilsgd.train.config import FIELDS, Config, default_output, parse_every
+from mpilsgd.train.options import keyword_arguments, method_options, methods, required
 
 
 def write(folder: Path, text: str, name: str = "c.yaml") -> str:
@@ -62,7 +62,8 @@ def test_another_method_than_the_file_s(tmp_path: Path) -> None:
 )
 def test_the_job_files_are_understood(file: Path) -> None:
     for method in methods():
-        assert parse([str(file), "--method", method]).method == method
+        needed = [f"--{key}=0.5" for key in required(methods()[method], method_options(FIELDS))]
+        assert parse([str(file), "--method", method, *needed]).method == method
 
 
 def test_several_files_the_later_counts(tmp_path: Path) -> None:
@@ -129,8 +130,73 @@ def test_every_constructor_argument_is_an_option() -> None:
         "buffers",
     } <= set(options)
     assert not {"optimizer", "topology", "model", "self", "score"} & set(options)
-    assert set(options["period"].defaults) == {"LocalSGD", "LSGD", "EASGD"}
-    assert "method_momentum" in method_options(["momentum"]) or "momentum" not in options
+    assert set(options["period"].defaults) == {"LocalSGD", "LSGD", "EASGD", "Downpour"}
+    assert set(options["asynchronous"].defaults) == {"LSGD", "EASGD", "Downpour", "ADMM"}
+    assert {"overlap", "order", "record", "replay", "rho", "momentum"} <= set(options)
+    assert "method_momentum" in method_options(["momentum"])
+    assert all(option.help for option in options.values())
+
+
+@pytest.mark.parametrize(
+    ("argv", "given"),
+    [
+        (["--asynchronous", "wait-free"], "wait-free"),
+        (["--asynchronous", "true"], True),
+        (["--asynchronous=false"], False),
+        (["--asynchronous"], True),
+        (["--asynchronous", "--lr", "0.5"], True),
+        (["--method", "EASGD", "--asynchronous"], True),
+    ],
+)
+def test_ways_to_be_asynchronous(argv: list[str], given: object, tmp_path: Path) -> None:
+    assert parse(argv).method_options["asynchronous"] is given or given == "wait-free"
+    assert parse(argv).method_options == {"asynchronous": given}
+    assert parse([write(tmp_path, parse(argv).text())]).method_options == {"asynchronous": given}
+
+
+def test_downpour_s_momentum_is_not_the_optimizer_s() -> None:
+    config = parse(["--method", "Downpour", "--momentum", "0.9", "--method_momentum", "0.5"])
+    assert config.momentum == 0.9
+    options = method_options(FIELDS)
+    assert keyword_arguments(config.method_options, options) == {"momentum": 0.5}
+
+
+@pytest.mark.parametrize(("text", "value"), [("running", "running"), ("0.25", 0.25), ("null", None)])
+def test_downpour_s_average(text: str, value: object) -> None:
+    config = parse(["--method", "Downpour", "--average", text])
+    assert config.method_options == {"average": value}
+
+
+def test_what_a_method_cannot_do_without() -> None:
+    assert any(part.startswith("rho: ADMM needs it: penalty") for part in refused("--method", "ADMM"))
+    assert parse(["--method", "ADMM", "--rho", "2"]).method_options == {"rho": 2.0}
+
+
+def test_a_file_for_the_recording_may_have_a_colon() -> None:
+    config = parse(["--asynchronous", "--record", "x:y"])
+    assert keyword_arguments(config.method_options, method_options(FIELDS))["record"] == "x:y"
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("slow: '2:3'", "2:3"),
+        ("slow: ['2:3', '0:1.5']", "0:1.5,2:3"),
+        ("slow: random:2", "random:2"),
+        ("slow: null", None),
+    ],
+)
+def test_slow_ranks_in_a_file(line: str, text: str | None, tmp_path: Path) -> None:
+    config = parse([write(tmp_path, line)])
+    assert config.slow == text
+    assert parse([write(tmp_path, config.text(), "2.yaml")]).slow == text
+
+
+def test_slow_ranks_on_the_command_line(tmp_path: Path) -> None:
+    assert parse(["--slow", "2:3"]).slow == "2:3"
+    assert parse(["--slow", "3:2.0,random:1.5"]).slow == "3:2,random:1.5"
+    assert "slow: must be RANK:FACTOR" in refused("--slow", "2:0.5")[0]
+    assert "put it in quotes" in refused(write(tmp_path, "slow: 2:3"))[0]
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
@@ -188,7 +254,7 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["--method", "SGDD"], "method: 'SGDD' is not one of AllreduceSGD"),
+        (["--method", "SGDD"], "method: 'SGDD' is not one of ADMM, AllreduceSGD"),
         (["--lr", "0"], "lr: must be above 0"),
         (["--lr", "inf"], "lr:"),
         (["--momentum", "1"], "momentum: must be in [0, 1)"),
@@ -255,6 +321,9 @@ def test_help_is_grouped_and_names_everything(capsys: pytest.CaptureFixture[str]
         "Run:",
         "--lr X",
         "[0.1]",
+        "[has to be given]",
+        "--slow RANK:X,..",
+        "--asynchronous true|false|wait-free",
     ):
         assert part in text
     for option in [*vars(Config()), *method_options()]:

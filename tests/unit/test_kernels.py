@@ -99,13 +99,19 @@ CASES: dict[str, tuple[Callable, Callable]] = {
     "pull many": (
         lambda f, v, s: f.pull(peers_of(v), v["l"], R, v["o"], Q, stats=s),
         lambda a, s: {
-            key: a[key] - s(R) * (a[key] - a["l"]) - s(Q) * (a[key] - a["o"]) for key in a if key.startswith("p")
+            key: a[key] - s(R) * (a[key] - a["l"]) - s(Q) * (a[key] - a["o"])
+            for key in a
+            if key.startswith("p")
         },
     ),
     "pull many and the leader": (
         lambda f, v, s: f.pull([*peers_of(v), v["l"]], v["l"], R, v["o"], Q, stats=s),
         lambda a, s: {
-            **{key: a[key] - s(R) * (a[key] - a["l"]) - s(Q) * (a[key] - a["o"]) for key in a if key.startswith("p")},
+            **{
+                key: a[key] - s(R) * (a[key] - a["l"]) - s(Q) * (a[key] - a["o"])
+                for key in a
+                if key.startswith("p")
+            },
             "l": a["l"] - s(Q) * (a["l"] - a["o"]),
         },
     ),

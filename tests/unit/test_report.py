@@ -133,6 +133,90 @@ def test_eight_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "4 (2 groups)" in out and "led all" in out and "160 MB" in out
 
 
+def asynchronous_run(folder: Path, steps: list[int], staleness: dict[str, int], **config: Any) -> Path:
+    """A made-up run whose summary has what asynchronous runs have more."""
+    made_up_run(folder, "EASGD", (len(steps),))
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"worker_steps": steps, "t_wait": [0.5] * len(steps)}
+    summary |= {"staleness": staleness} if staleness else {}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    told = {"method": "EASGD", "asynchronous": True, **config}
+    (folder / "config.yaml").write_text("".join(f"{key}: {json.dumps(told[key])}\n" for key in told))
+    return folder
+
+
+def test_asynchronous_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [
+        made_up_run(tmp_path / "lsgd"),
+        asynchronous_run(tmp_path / "free", [790, 420, 1010, 980], {"0": 10, "3": 70, "12": 1}),
+        asynchronous_run(tmp_path / "no-centre", [800, 800], {}),
+    ]
+    assert call(*folders, "-o", tmp_path / "out") == 0
+    assert is_png(tmp_path / "out" / "asynchrony.png")
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line[:1].islower()}
+    assert rows["run"].split()[-2:] == ["waiting", "staleness"]
+    assert "420..1010" in rows["free"] and rows["free"].endswith("2.74, most 12") and "0.37 %" in rows["free"]
+    assert " 800 " in rows["no-centre"] and rows["no-centre"].endswith("-")
+    assert rows["lsgd"].endswith("-")
+
+
+def test_one_asynchronous_run(tmp_path: Path) -> None:
+    folder = asynchronous_run(tmp_path / "run", list(range(100, 120)), {str(k): 1 + k for k in range(40)})
+    assert call(folder) == 0
+    assert is_png(folder / "report" / "asynchrony.png")
+    (run,) = read_runs([folder])
+    assert run.worker_steps == list(range(100, 120)) and run.staleness[39] == 40
+
+
+def test_synchronous_runs_have_no_picture_of_asynchrony(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "asynchrony.png").write_bytes(b"of an earlier report")
+    assert call(made_up_run(tmp_path / "lsgd"), "-o", tmp_path / "out") == 0
+    assert not (tmp_path / "out" / "asynchrony.png").exists()
+    assert "staleness" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", [{"staleness": [1]}, {"staleness": {"x": 1}}, {"worker_steps": [None]}])
+def test_damaged_figures_of_an_asynchronous_run(tmp_path: Path, damage: dict[str, Any]) -> None:
+    folder = asynchronous_run(tmp_path / "run", [3, 4], {"1": 7})
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | damage))
+    assert call(folder) == 0
+
+
+@pytest.mark.parametrize(
+    ("folder", "config", "label"),
+    [
+        ("easgd-cnn7", {"asynchronous": False}, "easgd-cnn7"),
+        ("easgd-cnn7", {}, "easgd-cnn7 (asynchronous)"),
+        ("async", {}, "async (EASGD)"),
+        ("third", {}, "third (EASGD asynchronous)"),
+        ("third", {"asynchronous": None}, "third (EASGD)"),
+        ("best", {"asynchronous": "wait-free"}, "best (EASGD wait-free)"),
+        ("EASGD-wait_free", {"asynchronous": "wait-free"}, "EASGD-wait_free"),
+    ],
+)
+def test_a_label_names_the_method(tmp_path: Path, folder: str, config: dict[str, Any], label: str) -> None:
+    (run,) = read_runs([asynchronous_run(tmp_path / folder, [3, 4], {"1": 7}, **config)])
+    assert run.label == label
+
+
+def test_no_leader_leads_beyond_the_end(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from mpilsgd.train.figures import _draw_lanes
+
+    (run,) = read_runs([made_up_run(tmp_path / "run", points=2)])
+    for elections, last, end in ((10, 80, 80), (7, 80, 80), (10, 40, 80)):
+        run.leaders = [{"step": 8 * (i + 1), "leaders": [i % 2], "leader": None} for i in range(elections)]
+        run.metrics = [{"step": last}]
+        axis = Figure().subplots()
+        _draw_lanes(axis, run)
+        assert axis.get_xlim() == (0, end)
+        ends = [path.vertices[:, 0].max() for bars in axis.collections for path in bars.get_paths()]
+        assert max(ends) == end
+
+
 def test_no_leaders_no_leader_picture(tmp_path: Path) -> None:
     folder = made_up_run(tmp_path / "easgd", "EASGD")
     (tmp_path / "out").mkdir()

@@ -13,9 +13,19 @@ import torch
 from mpilsgd.train.config import Config
 from mpilsgd.train.data import TensorSet
 from mpilsgd.train.display import Display, closing, duration, opening, size
+from mpilsgd.train.elections import Election, merged, on_common_clock
 from mpilsgd.train.evaluation import evaluate, evaluating
 from mpilsgd.train.job import fair_share
-from mpilsgd.train.loop import merged, random_state, restore_random_state, steps_of
+from mpilsgd.train.loop import (
+    Event,
+    events_between,
+    histogram,
+    mean,
+    random_state,
+    restore_random_state,
+    steps_of,
+)
+from mpilsgd.train.stragglers import Slowdown, parse_slow
 
 
 @pytest.mark.parametrize(
@@ -40,9 +50,52 @@ def test_steps_of(every: Any, steps: int) -> None:
     assert steps_of(every, 40) == steps
 
 
+def test_events_in_order() -> None:
+    assert events_between(0, 30, 10, 15) == [
+        Event(10, "evaluate"),
+        Event(15, "save"),
+        Event(20, "evaluate"),
+    ]
+    assert events_between(0, 21, 10, 10) == [
+        Event(10, "evaluate"),
+        Event(10, "save"),
+        Event(20, "evaluate"),
+        Event(20, "save"),
+    ]
+    assert events_between(15, 40, 10, 15) == [Event(20, "evaluate"), Event(30, "evaluate"), Event(30, "save")]
+    assert events_between(0, 10, 10, 0) == events_between(20, 10, 1, 1) == []
+
+
+def test_the_mean_step_is_whole_where_it_can_be() -> None:
+    assert mean([4, 4]) == 4 and isinstance(mean([4, 4]), int)
+    assert isinstance(mean([3, 5]), int)
+    assert mean([3, 4, 4, 4]) == 3.75
+
+
+def test_histogram() -> None:
+    assert histogram([{3: 1, 0: 2}, {}, {3: 4, 10: 1}]) == {"0": 2, "3": 5, "10": 1}
+    assert list(histogram([{10: 1}, {9: 1}])) == ["9", "10"]
+
+
+def test_a_worker_s_elections_by_the_common_clock() -> None:
+    found = [Election(step, number, 0, 1, 1) for number, step in ((1, 12), (2, 14))]
+    assert on_common_clock(found, (10, 20), (10, 20)) == found
+    assert [e.step for e in on_common_clock(found, (10, 14), (20, 21.5))] == [20.75, 21.5]
+    assert on_common_clock([], (3, 3), (3, 5)) == []
+
+
+def test_elections_of_one_round_are_one_line() -> None:
+    first = [Election(7.5, 1, 0, 1, -1), Election(16, 2, 0, 0, 0)]
+    second = [Election(8.25, 1, 1, 2, -1), Election(15.5, 2, 1, 3, 0)]
+    assert merged([first, second], 2, by_round=True) == [
+        {"step": 8.25, "leaders": [1, 2], "leader": None},
+        {"step": 16, "leaders": [0, 3], "leader": 0},
+    ]
+
+
 def test_merged_elections() -> None:
-    first = [(8, 0, 1, -1), (12, 0, 0, 3)]
-    second = [(8, 1, 2, -1), (12, 1, 3, 3), (16, 1, 2, -1)]
+    first = [Election(8, 1, 0, 1, -1), Election(12, 2, 0, 0, 3)]
+    second = [Election(8, 1, 1, 2, -1), Election(12, 2, 1, 3, 3), Election(16, 3, 1, 2, -1)]
     assert merged([first, [], second, []], 2) == [
         {"step": 8, "leaders": [1, 2], "leader": None},
         {"step": 12, "leaders": [0, 3], "leader": 3},
@@ -158,6 +211,85 @@ def test_opening_and_closing() -> None:
         "runs/x",
     ):
         assert part in text
+
+
+def test_an_asynchronous_run_says_what_it_did() -> None:
+    config = Config(method="EASGD", method_options={"asynchronous": True}, slow="0:3,random:1.5")
+    text = opening(config, 4, [[0, 1, 2, 3]], 1, 1437, 85002)
+    assert "slowed down on purpose: rank 0 by 3, every step by a random factor of mean 1.5" in text
+    summary = {
+        **dict(world_size=2, test_error=0.03, test_loss=0.1, leads=[0, 0], resets=[0, 0], wall_s=1.0),
+        **dict(steps=9.5, t_compute=[1.0, 3.0], t_data=[0.0, 0.0], t_comm=[2.0, 2.0], t_wait=[1.0, 2.0]),
+        **dict(bytes_group=0, bytes_across=0, rounds=4, best_worker={"rank": 1, "test_error": 0.02}),
+        **dict(worker_steps=[6, 13], staleness={"0": 1, "2": 3, "10": 1}),
+    }
+    text = closing(summary, "runs/x")
+    assert "6 to 13 steps a rank" in text
+    assert "mean 3.20, at most 10" in text
+    assert "7 steps a rank" in closing({**summary, "worker_steps": [7, 7]}, "runs/x")
+
+
+def test_a_slow_rank_sleeps_for_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    slowdown = parse_slow("2:3,0:1.5")
+    for rank in range(3):
+        slowdown.sleep(0.1, 0, rank, 7)
+    assert slept == pytest.approx([0.05, 0.0, 0.2])
+    slept.clear()
+    parse_slow(None).sleep(0.1, 0, 0, 0)
+    assert slept == []
+
+
+def test_random_slowness_has_its_mean_and_a_stream_of_its_own_for_each_rank() -> None:
+    slowdown = parse_slow("random:3")
+    factors = np.array([[slowdown.factor(5, rank, step) for step in range(2000)] for rank in (0, 1)])
+    assert (factors >= 1).all()
+    assert factors.mean(1) == pytest.approx([3, 3], rel=0.1)
+    assert (factors - 1).std() == pytest.approx(2, rel=0.1)  # exponential: as large as the mean
+    assert abs(np.corrcoef(factors)[0, 1]) < 0.1
+    assert slowdown.factor(5, 1, 3) == factors[1, 3] != slowdown.factor(6, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "slowdown"),
+    [
+        (None, Slowdown()),
+        ("2:3", Slowdown({2: 3.0})),
+        ("2:3, 0:1.5", Slowdown({0: 1.5, 2: 3.0})),
+        ("random:2", Slowdown({}, 2.0)),
+        (["1:2", "random:1.5,3:4"], Slowdown({1: 2.0, 3: 4.0}, 1.5)),
+        ([], Slowdown()),
+    ],
+)
+def test_slow(value: Any, slowdown: Slowdown) -> None:
+    assert parse_slow(value) == slowdown
+    assert parse_slow(str(slowdown) or None) == slowdown
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("2:0.5", "must be RANK:FACTOR or random:FACTOR, .* each FACTOR at least 1, not '2:0.5'"),
+        ("2", "not '2'"),
+        ("", "not ''"),
+        ("2:", "not '2:'"),
+        ("-1:2", "not '-1:2'"),
+        ("one:2", "not 'one:2'"),
+        ("1:2:3", "not '1:2:3'"),
+        ("1:inf", "not '1:inf'"),
+        ("1:nan", "not '1:nan'"),
+        ("0:2,,1:2", "not ''"),
+        ("0:2,0:3", "0 is given twice"),
+        ("random:2,random:2", "random is given twice"),
+        (123, "not 123; in a file put it in quotes: '2:3'"),
+        ([61.5], "not 61.5; in a file"),
+        ([["1:2"]], r"not \['1:2'\]"),
+    ],
+)
+def test_slow_that_makes_no_sense(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_slow(value)
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,9 @@ class ADMM(Centered):
             problems=problems,
             settings=dict(rho=rho, asynchronous=asynchronous, **course_settings(order, record, replay)),
             vectors=1.0,
+            course=(order if asynchronous else "round-robin", record, replay),
         )
-        self._open_centre(init, order if asynchronous else "round-robin", record, replay)
+        self._open_centre(init)
         self._multipliers = {
             d: torch.zeros_like(w.mine[: self.flat.n_parameters[d]]) for d, w in self._x.items()
         }

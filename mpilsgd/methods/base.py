@@ -65,6 +65,7 @@ class Method(torch.optim.Optimizer):
         settings: dict[str, Any],
         vectors: float = 0.0,
         gradients: bool = False,
+        course: tuple[str, Any, Any] | None = None,
     ):
         super().__setstate__({})  # step hooks, without a copy of the parameter groups
         self.topology = Topology() if topology is None else topology
@@ -79,7 +80,7 @@ class Method(torch.optim.Optimizer):
         self.t = 0
         self.metrics = Metrics()
         self._open = self._lent = False
-        self._course: Course | None = None  # of an asynchronous run
+        self._course: Course | None = None
         self._waited = 0.0
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._modules = [model] if model is not None else find_modules(parameters)
@@ -92,6 +93,8 @@ class Method(torch.optim.Optimizer):
             held,
             {**settings, "init": init, "buffers": buffers},
         )
+        if course is not None:  # order, record, replay of an asynchronous run
+            self._course = Course(self.topology, *course, self._about)
         device = parameters[0].device
         nbytes = sum(-(-t.numel() * t.element_size() // 64) * 64 for t in [*parameters, *held])
         node = self.topology.node
@@ -389,14 +392,21 @@ class Method(torch.optim.Optimizer):
         raise RuntimeError("give the wrapped optimizer all its parameter groups before wrapping it")
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state and, under "mpilsgd", this worker's clock, metrics and the method's own."""
+        """The wrapped optimizer's state and, under "mpilsgd", this worker's clock, metrics and the method's own.
+
+        Each rank saves its own. In an asynchronous run the first of each node also saves its part of the centre, so
+        nobody may step meanwhile: `settle()` and a barrier come first.
+        """
         metrics = dataclasses.asdict(self.metrics)
         del metrics["t_comm"], metrics["t_wait"]  # this process's
         own = {"method": type(self).__name__, "t": self.t, "metrics": metrics}
         return {**self.optimizer.state_dict(), "mpilsgd": {**own, **self._extra()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up what `state_dict` of the same method gave; the parameters are the model's to load."""
+        """Takes up what `state_dict` of the same method gave; the parameters are the model's to load.
+
+        Collective if the method is asynchronous.
+        """
         state_dict = dict(state_dict)
         own = state_dict.pop("mpilsgd", None)
         if own is None or own.get("method") != type(self).__name__:
@@ -410,6 +420,9 @@ class Method(torch.optim.Optimizer):
             self.metrics.bytes_across,
         )
         self._load_extra(own)
+
+    def settle(self) -> None:
+        """Waits for this worker's own exchange, if one is under way (`EASGD(overlap=True)`)."""
 
     def _extra(self) -> dict[str, Any]:
         """What a subclass keeps beside the clock and the metrics."""

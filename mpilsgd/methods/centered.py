@@ -13,7 +13,6 @@ import torch
 from mpilsgd.comm import Shard, Shards
 from mpilsgd.methods.averaging import accumulation_dtype
 from mpilsgd.methods.base import Method
-from mpilsgd.methods.course import Course
 
 
 class Part(NamedTuple):
@@ -39,18 +38,15 @@ class Centered(Method):
     def _open_centre(
         self,
         init: str,
-        order: str,
-        record: Any,
-        replay: Any,
         also: Sequence[str] = (),
         wide: Sequence[str] = (),
-        whole: bool = False,
     ) -> None:
         """Makes the shards: "c", which starts at the workers' mean, and others, which start at 0. Collective.
 
-        also: other vectors of the workers' types; wide: of their accumulation types; whole: the buffers too.
+        also: other vectors of the workers' types; wide: of their accumulation types.
         """
-        self._course = Course(self.topology, self.fabric, order, record, replay, self._about)
+        assert self._course is not None
+        self._course.open(self.fabric)
         kinds = {name: {d: d for d in self._x} for name in ("c", *also)}
         kinds |= {name: {d: accumulation_dtype(d) for d in self._x} for name in wide}
         sizes = {d: w.mine.numel() for d, w in self._x.items()}
@@ -204,6 +200,7 @@ class Centered(Method):
     def _load_extra(self, own: dict[str, Any]) -> None:
         if self._shards is None:
             return
+        self.fabric.world.table([0.0])  # nobody is in a turn
         self._last_update = list(own["last_update"])
         if self.fabric.world.local.rank == 0:
             for name, of in self._shards.own.items():
@@ -213,6 +210,7 @@ class Centered(Method):
             self._shards.turns.set_ticks(self.fabric.world.island, own["ticks"])
         if self._course is not None:
             self._course.count(self.t)
+        self.fabric.world.table([0.0])
 
     def _free(self) -> None:
         if self._shards is not None:

@@ -47,20 +47,17 @@ class Course:
         record: the file to which rank 0 writes the order of events of a free run, at the end.
         replay: such a file, whose run is to be repeated.
         about: what must be equal for a replay: method, settings, number of workers, model.
-        every: a total of steps whose multiples all workers shall learn of at once.
 
-    Collective, as are `meet` and `finish`. Raises: ValueError on every rank if the replay cannot be used.
+    Collective, as are `open` and `finish`. Raises: ValueError on every rank if the replay cannot be used.
     """
 
     def __init__(
         self,
         topology: Topology,
-        fabric: Fabric,
         order: str,
         record: str | os.PathLike[str] | None,
         replay: str | os.PathLike[str] | None,
         about: dict[str, Any],
-        every: int | None = None,
     ):
         self._topology = topology
         settings = {key: value for key, value in about["settings"].items() if key != _OWN}
@@ -76,7 +73,12 @@ class Course:
             self._check_writable(record)
         self._next = 0
         self._counted = 0
-        self._counter = None if self.round_robin or self.replays else Counter(fabric.world, every)
+        self._counter: Counter | None = None
+
+    def open(self, fabric: Fabric, every: int | None = None) -> None:
+        """Begins to count. every: a total of steps whose multiples all workers shall learn of at once."""
+        if not self.round_robin and not self.replays:
+            self._counter = Counter(fabric.world, every)
 
     @property
     def replays(self) -> bool:

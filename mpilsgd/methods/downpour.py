@@ -90,12 +90,13 @@ class Downpour(Centered):
                 **course_settings(order, record, replay),
             ),
             vectors=1.0 + bool(momentum) + (average is not None),
+            course=(order, record, replay) if asynchronous else None,
         )
         names = ["c", *(["u"] if momentum else []), *(["z"] if average is not None else [])]
         with torch.no_grad():
             if asynchronous:
                 also, wide = ("u",) if momentum else (), ("z",) if average is not None else ()
-                self._open_centre(init, order, record, replay, also, wide)
+                self._open_centre(init, also, wide)
                 self._receive(self._collected())
                 if average is not None and self._shards is not None:
                     self._start_average(self._shards.own)

@@ -86,6 +86,7 @@ class EASGD(Centered):
         problems += course_problems(asynchronous, order, record, replay)
         self.center_rate, self.period, self.form = center_rate, period, form
         self.asynchronous, self.overlap = asynchronous, overlap
+        self._thread: ThreadPoolExecutor | None = None
         self._exchanging: Future[None] | None = None  # "overlap": the exchange under way
         self._difference: dict[torch.dtype, torch.Tensor] = {}  # ... and its D
         self._pending = False
@@ -108,10 +109,11 @@ class EASGD(Centered):
                 **course_settings(order, record, replay),
             ),
             vectors=1.0,
+            course=(order, record, replay) if asynchronous else None,
         )
         self._owns_topology = made
         if asynchronous:
-            self._open_centre(init, order, record, replay)
+            self._open_centre(init)
             self._start_alone(init)
             return
         device = self.flat.parameters[0].device
@@ -192,6 +194,7 @@ class EASGD(Centered):
         """Starts the exchange of x as it is now."""
         sent = {d: w.mine[: self._n[d]].clone() for d, w in self._x.items()}
         self._pending = True
+        assert self._thread is not None
         self._exchanging = self._thread.submit(self._exchange_copy, sent)
 
     def _exchange_copy(self, sent: dict[torch.dtype, torch.Tensor]) -> None:
@@ -204,8 +207,7 @@ class EASGD(Centered):
                     kernels.elastic_apply(c, [], difference, 0.0, rate)
                 self._updates(shard)
 
-    def _arrive(self) -> None:
-        """Waits for the exchange under way."""
+    def settle(self) -> None:
         if self._exchanging is not None:
             start = time.perf_counter()
             self._exchanging.result()
@@ -215,14 +217,14 @@ class EASGD(Centered):
             self.metrics.t_wait += waited
 
     def _apply_difference(self) -> None:
-        self._arrive()
+        self.settle()
         self._pending = False
         with self._iterates():
             for d, w in self._x.items():  # x <- x - alpha D
                 kernels.elastic_apply(w.mine[: self._n[d]], [], self._difference[d], 0.0, -self.moving_rate)
 
     def _rests(self) -> None:
-        self._arrive()
+        self.settle()
         super()._rests()
 
     # Synchronous
@@ -272,7 +274,7 @@ class EASGD(Centered):
 
     def _extra(self) -> dict[str, Any]:
         if self.asynchronous:
-            self._arrive()
+            self.settle()
             pending = {str(d): v.clone() for d, v in self._difference.items()} if self._pending else None
             return {**super()._extra(), "pending": pending}
         return {"center": {str(d): c.mine.clone() for d, c in self._c.items()}}
@@ -291,5 +293,5 @@ class EASGD(Centered):
     def _free(self) -> None:
         super()._free()
         self._c = {}
-        if self.overlap:
+        if self._thread is not None:
             self._thread.shutdown()

@@ -15,7 +15,7 @@ from mpilsgd.comm import Level, Topology, Window
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import share
 from mpilsgd.methods.base import ROUND, Method
-from mpilsgd.methods.course import Course, course_problems, course_settings
+from mpilsgd.methods.course import course_problems, course_settings
 from mpilsgd.methods.local import MSGD
 from mpilsgd.methods.waitfree import WaitFree
 from mpilsgd.methods.wrapped import gradient_at_x
@@ -131,6 +131,7 @@ class LSGD(Method):
             else 1.0 + topology.n_groups
             if when == "every_step"
             else 0.0,
+            course=(order, record, replay) if asynchronous else None,
         )
         self._owns_topology = made
         self.metrics.leaders = [-1] * self.topology.n_groups
@@ -152,17 +153,9 @@ class LSGD(Method):
         self._joined = 0 if when == "after_step" else -1
         self._by_total = asynchronous is True and order == "free"
         self._waitfree: WaitFree | None = None
-        if asynchronous:
+        if self._course is not None:
             every = self.topology.world.size * math.gcd(self.period, self.global_period)
-            self._course = Course(
-                self.topology,
-                self.fabric,
-                order,
-                record,
-                replay,
-                self._about,
-                every if self._by_total else None,
-            )
+            self._course.open(self.fabric, every if self._by_total else None)
             if asynchronous == "wait-free":
                 two = self.global_pull > 0
                 self._waitfree = WaitFree(self.topology, self.fabric, self._course, self._x, self._n, two)

@@ -12,12 +12,10 @@ class Election(NamedTuple):
 
     Attributes:
         step: by the group's clock.
-        round: which of the rounds it took part in.
         group, local, overall: the group, its leader, the leader of all (-1: none elected).
     """
 
     step: float
-    round: int
     group: int
     local: int
     overall: int
@@ -33,16 +31,12 @@ def on_common_clock(
     return [e._replace(step=round(common[0] + (e.step - own[0]) * rate, 3)) for e in elections]
 
 
-def merged(
-    elections: Iterable[Iterable[Election]], n_groups: int, by_round: bool = False
-) -> list[dict[str, Any]]:
-    """The lines of leaders.jsonl: what belongs to one step, or to one round, is one line."""
+def merged(elections: Iterable[Iterable[Election]], n_groups: int) -> list[dict[str, Any]]:
+    """The lines of leaders.jsonl: what belongs to one step is one line."""
     lines: dict[float, dict[str, Any]] = {}
-    for step, number, group, local, overall in itertools.chain.from_iterable(elections):
-        key = number if by_round else step
-        line = lines.setdefault(key, {"step": step, "leaders": [None] * n_groups, "leader": None})
-        line["step"] = max(line["step"], step)
+    for step, group, local, overall in itertools.chain.from_iterable(elections):
+        line = lines.setdefault(step, {"step": step, "leaders": [None] * n_groups, "leader": None})
         line["leaders"][group] = local if local >= 0 else None
         if overall >= 0:
             line["leader"] = overall
-    return sorted(lines.values(), key=lambda line: line["step"])
+    return [lines[step] for step in sorted(lines)]

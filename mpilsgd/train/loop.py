@@ -177,9 +177,9 @@ class Trainer:
             group = self.topology.group_index
             at.leads += measured.leaders[group] == self.rank
             if self.topology.group.rank == 0:
-                self._elections.append(
-                    Election(at.step, measured.rounds, group, measured.leaders[group], measured.leader)
-                )
+                # groups of an asynchronous run come to the leader of all at different steps: the first one's counts
+                overall = measured.leader if group == 0 or not self.asynchronous else -1
+                self._elections.append(Election(at.step, group, measured.leaders[group], overall))
 
     def _refuse_first(self, loss: float) -> None:
         """A first loss that is not finite never becomes finite. Collective."""
@@ -264,7 +264,7 @@ class Trainer:
         rows = self.topology.allgather((self._flushed, at.step, self._elections))
         now = mean(step for _, step, _ in rows)
         elections = [on_common_clock(found, (t, step), (then, now)) for (t, then), step, found in rows]
-        lines = merged(elections, self.topology.n_groups, by_round=self.asynchronous is True)
+        lines = merged(elections, self.topology.n_groups)
         self._flushed, self._elections = (at.step, now), []
         on_first(self.topology, self._append, row, lines, status=FAILED)
 

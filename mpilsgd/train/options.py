@@ -49,7 +49,7 @@ _HELP = {
     "order": "of an asynchronous run: free (as it comes) or round-robin (rank 0's step, then rank 1's, ...: the same "
     "every time)",
     "record": "file for the order of events of an asynchronous run, to replay it",
-    "replay": "file that record wrote: the same run again, bit for bit",
+    "replay": "file that record wrote: the same run again, bit for bit, with the same other options",
     "momentum": "momentum of the centre, in [0, 1); above 0 it needs period 1",
     "rho": "penalty on the distance to the centre, above 0",
 }

@@ -30,6 +30,7 @@ FREE: dict[str, tuple[str, ...]] = {
     "Downpour-momentum": ("--method", "Downpour", "--method_momentum", "0.5", "--lr", "0.02"),
     "ADMM": ("--method", "ADMM", "--asynchronous", "--rho", "0.5"),
 }
+COURSE = ("--steps", "47", "--eval_every", "10 steps", "--checkpoint_every", "13 steps")
 CENTERED = [name for name in FREE if "LSGD" not in name and name != "wait-free"]
 
 
@@ -75,6 +76,13 @@ def test_a_free_run_ends_on_the_total(name: str, folder: Path, capsys: pytest.Ca
     assert bool(elections) == (name not in CENTERED)
     assert all(a["step"] < b["step"] for a, b in itertools.pairwise(elections))
     assert all(line["step"] <= summary["steps"] for line in elections)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("name", ["LSGD", "wait-free", "EASGD", "Downpour"])
+def test_without_shared_memory(name: str, folder: Path) -> None:
+    summary = trained(folder / "run", *FREE[name], *COURSE, "--shared", "false")
+    check_totals(folder / "run", summary, 47, [10, 20, 30, 40, 47])
 
 
 @pytest.mark.mpi(min_size=2)
@@ -133,9 +141,6 @@ def killed(monkeypatch: pytest.MonkeyPatch, argv: list[str], at: int) -> None:
         everyone_got(job.main(argv), FAILED)
 
 
-COURSE = ("--steps", "47", "--eval_every", "10 steps", "--checkpoint_every", "13 steps")
-
-
 @pytest.mark.parametrize("name", ROUND_ROBIN)
 def test_a_resumed_round_robin_run_equals_an_uninterrupted_one(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -178,10 +183,19 @@ def test_a_free_run_can_be_resumed(name: str, folder: Path, monkeypatch: pytest.
     check_totals(output, summary_of(output), 60, [10, 20, 30, 40, 47, 50, 60])
 
 
-@pytest.mark.parametrize("name", FREE)
-def test_a_recorded_run_can_be_replayed(
-    name: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_resumed_run_is_recorded_no_more(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    file, output = folder / "events.json", folder / "run"
+    argv = [*QUICK, *FREE["EASGD"], *COURSE, "--record", str(file), "--output", str(output)]
+    killed(monkeypatch, argv, 40)
+    everyone_got(job.main(["--resume", str(output)]), 0)
+    assert ("resumed without record" in capsys.readouterr().out) == (WORLD.rank == 0)
+    assert not file.exists() or "ranks" not in json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_recorded_run_can_be_replayed(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(folder / "events.json")
     options = (*FREE[name], *COURSE, "--slow", "0:2,random:1.5")
     first = trained(folder / "first", *options, "--record", file)

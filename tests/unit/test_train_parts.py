@@ -78,24 +78,15 @@ def test_histogram() -> None:
 
 
 def test_a_worker_s_elections_by_the_common_clock() -> None:
-    found = [Election(step, number, 0, 1, 1) for number, step in ((1, 12), (2, 14))]
+    found = [Election(step, 0, 1, 1) for step in (12, 14)]
     assert on_common_clock(found, (10, 20), (10, 20)) == found
     assert [e.step for e in on_common_clock(found, (10, 14), (20, 21.5))] == [20.75, 21.5]
     assert on_common_clock([], (3, 3), (3, 5)) == []
 
 
-def test_elections_of_one_round_are_one_line() -> None:
-    first = [Election(7.5, 1, 0, 1, -1), Election(16, 2, 0, 0, 0)]
-    second = [Election(8.25, 1, 1, 2, -1), Election(15.5, 2, 1, 3, 0)]
-    assert merged([first, second], 2, by_round=True) == [
-        {"step": 8.25, "leaders": [1, 2], "leader": None},
-        {"step": 16, "leaders": [0, 3], "leader": 0},
-    ]
-
-
 def test_merged_elections() -> None:
-    first = [Election(8, 1, 0, 1, -1), Election(12, 2, 0, 0, 3)]
-    second = [Election(8, 1, 1, 2, -1), Election(12, 2, 1, 3, 3), Election(16, 3, 1, 2, -1)]
+    first = [Election(8, 0, 1, -1), Election(12, 0, 0, 3)]
+    second = [Election(8, 1, 2, -1), Election(12, 1, 3, 3), Election(16, 1, 2, -1)]
     assert merged([first, [], second, []], 2) == [
         {"step": 8, "leaders": [1, 2], "leader": None},
         {"step": 12, "leaders": [0, 3], "leader": 3},

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,27 @@ _POLL = 5e-4  # seconds between two looks of the progress thread
 _SLEEP = 2e-5, 1e-3  # seconds between two looks of a waiting rank: at first, at last
 
 
+@contextlib.contextmanager
+def one_sided(what: str) -> Iterator[None]:
+    """Says in words that an MPI lacks what asynchronous methods are built on."""
+    try:
+        yield
+    except (MPI.Exception, NotImplementedError) as error:
+        raise RuntimeError(
+            f"{what} does not work with this MPI ({error}), and asynchronous methods need it: use MPICH or Open MPI "
+            "(there, OMPI_MCA_osc=^ucx if ucx is the trouble), or asynchronous=False"
+        ) from None
+
+
+def expose(memory: Any, comm: MPI.Comm) -> MPI.Win:
+    """A window of bytes over memory of each rank's own, open to all. Collective."""
+    assert isinstance(comm, MPI.Intracomm)
+    with one_sided("Win.Create"):
+        win = MPI.Win.Create(memory, 1, comm=comm)
+        win.Lock_all()
+    return win
+
+
 class Board:
     """A few int64 words on every rank, at first 0, that any rank of the communicator may change atomically.
 
@@ -33,12 +54,13 @@ class Board:
     def __init__(self, comm: MPI.Comm, words: int, shared: bool):
         assert isinstance(comm, MPI.Intracomm)
         self._addresses: list[int] = []
-        if shared and _core is not None:
-            self._win = MPI.Win.Allocate_shared(8 * words, 8, comm=comm)
-            self._addresses = [self._win.Shared_query(r)[0].address for r in range(comm.size)]
-        else:
-            self._win = MPI.Win.Allocate(8 * words, 8, comm=comm)
-        self._win.Lock_all()
+        with one_sided("Win.Allocate"):
+            if shared and _core is not None:
+                self._win = MPI.Win.Allocate_shared(8 * words, 8, comm=comm)
+                self._addresses = [self._win.Shared_query(r)[0].address for r in range(comm.size)]
+            else:
+                self._win = MPI.Win.Allocate(8 * words, 8, comm=comm)
+            self._win.Lock_all()
         if words:
             np.asarray(self._win.tomemory(), dtype=np.uint8)[:] = 0
         self._win.Sync()
@@ -274,10 +296,8 @@ def progresses_alone(comm: MPI.Comm, homes: list[int]) -> bool:
     if len(key) == 1:
         return True
     if key not in _measured:
-        assert isinstance(comm, MPI.Intracomm)
         memory, result = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        win = MPI.Win.Create(memory, 8, comm=comm)
-        win.Lock_all()
+        win = expose(memory, comm)
         comm.Barrier()
         start = time.perf_counter()
         if comm.rank == key[1]:

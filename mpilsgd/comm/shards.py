@@ -10,7 +10,7 @@ import torch
 from mpi4py import MPI
 
 from mpilsgd.comm.fabric import Fabric
-from mpilsgd.comm.onesided import Progress, Turns, progresses_alone, thread_problem
+from mpilsgd.comm.onesided import Progress, Turns, expose, progresses_alone, thread_problem
 from mpilsgd.comm.windows import Window
 
 _ALIGN = 16  # elements: whole cache lines
@@ -71,9 +71,7 @@ class Shards:
                 if level.n_islands > 1:
                     memory = window.mine if level.local.rank == 0 else torch.empty(0, dtype=kind)
                     exposed = memory.view(torch.uint8).numpy() if memory.numel() else MPI.BOTTOM
-                    assert isinstance(level.comm, MPI.Intracomm)
-                    win = self._remote[name, d] = MPI.Win.Create(exposed, 1, comm=level.comm)
-                    win.Lock_all()
+                    self._remote[name, d] = expose(exposed, level.comm)
                     longest = max(stop - start for start, stop in (s[d] for s in self._spans))
                     self._fetched[name][d] = torch.empty(longest, dtype=kind)
         alone = progresses_alone(level.comm, level.heads_ranks)

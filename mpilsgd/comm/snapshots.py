@@ -10,7 +10,7 @@ import torch
 from mpi4py import MPI
 
 from mpilsgd.comm.fabric import Fabric
-from mpilsgd.comm.onesided import Board, Progress, progresses_alone, thread_problem, wait_until
+from mpilsgd.comm.onesided import Board, Progress, expose, progresses_alone, thread_problem, wait_until
 from mpilsgd.comm.shards import transfer
 
 Vectors = dict[torch.dtype, torch.Tensor]
@@ -40,10 +40,8 @@ class Snapshots:
         if level.n_islands > 1:
             for windows, remote in zip(self._windows, self._remote, strict=True):
                 for d, window in windows.items():
-                    assert isinstance(level.comm, MPI.Intracomm)
                     memory = window.mine.view(torch.uint8).numpy() if window.mine.numel() else MPI.BOTTOM
-                    remote[d] = MPI.Win.Create(memory, 1, comm=level.comm)
-                    remote[d].Lock_all()
+                    remote[d] = expose(memory, level.comm)
         alone = progresses_alone(level.comm, level.heads_ranks)
         fabric.agree(None if alone else thread_problem())
         self._progress = None if alone else Progress(level.comm)

@@ -42,6 +42,7 @@ PART_NAMES = {
     "wait": "waiting",
     "other": "other",
 }
+_ASYNCHRONY = ("steps of each rank", "centre updates by others between a worker's read and its write")
 STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
@@ -183,7 +184,7 @@ def draw_time(runs: Sequence[Run], path: Path) -> Path:
 
 
 def draw_asynchrony(runs: Sequence[Run], path: Path) -> Path | None:
-    """How stale the centre was when a worker wrote to it, and who took how many steps, a row a run.
+    """Who took how many steps, and how stale the centre was when a worker wrote to it, a row a run.
 
     None if no run was asynchronous.
     """
@@ -194,16 +195,19 @@ def draw_asynchrony(runs: Sequence[Run], path: Path) -> Path | None:
     with rc_context(STYLE):
         heights = [max(1.7, 0.6 + 0.3 * min(len(run.worker_steps), 16)) for run in runs]
         figure = Figure(figsize=(10, sum(heights) + 0.5), layout="constrained")
-        axes = figure.subplots(len(runs), 2, squeeze=False, width_ratios=[3, 2], height_ratios=heights)
+        ratios = [2, 3] if any(run.staleness for run in runs) else [1]
+        axes = figure.subplots(
+            len(runs), len(ratios), squeeze=False, width_ratios=ratios, height_ratios=heights
+        )
         highest = max((max(run.staleness) for run in runs if run.staleness), default=0)
         most = max((max(run.worker_steps) for run in runs if run.worker_steps), default=1)
-        for (stale, steps), run in zip(axes, runs, strict=True):
-            color = colors[id(run)]
-            stale.set_title(run.label, loc="left")
-            _draw_staleness(stale, run, color, highest)
-            _draw_steps(steps, run, color, most)
-        axes[-1, 0].set_xlabel("centre updates by others between a worker's read and its write")
-        axes[-1, 1].set_xlabel("steps of each rank")
+        for row, run in zip(axes, runs, strict=True):
+            row[0].set_title(run.label, loc="left")
+            _draw_steps(row[0], run, colors[id(run)], most)
+            for axis in row[1:]:
+                _draw_staleness(axis, run, colors[id(run)], highest)
+        for axis, text in zip(axes[-1], _ASYNCHRONY, strict=False):
+            axis.set_xlabel(text)
         return _save(figure, path)
 
 

@@ -84,6 +84,20 @@ class Snapshots:
         self.board.sync()
         return self.board.read(rank, self.ANNOUNCED) <= version + 1
 
+    def last(self) -> tuple[float, Vectors] | None:
+        """A copy of this worker's last snapshot."""
+        version, number = self.newest(self._level.rank)
+        if not version:
+            return None
+        return number, {d: w.mine.clone() for d, w in self._windows[version % 2].items()}
+
+    def restart(self, snapshot: tuple[float, Vectors] | None) -> None:
+        """Withdraws what this worker has published, for this snapshot. Between barriers: nobody may be reading."""
+        self.board.write(self._level.rank, self.PUBLISHED, 0)
+        self.board.write(self._level.rank, self.ANNOUNCED, 0)
+        if snapshot is not None:
+            self.publish(snapshot[1], snapshot[0], lambda _: True)
+
     def done(self, rank: int) -> int:
         """How many exchanges a worker has finished."""
         return self.board.read(rank, self.DONE)

@@ -56,6 +56,8 @@ class ADMM(Centered):
         groups = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else []
         if any("lr" not in group for group in groups):
             problems.append("the optimizer needs a learning rate lr: ADMM's eta")
+        else:
+            problems.append(_one_rate(groups))
         self.rho, self.asynchronous = rho, asynchronous
         super().__init__(
             optimizer,
@@ -74,10 +76,10 @@ class ADMM(Centered):
         }
 
     def _eta(self) -> float:
-        rates = {float(group["lr"]) for group in self.param_groups}
-        if len(rates) > 1:
-            raise ValueError(f"ADMM takes one lr for all parameters, not {sorted(rates)}")
-        return rates.pop()
+        wrong = _one_rate(self.param_groups)  # a schedule may have changed it
+        if wrong is not None:
+            raise ValueError(wrong)
+        return float(self.param_groups[0]["lr"])
 
     def _acts_on_gradient(self) -> bool:
         return True
@@ -126,3 +128,8 @@ class ADMM(Centered):
     def _free(self) -> None:
         super()._free()
         self._multipliers = {}
+
+
+def _one_rate(groups: list[dict[str, Any]]) -> str | None:
+    rates = {float(group["lr"]) for group in groups}
+    return f"ADMM takes one lr for all parameters, not {sorted(rates)}" if len(rates) > 1 else None

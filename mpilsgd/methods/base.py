@@ -22,6 +22,7 @@ from mpilsgd.methods.course import Course
 from mpilsgd.methods.equality import broadcast_rest, check_equal
 from mpilsgd.methods.metrics import Metrics
 from mpilsgd.methods.wrapped import forget
+from mpilsgd.methods.wrapper import Wrapper
 
 # What a worker has come to a meeting for; the least number present decides what happens.
 ROUND, CENTER, CLOSE = 0.0, 1.0, 2.0
@@ -31,7 +32,7 @@ class Diverged(RuntimeError):
     """Every worker's state is non-finite; raised on every rank."""
 
 
-class Method(torch.optim.Optimizer):
+class Method(Wrapper):
     """A torch optimizer that wraps another one and exchanges parameters with the other workers.
 
     Args:
@@ -369,27 +370,7 @@ class Method(torch.optim.Optimizer):
 
         return allocate
 
-    # torch.optim.Optimizer
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.optimizer.defaults if hasattr(self, "optimizer") else {}
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the wrapped optimizer's."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: the parameters lie in flat vectors already."""
-        raise RuntimeError("give the wrapped optimizer all its parameter groups before wrapping it")
+    # State
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state and, under "mpilsgd", this worker's clock, metrics and the method's own.

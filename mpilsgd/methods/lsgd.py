@@ -12,6 +12,7 @@ import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Level, Topology, Window
+from mpilsgd.methods.anchors import Anchors
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import share
 from mpilsgd.methods.base import ROUND, Method
@@ -148,7 +149,10 @@ class LSGD(Method):
                 self._global[d] = self.fabric.common(world, d, w.mine.numel(), device)
             elif d in self._scratch:
                 self._global[d] = self._scratch[d]
-        self._anchored = [False, False]  # "every_step": whether there is a local, a global leader yet
+        self._anchors: Anchors | None = None
+        if stays:
+            kept = [(group, self._local, self.pull), (world, self._global, self.global_pull)]
+            self._anchors = Anchors(self._x, self._n, kept)
         # Rounds by the total of steps: the total at which the last one was due
         self._joined = 0 if when == "after_step" else -1
         self._by_total = asynchronous is True and order == "free"
@@ -231,8 +235,12 @@ class LSGD(Method):
             return super()._local_step(closure)
         with torch.no_grad(), gradient_at_x(self.optimizer):
             self._exchange_if_due()
-            if self.when == "every_step" and any(self._anchored):
-                return self._anchored_step()
+            if not self._anchors:
+                return super()._local_step(closure)
+            if isinstance(self.optimizer, MSGD) and all(p.grad is not None for p in self.flat.parameters):
+                return self._anchors.step(self.optimizer, self.flat)
+            with self._shown():
+                self._anchors.pull(dict.fromkeys(self._x, 0))
             return super()._local_step(closure)
 
     def _after(self, loss: Any) -> None:
@@ -320,7 +328,11 @@ class LSGD(Method):
         assert table is not None
         # who is not finite, and at the end the squared distance moved, and by how many vectors
         found = np.zeros(level.size + 2)
-        (self._anchor if self.when == "every_step" else self._pull)(g, w, level, found)
+        if self._anchors is None:
+            self._pull(g, w, level, found)
+        else:
+            self._anchors.keep((g, w))
+            found[level.rank] = not Method._is_finite(self, ROUND)
         level.combine(found)
         rate = self.pull * (g is not None) + self.global_pull * (w is not None)
         if found[-1] and rate:
@@ -382,80 +394,34 @@ class LSGD(Method):
             self._set_back({self.fabric.world.rank})
         level.table([0.0])
 
-    # "every_step": stale leaders
-
-    def _anchor(self, g: int | None, w: int | None, level: Level, found: np.ndarray) -> None:
-        """Keeps the leaders' parameters as they are now."""
-        for k, (of, leader, kept) in enumerate(
-            ((self.fabric.group, g, self._local), (self.fabric.world, w, self._global))
-        ):
-            if leader is None:
-                continue
-            self._anchored[k] = True
-            for d, window in self._x.items():
-                of.bring(window, leader, kept[d])
-                if of.rank == leader:
-                    kept[d].views[0].copy_(window.mine)
-            of.table([0.0])
-        found[level.rank] = not all([kernels.check(w.mine[: self._n[d]]) for d, w in self._x.items()])
-
-    def _anchored_step(self) -> Any:
-        anchors = [
-            ({d: w.views[0] for d, w in kept.items()}, rate)
-            for kept, rate, there in zip(
-                (self._local, self._global), (self.pull, self.global_pull), self._anchored, strict=True
-            )
-            if there
-        ]
-        complete = all(p.grad is not None for p in self.flat.parameters)
-        if isinstance(self.optimizer, MSGD) and complete:  # gradient step and pull in one pass
-            for d, window in self._x.items():
-                self._pull_to(
-                    window.mine[self.flat.n_parameters[d] : self._n[d]], d, anchors, self.flat.n_parameters[d]
-                )
-            return self.optimizer.step(
-                pulls=lambda p: [(self.flat.view(p, flats), rate) for flats, rate in anchors]
-            )
-        with self._shown():
-            for d, window in self._x.items():
-                self._pull_to(window.mine[: self._n[d]], d, anchors, 0)
-        return self.optimizer.step()
-
-    @staticmethod
-    def _pull_to(x: torch.Tensor, dtype: torch.dtype, anchors: list[Any], start: int) -> None:
-        vectors = [(flats[dtype][start : start + x.numel()], rate) for flats, rate in anchors]
-        (leader, r), (other, s) = vectors[0], vectors[1] if len(vectors) > 1 else (None, 0.0)
-        kernels.pull(x, leader, r, other, s)
-
     # State
 
     def _extra(self) -> dict[str, Any]:
         own: dict[str, Any] = {
             "losses": [float(loss) for loss in self._losses],
-            "anchored": list(self._anchored),
             "joined": self._joined,
         }
-        if self.when == "every_step":
-            own["anchors"] = [
-                {str(d): w.views[0].clone() for d, w in k.items()} for k in (self._local, self._global)
-            ]
+        if self._waitfree is not None:
+            own["snapshot"] = self._waitfree.state()
+        if self._anchors is not None:
+            own["anchors"] = self._anchors.state()
         return own
 
     def _load_extra(self, own: dict[str, Any]) -> None:
         self._losses.clear()
         self._losses.extend(own["losses"])
-        self._anchored = list(own["anchored"])
         self._joined = own["joined"]
+        if self._waitfree is not None:
+            self._waitfree.load(own["snapshot"])
         if self._course is not None:
             self._course.count(self.t)
-        for kept, saved in zip((self._local, self._global), own.get("anchors", ()), strict=False):
-            for d, window in kept.items():
-                window.views[0].copy_(saved[str(d)])  # the same on every rank of the island
+        if self._anchors is not None:
+            self._anchors.load(own["anchors"])
 
     def _free(self) -> None:
         if self._waitfree is not None:
             self._waitfree.free()
-        self._local, self._global = {}, {}
+        self._local, self._global, self._anchors = {}, {}, None
 
 
 def _stamp_of_round(table: np.ndarray) -> int | None:

@@ -6,6 +6,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -154,6 +155,17 @@ class WaitFree:
             self._fabric.traffic.group += nbytes
         else:
             self._fabric.traffic.across += nbytes
+
+    def state(self) -> Any:
+        last = self._snapshots.last()
+        return None if last is None else {"score": last[0], "x": {str(d): v for d, v in last[1].items()}}
+
+    def load(self, state: Any) -> None:
+        """Collective."""
+        self._fabric.world.barrier()
+        vectors = {} if state is None else {d: state["x"][str(d)] for d in self._x}
+        self._snapshots.restart(None if state is None else (state["score"], vectors))
+        self._fabric.world.barrier()
 
     def rest(self) -> None:
         if self._turns is not None:

@@ -10,7 +10,7 @@ import torch
 from mpi4py import MPI
 
 from mpilsgd.comm.fabric import Fabric
-from mpilsgd.comm.onesided import Progress, Turns, expose, progresses_alone, thread_problem
+from mpilsgd.comm.onesided import Turns, expose
 from mpilsgd.comm.windows import Window
 
 _ALIGN = 16  # elements: whole cache lines
@@ -74,9 +74,6 @@ class Shards:
                     self._remote[name, d] = expose(exposed, level.comm)
                     longest = max(stop - start for start, stop in (s[d] for s in self._spans))
                     self._fetched[name][d] = torch.empty(longest, dtype=kind)
-        alone = progresses_alone(level.comm, level.heads_ranks)
-        fabric.agree(None if alone else thread_problem())
-        self._progress = None if alone else Progress(level.comm)
         self.waited = 0.0  # seconds, in all turns so far
         self.moved = 0  # bytes fetched from other islands
 
@@ -166,8 +163,6 @@ class Shards:
 
     def free(self) -> None:
         """The vectors are freed with the fabric, afterwards."""
-        if self._progress is not None:
-            self._progress.free()
         for win in self._remote.values():
             win.Unlock_all()
             win.Free()

@@ -10,7 +10,7 @@ import torch
 from mpi4py import MPI
 
 from mpilsgd.comm.fabric import Fabric
-from mpilsgd.comm.onesided import Board, Progress, expose, progresses_alone, thread_problem, wait_until
+from mpilsgd.comm.onesided import Board, expose, wait_until
 from mpilsgd.comm.shards import transfer
 
 Vectors = dict[torch.dtype, torch.Tensor]
@@ -42,9 +42,6 @@ class Snapshots:
                 for d, window in windows.items():
                     memory = window.mine.view(torch.uint8).numpy() if window.mine.numel() else MPI.BOTTOM
                     remote[d] = expose(memory, level.comm)
-        alone = progresses_alone(level.comm, level.heads_ranks)
-        fabric.agree(None if alone else thread_problem())
-        self._progress = None if alone else Progress(level.comm)
 
     def publish(self, vectors: Vectors, number: float, may_overwrite: Callable[[int], bool]) -> int:
         """Publishes this worker's vectors; the version. may_overwrite(v): asked until version v may go."""
@@ -108,8 +105,6 @@ class Snapshots:
 
     def free(self) -> None:
         """The buffers are freed with the fabric, afterwards."""
-        if self._progress is not None:
-            self._progress.free()
         for remote in self._remote:
             for win in remote.values():
                 win.Unlock_all()

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from mpilsgd.comm import Fabric, Topology
-from mpilsgd.comm.onesided import Counter
+from mpilsgd.comm.onesided import Counter, Progress, progresses_alone, thread_problem
 from mpilsgd.methods.arguments import choice
 
 FORMAT = 1
@@ -74,9 +74,17 @@ class Course:
         self._next = 0
         self._counted = 0
         self._counter: Counter | None = None
+        self._progress: Progress | None = None
 
     def open(self, fabric: Fabric, every: int | None = None) -> None:
-        """Begins to count. every: a total of steps whose multiples all workers shall learn of at once."""
+        """Begins to count, and to serve other nodes' one-sided operations where MPI does not by itself.
+
+        every: a total of steps whose multiples all workers shall learn of at once.
+        """
+        world = fabric.world
+        if not progresses_alone(world.comm, world.heads_ranks):
+            self._topology.agree(thread_problem())
+            self._progress = Progress(world.comm)
         if not self.round_robin and not self.replays:
             self._counter = Counter(fabric.world, every)
 
@@ -159,6 +167,8 @@ class Course:
             self._topology.agree(error)
 
     def free(self) -> None:
+        if self._progress is not None:
+            self._progress.free()
         if self._counter is not None:
             self._counter.free()
 

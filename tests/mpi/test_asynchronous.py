@@ -293,16 +293,23 @@ def kick(run: Run, gradient: Vector) -> None:
     run.opt.step(loss=float(run.rank))
 
 
-def conserve(layout: Layout, exchanges: int, gradients: bool, **options: Any) -> None:
-    """Σx + c, less what the workers' own steps add, over exchanges of all ranks on a vector of 8 values."""
+def conserve(
+    layout: Layout, exchanges: int, rate: float, gradients: bool, size: int = 8, **options: Any
+) -> None:
+    """Σx + c, less what the workers' own steps add, over exchanges of all ranks on a vector of some values.
+
+    At zero gradient the workers soon agree, and then nothing is left to be lost. With α = 1 they never do: x and c
+    change places. Exchanges of a long vector are more often under way at the same time.
+    """
     each = -(-exchanges // WORLD.size)
-    case = free(EASGD, "", period=1, center_rate=0.6, **options)
-    with running(case, Quadratic(0.0, size=8), Local(lr=0.125), layout, same=False) as run:
+    case = free(EASGD, "", period=1, center_rate=rate * WORLD.size, moving_rate=rate, **options)
+    with running(case, Quadratic(0.0, size=size), Local(lr=0.125), layout, same=False) as run:
         before = np.sum(WORLD.allgather(run.x()), axis=0) + run.center()
         # multiples of 1/64, whose sums do not round
-        own = np.random.default_rng([23, run.rank]).integers(-64, 65, size=(each, 8)) / 64 * gradients
-        for gradient in own:
-            kick(run, gradient)
+        random = np.random.default_rng([23, run.rank])
+        own = random.integers(-64, 65, size=(each, size)) / 64 if gradients else np.zeros((1, size))
+        for t in range(each):
+            kick(run, own[t % len(own)])
         moved = np.sum(WORLD.allgather(-0.125 * own.sum(0)), axis=0)
         after = np.sum(WORLD.allgather(run.x()), axis=0) + run.center()
         errors = close(after, before + moved, "Σx + c", 1e-12)
@@ -313,19 +320,20 @@ def conserve(layout: Layout, exchanges: int, gradients: bool, **options: Any) ->
 
 @by_layout
 def test_easgd_conserves_the_sum(layout: Layout) -> None:
-    conserve(layout, 2000, False)
+    conserve(layout, 1500, 1.0, False)
+    conserve(layout, 500, 1.0, False, size=50_000)
 
 
 @by_transport
 @pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
 def test_easgd_conserves_the_sum_but_for_gradients(overlap: bool, layout: Layout) -> None:
-    conserve(layout, 200, True, overlap=overlap)
+    conserve(layout, 200, 0.15, True, overlap=overlap)
 
 
 @pytest.mark.slow
 @by_layout
 def test_easgd_conserves_the_sum_over_100000_exchanges(layout: Layout) -> None:
-    conserve(layout, 100_000, False)
+    conserve(layout, 100_000, 1.0, False)
 
 
 @by_transport
@@ -440,6 +448,25 @@ def test_rounds_of_leader_sgd_follow_the_total(layout: Layout) -> None:
         errors += (
             [] if due / 2 <= rounds[0] <= 2 * due else [f"{rounds[0]} rounds in {total} steps, not {due}"]
         )
+    check_together(errors)
+
+
+@several
+@by_transport
+def test_snapshots_are_whole(layout: Layout) -> None:
+    """Workers whose values are all alike keep them so, who mixed two versions of a leader would not."""
+    case = free(LSGD, "", asynchronous="wait-free", pull=0.3, global_pull=0.2, period=1, global_period=1)
+    random = np.random.default_rng(WORLD.rank)
+    with running(case, Quadratic(0.0, size=50_000), Local(lr=0.1), layout) as run:
+        (parameter,) = run.model.parameters()
+        parameter.data.fill_(float(run.rank))
+        errors = []
+        for t in range(400):
+            parameter.grad = torch.full_like(parameter, random.normal())
+            run.opt.step(loss=random.normal())
+            if parameter.min() != parameter.max():
+                errors.append(f"t={t}: from {parameter.min()} to {parameter.max()}")
+        run.center()
     check_together(errors)
 
 

@@ -39,8 +39,14 @@ def expose(memory: Any, comm: MPI.Comm) -> MPI.Win:
     assert isinstance(comm, MPI.Intracomm)
     with one_sided("Win.Create"):
         win = MPI.Win.Create(memory, 1, comm=comm)
+        _check_model(win)
         win.Lock_all()
     return win
+
+
+def _check_model(win: MPI.Win) -> None:
+    if win.model != MPI.WIN_UNIFIED:
+        raise NotImplementedError("it keeps two copies of a window's memory")
 
 
 class Board:
@@ -60,6 +66,7 @@ class Board:
                 self._addresses = [self._win.Shared_query(r)[0].address for r in range(comm.size)]
             else:
                 self._win = MPI.Win.Allocate(8 * words, 8, comm=comm)
+            _check_model(self._win)
             self._win.Lock_all()
         if words:
             np.asarray(self._win.tomemory(), dtype=np.uint8)[:] = 0
@@ -290,26 +297,34 @@ _measured: dict[tuple[int, ...], bool] = {}
 def progresses_alone(comm: MPI.Comm, homes: list[int]) -> bool:
     """Whether one-sided operations on another island's memory complete while its owner is not in MPI.
 
-    homes: the first rank of every island. Measured once; True where there is one island only. Collective over `comm`.
+    homes: the first rank of every island. Measured once between the first and the last of them; True where there is one
+    island only. Collective over `comm`.
     """
-    key = tuple(homes)
-    if len(key) == 1:
+    if len(homes) == 1:
         return True
-    if key not in _measured:
-        memory, result = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    group = comm.Get_group()
+    everyone = MPI.COMM_WORLD.Get_group()
+    key = tuple(MPI.Group.Translate_ranks(group, [homes[0], homes[-1]], everyone))
+    group.Free()
+    everyone.Free()
+    if not comm.allreduce(key in _measured, MPI.LAND):
+        memory, one, result = (np.array([v], np.int64) for v in (0, 1, 0))
         win = expose(memory, comm)
         comm.Barrier()
-        start = time.perf_counter()
-        if comm.rank == key[1]:
-            win.Fetch_and_op(np.ones(1, np.int64), result, key[0], 0, MPI.SUM)
-            win.Flush(key[0])
-        elif comm.rank == key[0]:
+        taken = 0.0
+        if comm.rank == homes[0]:
             time.sleep(_NAP)
-        taken = comm.bcast(time.perf_counter() - start, root=key[1])
+        elif comm.rank == homes[-1]:
+            time.sleep(_NAP / 5)  # until the other one sleeps
+            start = time.perf_counter()
+            win.Fetch_and_op(one, result, homes[0], 0, MPI.SUM)
+            win.Flush(homes[0])
+            taken = time.perf_counter() - start
+        taken = comm.bcast(taken, root=homes[-1])
         win.Unlock_all()
         win.Free()
-        _measured[key] = taken < _NAP / 2
-    return _measured[key]
+        _measured[key] = taken < _NAP / 5
+    return bool(comm.allreduce(_measured[key], MPI.LAND))
 
 
 _NAP = 0.05

@@ -150,6 +150,8 @@ class Shards:
             return own.views[0]
         assert whole is not None
         vector = whole.views[0]
+        if not vector.is_cpu:  # the island is this rank alone
+            vector = torch.empty(vector.numel(), dtype=vector.dtype)
         if level.heads != MPI.COMM_NULL:
             a, b = self._spans[level.island][dtype]
             vector[a:b].copy_(own.mine)

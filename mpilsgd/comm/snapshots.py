@@ -96,11 +96,11 @@ class Snapshots:
             self.publish(snapshot[1], snapshot[0], lambda _: True)
 
     def done(self, rank: int) -> int:
-        """How many exchanges a worker has finished."""
+        """How many copies a worker has finished."""
         return self.board.read(rank, self.DONE)
 
     def finish(self) -> None:
-        """This worker has finished an exchange."""
+        """This worker has finished a copy."""
         self.board.add(self._level.rank, self.DONE, 1)
 
     def free(self) -> None:

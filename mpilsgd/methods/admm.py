@@ -29,8 +29,9 @@ class ADMM(Centered):
         optimizer: gives x - eta g(x); eta is its lr, one for all parameters.
         topology, init, buffers, model and errors: see `Method`.
 
-    One vector more a worker (lambda) and one in all (c). BatchNorm statistics have no multipliers: c <- c + (x - c)/p,
-    x <- c. A worker found non-finite writes nothing, goes on from the centre, and its multipliers start anew.
+    Two vectors more a worker (lambda, and what x - lambda was when it last wrote) and one in all (c). BatchNorm
+    statistics have no multipliers: c <- c + (x - c)/p, x <- c. A worker found non-finite writes nothing: x <- c and
+    lambda <- x - (what it last wrote), so that c stays the mean.
 
     Source: thesis (3.51)-(3.54).
     """
@@ -71,9 +72,10 @@ class ADMM(Centered):
             course=(order if asynchronous else "round-robin", record, replay),
         )
         self._open_centre(init)
-        self._multipliers = {
-            d: torch.zeros_like(w.mine[: self.flat.n_parameters[d]]) for d, w in self._x.items()
-        }
+        with self._iterates():
+            own = {d: w.mine[: self.flat.n_parameters[d]] for d, w in self._x.items()}
+            self._multipliers = {d: torch.zeros_like(x) for d, x in own.items()}
+            self._written = {d: x.clone() for d, x in own.items()}  # x - lambda, as the centre knows it
 
     def _eta(self) -> float:
         wrong = _one_rate(self.param_groups)  # a schedule may have changed it
@@ -100,34 +102,39 @@ class ADMM(Centered):
                     else:
                         self._start_anew(shard)
             if not fit:
-                for multipliers in self._multipliers.values():
-                    multipliers.zero_()
+                for d, multipliers in self._multipliers.items():
+                    torch.sub(self._x[d].mine[: multipliers.numel()], self._written[d], out=multipliers)
         return result
 
     def _move(self, shard: Shard, before: dict[torch.dtype, torch.Tensor], weight: float) -> None:
         p = self.topology.world.size
         for d, low, high, y, c, _ in self._parts(shard, "parameters"):
             x, multipliers = before[d][low:high], self._multipliers[d][low:high]
-            contribution = x - multipliers
+            written = self._written[d][low:high]
             multipliers.sub_(x).add_(c)
             y.add_(multipliers + c, alpha=weight).div_(1 + weight)
-            c.add_((y - multipliers).sub_(contribution), alpha=1 / p)
+            now = y - multipliers
+            c.add_(now - written, alpha=1 / p)
+            written.copy_(now)
         for *_, x, c, _ in self._parts(shard, "buffers"):
             kernels.elastic(c, [x], 0.0, 1 / p)
             x.copy_(c)
         self._updates(shard)
 
     def _extra(self) -> dict[str, Any]:
-        return {**super()._extra(), "multipliers": {str(d): v.clone() for d, v in self._multipliers.items()}}
+        own = {"multipliers": self._multipliers, "written": self._written}
+        vectors = {name: {str(d): v.clone() for d, v in of.items()} for name, of in own.items()}
+        return {**super()._extra(), **vectors}
 
     def _load_extra(self, own: dict[str, Any]) -> None:
         super()._load_extra(own)
         for d, v in self._multipliers.items():
             v.copy_(own["multipliers"][str(d)])
+            self._written[d].copy_(own["written"][str(d)])
 
     def _free(self) -> None:
         super()._free()
-        self._multipliers = {}
+        self._multipliers, self._written = {}, {}
 
 
 def _one_rate(groups: list[dict[str, Any]]) -> str | None:

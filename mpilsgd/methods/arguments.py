@@ -22,6 +22,6 @@ def whole(name: str, value: Any, low: int = 1) -> str | None:
 
 
 def choice(name: str, value: Any, among: tuple[Any, ...]) -> str | None:
-    if value not in among:
+    if not any(type(value) is type(one) and value == one for one in among):
         return f"{name} must be one of {', '.join(map(repr, among))}, not {value!r}"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copy
 import dataclasses
 import os
 import time
@@ -21,7 +22,7 @@ from mpilsgd.methods.averaging import Span, accumulation_dtype, average, recalib
 from mpilsgd.methods.course import Course
 from mpilsgd.methods.equality import broadcast_rest, check_equal
 from mpilsgd.methods.metrics import Metrics
-from mpilsgd.methods.wrapped import forget
+from mpilsgd.methods.wrapped import described, forget
 from mpilsgd.methods.wrapper import Wrapper
 
 # What a worker has come to a meeting for; the least number present decides what happens.
@@ -95,7 +96,7 @@ class Method(Wrapper):
             {**settings, "init": init, "buffers": buffers},
         )
         if course is not None:  # order, record, replay of an asynchronous run
-            self._course = Course(self.topology, *course, self._about)
+            self._course = Course(self.topology, *course, {**self._about, "optimizer": described(optimizer)})
         device = parameters[0].device
         nbytes = sum(-(-t.numel() * t.element_size() // 64) * 64 for t in [*parameters, *held])
         node = self.topology.node
@@ -232,6 +233,9 @@ class Method(Wrapper):
 
     def _rest(self, purpose: float) -> None:
         """Takes part in the others' rounds until all workers rest, and for `purpose`."""
+        self.settle()
+        if self._course is not None:
+            self._course.meet("center" if purpose == CENTER else "close", self.t)
         while True:
             self._rests()
             table = self._exchange(purpose)
@@ -355,11 +359,14 @@ class Method(Wrapper):
         """Ends the job if all are bad; if this worker is, counts it and clears its momentum and its gradient."""
         self._refuse_if_all(bad)
         if self.fabric.world.rank in bad:
-            self.metrics.resets += 1
-            forget(self.optimizer)
-            for p in self.flat.parameters:
-                if p.grad is not None:  # taken at the parameters that were not finite
-                    p.grad.zero_()
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.metrics.resets += 1
+        forget(self.optimizer)
+        for p in self.flat.parameters:
+            if p.grad is not None:  # taken at the parameters that were not finite
+                p.grad.zero_()
 
     def _allocator(
         self, windows: dict[torch.dtype, Window], device: torch.device
@@ -378,6 +385,8 @@ class Method(Wrapper):
         Each rank saves its own. In an asynchronous run the first of each node also saves its part of the centre, so
         nobody may step meanwhile: `settle()` and a barrier come first.
         """
+        self._refuse_if_closed()
+        self.settle()
         metrics = dataclasses.asdict(self.metrics)
         del metrics["t_comm"], metrics["t_wait"]  # this process's
         own = {"method": type(self).__name__, "t": self.t, "metrics": metrics}
@@ -393,9 +402,12 @@ class Method(Wrapper):
         if own is None or own.get("method") != type(self).__name__:
             of = "another optimizer" if own is None else own.get("method")
             raise ValueError(f"this is the state of {of}, not of {type(self).__name__}")
+        self.settle()
         self.optimizer.load_state_dict(state_dict)
         self.t = int(own["t"])
-        self.metrics = Metrics(**own["metrics"], t_comm=self.metrics.t_comm, t_wait=self.metrics.t_wait)
+        self.metrics = Metrics(
+            **copy.deepcopy(own["metrics"]), t_comm=self.metrics.t_comm, t_wait=self.metrics.t_wait
+        )
         self.fabric.traffic.group, self.fabric.traffic.across = (
             self.metrics.bytes_group,
             self.metrics.bytes_across,
@@ -421,9 +433,11 @@ class Method(Wrapper):
             return
         with torch.no_grad():
             self._rest(CLOSE)
-            if self._course is not None:
-                self._course.finish()
-            self._release()
+            try:
+                if self._course is not None:
+                    self._course.finish()
+            finally:
+                self._release()
 
     def _release(self) -> None:
         self._open = False

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from mpilsgd import kernels
 from mpilsgd.comm import Shard, Shards
 from mpilsgd.methods.averaging import accumulation_dtype
-from mpilsgd.methods.base import Method
+from mpilsgd.methods.base import Diverged, Method
 
 
 class Part(NamedTuple):
@@ -133,14 +134,21 @@ class Centered(Method):
         """Whether this worker may write into the centre; if not, its optimizer forgets."""
         if Method._is_finite(self, 0.0):
             return True
-        self._set_back({self.fabric.world.rank})
+        self._begin_anew()
         return False
 
     def _start_anew(self, shard: Shard) -> None:
         """This worker takes the shard's values."""
+        assert self._shards is not None
         for d, window in self._x.items():
             a, b = shard.spans[d]
+            if not kernels.check(shard.vectors["c"][d]):
+                raise Diverged(
+                    f"this worker's parameters and the centre are non-finite at step {self.t}: the run has diverged; "
+                    "a smaller learning rate may help"
+                )
             window.mine[a:b].copy_(shard.vectors["c"][d])
+        self._last_update[shard.index] = self._shards.turns.ticks(shard.index)
 
     # The life of the method
 
@@ -201,6 +209,7 @@ class Centered(Method):
         if self._shards is None:
             return
         self.fabric.world.table([0.0])  # nobody is in a turn
+        self.topology.agree(self._misfit(own))
         self._last_update = list(own["last_update"])
         if self.fabric.world.local.rank == 0:
             for name, of in self._shards.own.items():
@@ -211,6 +220,16 @@ class Centered(Method):
         if self._course is not None:
             self._course.count(self.t)
         self.fabric.world.table([0.0])
+
+    def _misfit(self, own: dict[str, Any]) -> str | None:
+        """Why a saved part of the centre cannot be this rank's."""
+        assert self._shards is not None
+        head = self.fabric.world.local.rank == 0
+        wanted = {n: {str(d): w.mine.numel() for d, w in of.items()} for n, of in self._shards.own.items()}
+        saved = {n: {d: v.numel() for d, v in of.items()} for n, of in own.get("shards", {}).items()}
+        if saved == (wanted if head else {}) and len(own["last_update"]) == self._shards.count:
+            return None
+        return "the state was saved by ranks that lay otherwise on nodes: the parts of the centre do not fit"
 
     def _free(self) -> None:
         if self._shards is not None:

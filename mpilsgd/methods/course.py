@@ -11,6 +11,7 @@ from mpilsgd.comm.onesided import Counter, Progress, progresses_alone, thread_pr
 from mpilsgd.methods.arguments import choice
 
 FORMAT = 1
+BEYOND = "this run goes on beyond the recorded one: it has taken other steps"
 
 
 def course_problems(asynchronous: Any, order: Any, record: Any, replay: Any) -> list[str | None]:
@@ -21,8 +22,9 @@ def course_problems(asynchronous: Any, order: Any, record: Any, replay: Any) -> 
             found.append(f"{name} must be the path of a file, not {value!r}")
     if record is not None and replay is not None:
         found.append("record and replay exclude each other: a replayed run has its recording already")
-    if replay is not None and order != "free":
-        found.append('replay repeats a run of order="free"; round robin is the same every time')
+    for name, value in (("record", record), ("replay", replay)):
+        if value is not None and order == "round-robin":
+            found.append(f'{name} is for runs of order="free"; round robin is the same every time')
     if not asynchronous:
         given = {"order": order != "free", "record": record is not None, "replay": replay is not None}
         named = [name for name, there in given.items() if there]
@@ -71,8 +73,9 @@ class Course:
             self._script = self._read(replay)
         if record is not None:
             self._check_writable(record)
-        self._next = 0
-        self._counted = 0
+        self._meetings: list[Any] = []
+        self._next = self._counted = self._last_total = 0
+        self._size = topology.world.size
         self._counter: Counter | None = None
         self._progress: Progress | None = None
 
@@ -98,19 +101,25 @@ class Course:
         """This worker has taken t steps."""
         if self._counter is not None and t != self._counted:
             self._counter.add(t - self._counted)
+        if t < self._counted:  # an older state was loaded
+            self._reached = {}
         self._counted = t
 
     def total(self, near: int | None = None) -> int:
         """The steps of all workers, as far as they are known here; known better close to `near`."""
-        if self._counter is None:
-            return self._counted * self._topology.world.size
-        return self._counter.read(near)
+        if self._counter is not None:
+            self._last_total = self._counter.read(near)
+        return self._last_total
 
     def reached(self, total: int, t: int) -> bool:
         """As `Method.reached`, for this worker's clock t."""
         key = str(total)
         if self._script is not None:
+            if t > self._script["meetings"][-1][1]:
+                raise RuntimeError(BEYOND)
             return key in self._script["reached"] and t >= self._script["reached"][key]
+        if self.round_robin:
+            return t * self._size >= total
         if key in self._reached:
             return True
         if self.total(total) < total:
@@ -136,7 +145,7 @@ class Course:
             return None
         event = self.upcoming()
         if event is None:
-            raise RuntimeError("this run goes on beyond the recorded one: it has taken other steps")
+            raise RuntimeError(BEYOND)
         self._next += 1
         return event
 
@@ -145,16 +154,29 @@ class Course:
         assert self._script is not None
         return list(self._script["all"][rank])
 
+    def meet(self, purpose: str, t: int) -> None:
+        """This worker is about to meet all others, for its centre or its end: what it would wait for in vain if a
+        replay took another way than its recording.
+        """
+        now = [purpose, t, self._next if self.replays else len(self._events)]
+        self._meetings.append(now)
+        if self._script is not None:
+            recorded = self._script["meetings"]
+            k = len(self._meetings) - 1
+            if k >= len(recorded) or recorded[k] != now:
+                then = recorded[k] if k < len(recorded) else None
+                raise RuntimeError(
+                    "the replay is not the recorded run: (purpose, steps, exchanges) at its meeting "
+                    f"{k} are {now} and were {then}"
+                )
+
     # Files
 
     def finish(self) -> None:
-        """The run is over: writes the recording; says so if a replay has ended early."""
-        early = self.upcoming()
-        self._topology.agree(
-            None if early is None else f"the replay has ended before its recording did, at {early}"
-        )
+        """The run is over: writes the recording."""
         if self._record is not None:
-            rows = self._topology.gather({"reached": self._reached, "events": self._events})
+            row = {"reached": self._reached, "events": self._events, "meetings": self._meetings}
+            rows = self._topology.gather(row)
             error = None
             if rows is not None:
                 try:
@@ -170,12 +192,18 @@ class Course:
         if self._progress is not None:
             self._progress.free()
         if self._counter is not None:
+            self.total()
             self._counter.free()
+            self._counter = None
 
     def _check_writable(self, path: str | os.PathLike[str]) -> None:
         folder = os.path.dirname(os.path.abspath(path))
-        fits = self._topology.world.rank or (os.path.isdir(folder) and os.access(folder, os.W_OK))
-        self._topology.agree(None if fits else f"record={os.fspath(path)}: cannot write there")
+        fits = os.path.isdir(folder) and os.access(folder, os.W_OK)
+        fits = fits and not os.path.isdir(path) and bool(os.fspath(path))
+        first = self._topology.world.rank == 0  # who writes
+        self._topology.agree(
+            f"record={os.fspath(path)!r}: cannot write there" if first and not fits else None
+        )
 
     def _read(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         error, found = None, None

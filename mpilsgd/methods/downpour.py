@@ -38,7 +38,7 @@ class Downpour(Centered):
         order, record, replay: as for `EASGD`.
         optimizer, topology, init, buffers, model and errors: see `Method`.
 
-    One vector more a worker (a) and the centre's, one each a node (asynchronous: one in all). The worker's momentum,
+    One vector more a worker (a) and the centre's, one each a node (asynchronous: in all). The worker's momentum,
     if its optimizer has one, stays its own. BatchNorm statistics move by the mean of the workers' moves, not by their
     sum. A worker found non-finite pushes nothing and goes on from the centre. With init="different" the centre starts
     at the workers' mean, and each worker goes on from it.
@@ -110,7 +110,7 @@ class Downpour(Centered):
         """x <- c; a <- x, at the start."""
         with self._iterates():
             for d, c in centre:
-                self._x[d].mine.copy_(c[: self._x[d].mine.numel()])
+                self._x[d].mine[: self._n[d]].copy_(c[: self._n[d]])
             self._anchor = {d: w.mine[: self._n[d]].clone() for d, w in self._x.items()}
 
     def _start_average(self, windows: Mapping[str, Mapping[torch.dtype, Window]]) -> None:
@@ -190,9 +190,9 @@ class Downpour(Centered):
         for d, window in self._x.items():
             edge, n = self.flat.n_parameters[d], self._n[d]
             world.count_local((share(world, 0, n)[1] - share(world, 0, n)[0]) * window.mine.element_size())
-            for start, stop, scale in ((0, edge, 1.0), (edge, n, 1.0 / world.size)):
+            for start, stop in ((0, edge), (edge, n)):
                 if start < stop:
-                    self._add_moves(d, start, stop, scale, bad)
+                    self._add_moves(d, start, stop, bad)
             world.fence()
             x = window.mine[:n]
             x.copy_(self._common["c"][d].mine[:n])
@@ -203,7 +203,7 @@ class Downpour(Centered):
         self._clock += 1
         self.metrics.rounds += 1
 
-    def _add_moves(self, d: torch.dtype, start: int, stop: int, scale: float, bad: set[int]) -> None:
+    def _add_moves(self, d: torch.dtype, start: int, stop: int, bad: set[int]) -> None:
         """c <- c + sum_i (x^i - a), with momentum by way of u: this rank's slice. All a are the same."""
         world, window = self.fabric.world, self._x[d]
         a, b = share(world, start, stop)
@@ -222,12 +222,14 @@ class Downpour(Centered):
             total.zero_()
         if world.n_islands > 1:
             world.allreduce(scratch, start, stop)
-        if self.momentum and start == 0:
+        if start == self.flat.n_parameters[d]:
+            kernels.elastic_apply(c, [], total, 0.0, 1.0 / world.size)
+        elif self.momentum:
             u = self._common["u"][d].mine[a:b].mul_(self.momentum)
             kernels.elastic_apply(u, [], total, 0.0, 1.0)
             c.add_(u)
         else:
-            kernels.elastic_apply(c, [], total, 0.0, scale)
+            kernels.elastic_apply(c, [], total, 0.0, 1.0)
 
     # The centre
 

@@ -223,10 +223,6 @@ class EASGD(Centered):
             for d, w in self._x.items():  # x <- x - alpha D
                 kernels.elastic_apply(w.mine[: self._n[d]], [], self._difference[d], 0.0, -self.moving_rate)
 
-    def _rests(self) -> None:
-        self.settle()
-        super()._rests()
-
     # Synchronous
 
     def _round(self, table: np.ndarray) -> None:

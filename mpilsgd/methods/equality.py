@@ -33,7 +33,12 @@ def check_equal(
             )
         if row[2:] != rows[0][2:]:
             raise ValueError(f"the settings differ: rank 0 has {rows[0][2:]}, rank {r} has {row[2:]}")
-    return {"method": method, "workers": len(rows), "model": model, "settings": told}
+    layout = {
+        "nodes": topology.allgather(topology.node.rank),
+        "groups": topology.groups,
+        "shared": topology.shared,
+    }
+    return {"method": method, "workers": len(rows), "layout": layout, "model": model, "settings": told}
 
 
 def broadcast_rest(topology: Topology, modules: list[torch.nn.Module], flat: FlatParameters) -> None:

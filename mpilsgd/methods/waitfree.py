@@ -17,6 +17,9 @@ from mpilsgd.methods.metrics import Metrics
 
 Vectors = dict[torch.dtype, torch.Tensor]
 
+NOBODY = -1, 0  # a leader's rank and version
+_TRIES = 3
+
 
 class WaitFree:
     """The exchange of `LSGD(asynchronous="wait-free")`.
@@ -40,15 +43,18 @@ class WaitFree:
         self._turns = Turns(fabric.world, [0]) if course.round_robin else None
         self._near: Vectors = {d: torch.empty_like(w.mine[: n[d]]) for d, w in x.items()}
         self._far: Vectors = {d: torch.empty_like(v) for d, v in self._near.items()} if two else self._near
-        self._exchanges = 0
         # of a replay: who read each version of this worker's, and in which of its exchanges
         self._readers: dict[int, list[tuple[int, int]]] = defaultdict(list)
         if course.replays:
             for rank in range(topology.world.size):
                 for index, event in enumerate(course.script_of(rank)):
-                    for leader, version in {tuple(event[:2]), tuple(event[2:])}:
+                    for k in (0, 1):  # two copies an exchange
+                        leader, version = event[2 * k : 2 * k + 2]
                         if leader == fabric.world.rank and rank != leader:
-                            self._readers[version].append((rank, index))
+                            self._readers[version].append((rank, 2 * index + k))
+        own = {d: w.mine[: n[d]] for d, w in x.items()}
+        self._snapshots.publish(own, math.inf, lambda _: True)  # nobody's leader, but there to fall back on
+        fabric.world.barrier()
 
     def exchange(self, score: float, fit: bool, rates: tuple[float, float], metrics: Metrics) -> None:
         """Publishes (if fit) and pulls. rates: of the pulls to the group's and the global leader; 0: not due.
@@ -77,12 +83,13 @@ class WaitFree:
             self._snapshots.publish(vectors, score, self._may_overwrite)
         script = self._course.repeat()
         known = [-1, 0, -1, 0] if script is None else script
-        near = self._best(mine, known[:2], self._near) if rates[0] or not fit else (-1, 0)
-        far = (
-            self._best(range(world.size), known[2:], self._far)
-            if rates[1] or (not fit and near[0] < 0)
-            else (-1, 0)
-        )
+        near = self._best(mine, known[:2], self._near) if rates[0] or not fit else NOBODY
+        self._snapshots.finish()
+        far, far_vectors = NOBODY, self._far
+        if rates[1] and self._topology.n_groups == 1 and rates[0]:
+            far, far_vectors = near, self._near  # one and the same
+        elif rates[1] or (not fit and near == NOBODY):
+            far = self._best(range(world.size), known[2:], self._far)
         self._snapshots.finish()
         self._course.note([*near, *far])
         self._note_leaders(near[0], far[0], metrics)
@@ -90,7 +97,7 @@ class WaitFree:
             self._start_anew(near[0], far[0])
             return
         terms = []
-        for leader, vectors, rate in ((near[0], self._near, rates[0]), (far[0], self._far, rates[1])):
+        for leader, vectors, rate in ((near[0], self._near, rates[0]), (far[0], far_vectors, rates[1])):
             if leader >= 0 and leader != me and rate:
                 terms.append((vectors, rate))
         square = 0.0
@@ -112,30 +119,30 @@ class WaitFree:
                 snapshots.copy(leader, version, into)
                 self._count(leader)
             return leader, version
-        while True:
+        for _ in range(_TRIES):
             found = [(score, r, v) for r in ranks for v, score in [snapshots.newest(r)] if v]
             found = [row for row in found if math.isfinite(row[0])]
             if not found:
-                return -1, 0
+                return NOBODY
             _, best, newest = min(found)
             if best == me:
                 return best, newest
             self._count(best)
             if snapshots.copy(best, newest, into):
                 return best, newest
+        return NOBODY  # it publishes faster than it can be read
 
     def _may_overwrite(self, version: int) -> bool:
         """In a replay: whether all have read the version who did so in the recorded run."""
         return all(self._snapshots.done(rank) > index for rank, index in self._readers[version])
 
     def _start_anew(self, near: int, far: int) -> None:
+        """From the leader's snapshot, or where there is none from this worker's own last one."""
         me = self._fabric.world.rank
         leader, vectors = (near, self._near) if near >= 0 else (far, self._far)
-        if leader < 0:
-            raise RuntimeError("this worker's parameters are non-finite, and no worker has published any yet")
+        if leader in (-1, me):
+            self._snapshots.copy(me, self._snapshots.newest(me)[0], vectors)
         for d, w in self._x.items():
-            if leader == me:  # its own last snapshot
-                self._snapshots.copy(me, self._snapshots.newest(me)[0], vectors)
             w.mine[: self._n[d]].copy_(vectors[d])
 
     def _note_leaders(self, near: int, far: int, metrics: Metrics) -> None:

@@ -49,6 +49,12 @@ def gradient_at_x(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             group["weight_decay"] = decay
 
 
+def described(optimizer: torch.optim.Optimizer) -> str:
+    """Its kind and its settings, for a reader and to be compared."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return f"{type(optimizer).__name__} {groups}"
+
+
 def forget(optimizer: torch.optim.Optimizer) -> None:
     """Sets the optimizer's memory (momentum, the moments and step numbers of Adam) back to its start, in place."""
     for group in optimizer.param_groups:

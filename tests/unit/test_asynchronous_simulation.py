@@ -303,7 +303,6 @@ def test_stability_of_easgd_in_turns() -> None:
             alpha = factor * (4 - 2 * eta) / (4 - eta)
             method = turns.EASGD(Quadratic(1.0, size=1), p, Local(lr=eta), center_rate=p * alpha, period=1)
             size = radius(sweep(method, ("x", "c")))
-            print(p, eta, factor, size)
             assert size < 1 if factor < 1 else p > 1 or size > 1
 
 

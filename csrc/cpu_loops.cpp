@@ -208,7 +208,8 @@ void work(const Pull& op, std::int64_t at, int m, Tally& tally) {
     T* p = peer_at<T>(op, i, at);
     A* x = open(p, x_buffer, m);
     Tally own;
-    const bool last = i == op.n_peers - 1;  // looks at the leaders, too: before it moves, if it is one of them
+    const bool last =
+        i == op.n_peers - 1;  // looks at the leaders, too: before it moves, if it is one of them
     if (other) {
       auto update = [=](A v, int j) { return pull(v, leader[j], rate, other[j], other_rate); };
       if (last) {

@@ -132,8 +132,8 @@ Peers hand_over(const PeersOperation& op, const Stream& on) {
 template <class T>
 Tally start(const Pull& op, const Stream& on) {
   using A = Acc<T>;
-  const PullBody<T> body{hand_over(op, on), static_cast<const T*>(op.leader),
-                         static_cast<const T*>(op.other), A(op.rate), A(op.other_rate)};
+  const PullBody<T> body{hand_over(op, on), static_cast<const T*>(op.leader), static_cast<const T*>(op.other),
+                         A(op.rate), A(op.other_rate)};
   return launch(body, op, all_aligned(op.leader, op.other) && all_aligned(op), on, op.n_peers, op.bad_peers);
 }
 

@@ -21,9 +21,8 @@ struct Operation {
 struct PeersOperation : Operation {
   void* const* peers = nullptr;
   int n_peers = 0;
-  unsigned char* bad_peers =
-      nullptr;  // with stats: n_peers zeros; 1 is written for a peer with a value not finite
-                // before (Pull: before or after)
+  unsigned char* bad_peers = nullptr;  // with stats: n_peers zeros; 1 is written for a peer with a value not
+                                       // finite before (Pull: before or after)
 };
 
 // The peers are pulled one after the other; the last of them may be the leader.

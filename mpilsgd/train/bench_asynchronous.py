@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Counter, Fabric, Progress, Topology
+from mpilsgd.comm import Counter, Fabric, Progress, Topology, wait_until
 from mpilsgd.methods import EASGD, LSGD, Downpour
 from mpilsgd.train.bench_memory import CENTER_RATE, Model
 from mpilsgd.train.table import columns, in_ms
@@ -43,7 +43,7 @@ def measure(topology: Topology, numel: int, repetitions: int, still: Any) -> dic
                 calls[name]()
                 if repetition >= 2:
                     times[name].append(time.perf_counter() - start)
-    topology.barrier()
+            wait_until(topology.world.Ibarrier().Test)  # asleep: the others leave their cores to rank 0
     for method in methods.values():
         method.close()
     seconds = {name: statistics.median(each) if each else 0.0 for name, each in times.items()}

@@ -115,8 +115,9 @@ class Course:
         """As `Method.reached`, for this worker's clock t."""
         key = str(total)
         if self._script is not None:
-            if t > self._script["meetings"][-1][1]:
-                raise RuntimeError(BEYOND)
+            last = self._script["meetings"][-1][1]
+            if t > last:
+                raise RuntimeError(f"{BEYOND} (which ended after {last} steps of this worker)")
             return key in self._script["reached"] and t >= self._script["reached"][key]
         if self.round_robin:
             return t * self._size >= total
@@ -201,9 +202,8 @@ class Course:
         fits = os.path.isdir(folder) and os.access(folder, os.W_OK)
         fits = fits and not os.path.isdir(path) and bool(os.fspath(path))
         first = self._topology.world.rank == 0  # who writes
-        self._topology.agree(
-            f"record={os.fspath(path)!r}: cannot write there" if first and not fits else None
-        )
+        wrong = f"record={os.fspath(path)!r}: no file can be written there (does its folder exist?)"
+        self._topology.agree(wrong if first and not fits else None)
 
     def _read(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         error, found = None, None
@@ -215,6 +215,8 @@ class Course:
                     raise ValueError(f"of format {found['mpilsgd recording']}, this version reads {FORMAT}")
                 if found["of"] != self._about:
                     raise ValueError(_difference(found["of"], self._about))
+            except FileNotFoundError:
+                error = f"replay={os.fspath(path)}: there is no such file"
             except (OSError, ValueError, KeyError, TypeError) as problem:
                 what = "not a recording" if isinstance(problem, (KeyError, TypeError)) else str(problem)
                 error = f"replay={os.fspath(path)}: {what}"
@@ -227,9 +229,15 @@ class Course:
 
 
 def _difference(recorded: dict[str, Any], now: dict[str, Any]) -> str:
-    wrong = [
-        f"{key} was {recorded.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted({*recorded, *now})
-        if recorded.get(key) != now.get(key)
-    ]
-    return "the recording of another run: " + "; ".join(wrong)
+    """The first thing that is not the same, settings one by one."""
+    for key in ("method", "workers", "settings", *sorted({*recorded, *now})):
+        then, here = recorded.get(key), now.get(key)
+        if isinstance(then, dict) and isinstance(here, dict):
+            wrong = [
+                f"{k} was {then.get(k)!r} and is {here.get(k)!r}" for k in here if then.get(k) != here[k]
+            ]
+            if wrong:
+                return "the recording of another run: " + "; ".join(wrong)
+        elif then != here:
+            return f"the recording of another run: {key} was {then!r} and is {here!r}"
+    return "the recording of another run"

@@ -21,5 +21,5 @@ class Metrics:
     distance: float = 0.0
     resets: int = 0  # times this worker was set back after a non-finite state
     leads: int = 0  # rounds that this worker led its group
-    # asynchronous centres: how often so many updates by others lay between reading the centre and writing to it
+    # asynchronous centres: {n: how often n updates by others lay between this worker's reading it and its writing}
     staleness: dict[int, int] = dataclasses.field(default_factory=dict)

@@ -26,6 +26,10 @@ FREE: dict[str, tuple[str, ...]] = {
     "EAMSGD-overlap": (
         *("--method", "EASGD", "--asynchronous", "--period", "5", "--overlap"),
         *("--optimizer", "MSGD", "--momentum", "0.5", "--lr", "0.1"),
+        *(
+            "--moving_rate",
+            "0.2",
+        ),  # center_rate / ranks is 0.9 on one rank: x - c swings (factor 1 - 0.9 - 0.9)
     ),
     "Downpour": ("--method", "Downpour", "--period", "2", "--lr", "0.05"),
     "Downpour-momentum": ("--method", "Downpour", "--method_momentum", "0.5", "--lr", "0.02"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import traceback
 from typing import Any
 
@@ -101,6 +102,9 @@ def _group_size_error(group_size: int | None, node_size: int) -> str | None:
     return None
 
 
+_FORWARD = (
+    0.2  # seconds: a launcher that is told to abort does not always pass on what it was given just before
+)
 _hooked = False
 _status = 0
 
@@ -146,4 +150,5 @@ def end_job(kind: type[BaseException], value: BaseException, trace: Any) -> None
         sys.stdout.flush()
         sys.stderr.write(told)
         sys.stderr.flush()
+        time.sleep(_FORWARD)
     MPI.COMM_WORLD.Abort(130 if issubclass(kind, KeyboardInterrupt) else 1)

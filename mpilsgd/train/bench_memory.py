@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mpilsgd.comm import Topology
-from mpilsgd.methods import EASGD, LSGD, AllreduceSGD, LocalSGD
+from mpilsgd.methods import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, LocalSGD
 from mpilsgd.train.table import columns, in_bytes
 
 PULL, CENTER_RATE = 0.1, 0.9
@@ -28,6 +28,15 @@ METHODS: dict[str, Callable[..., Any]] = {
         optimizer, topology, period=1, average="quadratic", a=1.0
     ),
     "AllreduceSGD": lambda optimizer, topology: AllreduceSGD(optimizer, topology),
+    "EASGD asynchronous": lambda optimizer, topology: EASGD(optimizer, topology, period=1, asynchronous=True),
+    "EASGD overlap": lambda optimizer, topology: EASGD(
+        optimizer, topology, period=2, asynchronous=True, overlap=True
+    ),
+    "Downpour": lambda optimizer, topology: Downpour(optimizer, topology),
+    "ADMM": lambda optimizer, topology: ADMM(optimizer, topology, rho=1.0, asynchronous=True),
+    "LSGD wait-free, one leader": lambda optimizer, topology: LSGD(
+        optimizer, topology, period=1, global_pull=0, asynchronous="wait-free"
+    ),
 }
 
 

@@ -201,6 +201,18 @@ Tally start(const Iterate& op, const Stream& on) {
 }
 
 template <class T>
+Tally start(const Push& op, const Stream& on) {
+  using A = Acc<T>;
+  const PushBody<T> body{static_cast<T*>(op.center),
+                         static_cast<T*>(op.x),
+                         static_cast<T*>(op.anchor),
+                         static_cast<T*>(op.velocity),
+                         A(op.rate),
+                         A(op.momentum)};
+  return launch(body, op, all_aligned(op.center, op.x, op.anchor, op.velocity), on);
+}
+
+template <class T>
 Tally start(const Check& op, const Stream& on) {
   return launch(CheckBody<T>{static_cast<const T*>(op.x)}, op, all_aligned(op.x), on);
 }

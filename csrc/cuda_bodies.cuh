@@ -255,6 +255,39 @@ struct IterateBody {
 };
 
 template <class T>
+struct PushBody {
+  using Stored = T;
+  using A = Acc<T>;
+  T *center, *x, *anchor;
+  T* velocity;  // may be null
+  A rate, momentum;
+
+  template <int W, bool kStats>
+  __device__ void run(std::int64_t at, Note<kStats>&) const {
+    A c[W], value[W], from[W], v[W];
+    load<W>(center + at, c);
+    load<W>(x + at, value);
+    load<W>(anchor + at, from);
+    if (velocity) {
+      load<W>(velocity + at, v);
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        v[k] = push_velocity(v[k], value[k], from[k], rate, momentum);
+        c[k] = c[k] + v[k];
+        value[k] = to_look_ahead(c[k], v[k], momentum);
+      }
+      store<W>(velocity + at, v);
+    } else {
+#pragma unroll
+      for (int k = 0; k < W; ++k) value[k] = c[k] = push(c[k], value[k], from[k], rate);
+    }
+    store<W>(center + at, c);
+    store<W>(x + at, value);
+    store<W>(anchor + at, value);
+  }
+};
+
+template <class T>
 struct CheckBody {
   using Stored = T;
   using A = Acc<T>;

@@ -77,6 +77,15 @@ struct Iterate : Operation {
   double step = 0;  // x <- x + step velocity
 };
 
+// All four are written.
+struct Push : Operation {
+  void* center = nullptr;
+  void* x = nullptr;
+  void* anchor = nullptr;
+  void* velocity = nullptr;  // null: momentum is 0
+  double rate = 1, momentum = 0;
+};
+
 // Reads only; the tally's `finite` is the answer.
 struct Check : Operation {
   const void* x = nullptr;
@@ -109,7 +118,8 @@ struct Tally {
 #define MPILSGD_OPERATIONS(DO) \
   DO(Pull)                     \
   DO(Elastic)                  \
-  DO(ElasticSum) DO(ElasticApply) DO(Total) DO(Assign) DO(Average) DO(Msgd) DO(Iterate) DO(Check) DO(Triad)
+  DO(ElasticSum)               \
+  DO(ElasticApply) DO(Total) DO(Assign) DO(Average) DO(Msgd) DO(Iterate) DO(Push) DO(Check) DO(Triad)
 
 namespace cpu {
 

@@ -161,6 +161,18 @@ py::object iterate(const Where& where, Address x, Address velocity, double step)
   return finish(op, where);
 }
 
+py::object push(const Where& where, Address center, Address x, Address anchor, double rate, Address velocity,
+                double momentum) {
+  mpilsgd::Push op;
+  op.center = at(center);
+  op.x = at(x);
+  op.anchor = at(anchor);
+  op.rate = rate;
+  op.velocity = at(velocity);
+  op.momentum = momentum;
+  return finish(op, where);
+}
+
 py::object check(const Where& where, Address x) {
   mpilsgd::Check op;
   op.x = at(x);
@@ -235,6 +247,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("average", &average);
   m.def("msgd", &msgd);
   m.def("iterate", &iterate);
+  m.def("push", &push);
   m.def("check", &check);
   m.def("triad", &triad);
 

@@ -74,6 +74,21 @@ MPILSGD_UPDATE A elastic_center(A center, A sum, A rate) {
   return center + rate * sum;
 }
 
+// --- push into a centre (DOWNPOUR, thesis Alg. 3-5)
+// ---------------------------------------------------------
+
+// c <- c + rate (x - anchor);  x and anchor are the new c, too. Where one of the two is not finite c stays.
+template <class A>
+MPILSGD_UPDATE A push(A center, A x, A anchor, A rate) {
+  return center + rate * elastic_term(x, anchor);
+}
+
+// u <- momentum u + rate (x - anchor);  then c <- c + u, and x and anchor are the look-ahead c + momentum u.
+template <class A>
+MPILSGD_UPDATE A push_velocity(A velocity, A x, A anchor, A rate, A momentum) {
+  return momentum * velocity + rate * elastic_term(x, anchor);
+}
+
 // --- sums and means over workers
 // ----------------------------------------------------------------------------
 

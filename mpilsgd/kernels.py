@@ -48,6 +48,7 @@ __all__ = [
     "iterate",
     "msgd",
     "pull",
+    "push",
     "total",
     "triad",
 ]
@@ -208,8 +209,7 @@ def msgd(
     """
     _match(x, grad=grad, velocity=velocity, leader=leader, other=other)
     _number(lr=lr, momentum=momentum, weight_decay=weight_decay, rate=rate, other_rate=other_rate)
-    if velocity is None and momentum != 0:
-        raise ValueError(f"momentum {momentum} needs a velocity, which is None")
+    _has_velocity(velocity, momentum)
     where = _where(x, stats)
     if where is None:
         return reference.msgd(
@@ -245,6 +245,36 @@ def iterate(x: Tensor, velocity: Tensor, momentum: float, sign: float) -> None:
         reference.iterate(x, velocity, momentum, sign)
     else:
         _core.iterate(where, x.data_ptr(), velocity.data_ptr(), sign * momentum)
+
+
+def push(
+    center: Tensor,
+    x: Tensor,
+    anchor: Tensor,
+    rate: float = 1.0,
+    velocity: Tensor | None = None,
+    momentum: float = 0.0,
+) -> None:
+    """A worker pushes what it moved into the centre, and goes on from there (DOWNPOUR, thesis Alg. 3-5).
+
+    d = rate (x - anchor).  Without velocity: c <- c + d;  x <- c;  anchor <- x.
+    With: u <- momentum u + d;  c <- c + u;  x <- c + momentum u;  anchor <- x.
+
+    center: c. anchor: what the worker last received. velocity: u; may be None with momentum 0. All of them are
+    written, and lie apart. Where x or anchor is not finite d is 0, and x takes the centre all the same.
+    """
+    _match(x, center=center, anchor=anchor, velocity=velocity)
+    named = [("center", center), ("x", x), ("anchor", anchor)]
+    _apart(named if velocity is None else [*named, ("velocity", velocity)], [])
+    _number(rate=rate, momentum=momentum)
+    _has_velocity(velocity, momentum)
+    where = _where(x, False)
+    if where is None:
+        reference.push(center, x, anchor, rate, velocity, momentum)
+    else:
+        _core.push(
+            where, center.data_ptr(), x.data_ptr(), anchor.data_ptr(), rate, _pointer(velocity), momentum
+        )
 
 
 def check(x: Tensor) -> bool:
@@ -426,6 +456,11 @@ def _apart(first: list[tuple[str, Tensor]], peers: Sequence[Tensor]) -> None:
     for (name, x), (next_name, following) in itertools.pairwise(named):
         if _overlap(x, following):
             raise ValueError(f"{name} and {next_name} overlap in memory")
+
+
+def _has_velocity(velocity: Tensor | None, momentum: float) -> None:
+    if velocity is None and momentum != 0:
+        raise ValueError(f"momentum {momentum} needs a velocity, which is None")
 
 
 def _number(**values: float) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "iterate",
     "msgd",
     "pull",
+    "push",
     "total",
     "triad",
 ]
@@ -200,6 +201,32 @@ def msgd(
 def iterate(x: Tensor, velocity: Tensor, momentum: float, sign: float) -> None:
     """x <- x + sign momentum velocity"""
     x.copy_(_wide(x) + (sign * momentum) * _wide(velocity))
+
+
+# --- push into a centre ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def push(
+    center: Tensor,
+    x: Tensor,
+    anchor: Tensor,
+    rate: float = 1.0,
+    velocity: Tensor | None = None,
+    momentum: float = 0.0,
+) -> None:
+    """d = rate (x - anchor);  u <- momentum u + d,  c <- c + u,  x <- c + momentum u,  anchor <- x"""
+    u = rate * elastic_term(_wide(x), _wide(anchor))
+    if velocity is not None:
+        u = momentum * _wide(velocity) + u
+        velocity.copy_(u)
+    c = _wide(center) + u
+    center.copy_(c)
+    x.copy_(c if velocity is None else c + momentum * u)
+    anchor.copy_(x)
+
+
+# --- reading, and the yardstick -------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -140,25 +140,22 @@ class Downpour(Centered):
                         self._push(shard)
                     else:
                         self._start_anew(shard)
-                    self._pull(shard)
 
     def _push(self, shard: Shard) -> None:
         clock = self._updates(shard)
-        for d, low, high, x, c, vectors in self._parts(shard):
-            if self.average is not None:
-                self._follow(vectors["z"], c, clock)
-            x.sub_(self._anchor[d][low:high])
-        for *_, x, c, vectors in self._parts(shard, "parameters"):
-            c.add_(vectors["u"].mul_(self.momentum).add_(x) if self.momentum else x)
-        for *_, x, c, _ in self._parts(shard, "buffers"):
-            c.add_(x, alpha=1 / self.topology.world.size)
+        if self.average is not None:
+            for part in self._parts(shard):
+                self._follow(part.vectors["z"], part.c, clock)
+        for d, low, high, x, c, vectors in self._parts(shard, "parameters"):
+            kernels.push(c, x, self._anchor[d][low:high], 1.0, vectors.get("u"), self.momentum)
+        for d, low, high, x, c, _ in self._parts(shard, "buffers"):
+            kernels.push(c, x, self._anchor[d][low:high], 1.0 / self.topology.world.size)
 
-    def _pull(self, shard: Shard) -> None:
-        for *_, x, c, vectors in self._parts(shard):
-            x.copy_(c)
+    def _start_anew(self, shard: Shard) -> None:
+        super()._start_anew(shard)
+        for d, low, high, x, _, vectors in self._parts(shard):
             if self.momentum:  # 0 for buffers
                 x.add_(vectors["u"], alpha=self.momentum)
-        for d, low, high, x, _, _ in self._parts(shard):
             self._anchor[d][low:high].copy_(x)
 
     # All together

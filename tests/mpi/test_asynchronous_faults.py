@@ -54,6 +54,7 @@ def test_a_broken_worker_starts_anew_from_the_centre(element: bool, bad: int, la
         in_turns(EASGD, "", period=1, center_rate=0.6),
         in_turns(EASGD, "gauss-seidel", period=1, center_rate=0.6, form="gauss-seidel"),
         in_turns(Downpour, ""),
+        in_turns(Downpour, "momentum", momentum=0.5),
     ):
         with running(case, Quadratic(0.0), local, layout, same=False) as run:
             simulated = case.simulate(Quadratic(0.0), local, layout, same=False)
@@ -91,7 +92,7 @@ def absent(method: Any, bad: int) -> tuple[Callable[[int, int], None], Callable[
         elif here:
             method.x[bad] = method.c
             if isinstance(method, turns.Downpour):
-                method.received[bad] = method.c
+                method.x[bad] = method.received[bad] = method.c + method.momentum * method.velocity
 
     return (lambda i, t: instead(i, before, t, early)), (lambda i, t: instead(i, after, t, not early))
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kernel_cases import CASES, WITH_STATS, Vectors, clone, make, wide
 
 from mpilsgd import kernels, reference
 
@@ -18,175 +19,6 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LENGTHS = [0, 1, 7, 64, 1000, 100003]
 SPECIAL = [float("nan"), float("inf"), float("-inf")]
 ISAS = kernels._core.instruction_sets()
-R, Q, M, WD, LR = 0.3, 0.07, 0.9, 0.01, 0.05  # rates that no type represents exactly
-
-Vectors = dict[str, torch.Tensor]
-Arrays = dict[str, np.ndarray]
-
-
-def peers_of(v: dict[str, Any]) -> list[Any]:
-    return [v[key] for key in v if key.startswith("p")]
-
-
-def np_pull(a: Arrays, s: Callable[[float], Any], two: bool) -> Arrays:
-    x, leader, other = a["x"], a["l"], a["o"]
-    new = x - s(R) * (x - leader)
-    return {"x": new - s(Q) * (x - other) if two else new}
-
-
-def np_sum(terms: list[np.ndarray]) -> np.ndarray:
-    result = terms[0]
-    for term in terms[1:]:
-        result = result + term
-    return result
-
-
-def np_elastic(a: Arrays, s: Callable[[float], Any], gauss_seidel: bool, moving_rate: float = R) -> Arrays:
-    c, peers = a["c"], {key: a[key] for key in a if key.startswith("p")}
-    new = c + s(Q) * np_sum([x - c for x in peers.values()])
-    anchor = new if gauss_seidel else c
-    return {"c": new} | {key: x - s(moving_rate) * (x - anchor) for key, x in peers.items()}
-
-
-def np_elastic_sum(a: Arrays, s: Callable[[float], Any]) -> Arrays:
-    c, peers = a["c"], {key: a[key] for key in a if key.startswith("p")}
-    moved = {key: x - s(R) * (x - c) for key, x in peers.items()}
-    return {"t": np_sum([x - c for x in peers.values()])} | moved
-
-
-def np_elastic_apply(a: Arrays, s: Callable[[float], Any]) -> Arrays:
-    c = a["c"] + s(Q) * a["t"]
-    return {"c": c} | {key: a[key] - s(R) * (a[key] - c) for key in a if key.startswith("p")}
-
-
-def np_average(a: Arrays, s: Callable[[float], Any]) -> Arrays:
-    keys = [key for key in a if key.startswith("p")]
-    return dict.fromkeys(keys, np_sum([a[key] for key in keys]) / s(len(keys)))
-
-
-def np_msgd(
-    a: Arrays, s: Callable[[float], Any], momentum: float, nesterov: bool, pulls: int, velocity: bool = True
-) -> Arrays:
-    x, look = a["x"], s(momentum if nesterov else 0)
-    v = a["v"] if velocity else np.zeros_like(x)
-    new_v = s(momentum) * v - s(LR) * (a["g"] + s(WD) * x)
-    old = x - look * v
-    new = old + new_v
-    new = new - s(R) * (old - a["l"]) if pulls > 0 else new
-    new = new - s(Q) * (old - a["o"]) if pulls > 1 else new
-    return {"x": new + look * new_v} | ({"v": new_v} if velocity else {})
-
-
-def msgd_case(
-    momentum: float, nesterov: bool, pulls: int, velocity: bool = True
-) -> tuple[Callable, Callable]:
-    def call(f: Any, v: Vectors, stats: bool) -> Any:
-        leaders = {"leader": v["l"], "rate": R} if pulls > 0 else {}
-        leaders |= {"other": v["o"], "other_rate": Q} if pulls > 1 else {}
-        vel = v["v"] if velocity else None
-        return f.msgd(v["x"], v["g"], vel, LR, momentum, nesterov, WD, **leaders, stats=stats)
-
-    return call, lambda a, s: np_msgd(a, s, momentum, nesterov, pulls, velocity)
-
-
-# name: (call of kernels or reference, what NumPy says the changed vectors are)
-CASES: dict[str, tuple[Callable, Callable]] = {
-    "pull": (lambda f, v, s: f.pull(v["x"], v["l"], R, stats=s), lambda a, s: np_pull(a, s, False)),
-    "pull two": (
-        lambda f, v, s: f.pull(v["x"], v["l"], R, v["o"], Q, stats=s),
-        lambda a, s: np_pull(a, s, True),
-    ),
-    "pull many": (
-        lambda f, v, s: f.pull(peers_of(v), v["l"], R, v["o"], Q, stats=s),
-        lambda a, s: {
-            key: a[key] - s(R) * (a[key] - a["l"]) - s(Q) * (a[key] - a["o"])
-            for key in a
-            if key.startswith("p")
-        },
-    ),
-    "pull many and the leader": (
-        lambda f, v, s: f.pull([*peers_of(v), v["l"]], v["l"], R, v["o"], Q, stats=s),
-        lambda a, s: {
-            **{
-                key: a[key] - s(R) * (a[key] - a["l"]) - s(Q) * (a[key] - a["o"])
-                for key in a
-                if key.startswith("p")
-            },
-            "l": a["l"] - s(Q) * (a["l"] - a["o"]),
-        },
-    ),
-    "pull itself": (lambda f, v, s: f.pull(v["x"], v["x"], R, stats=s), lambda a, s: {}),
-    "jacobi": (
-        lambda f, v, s: f.elastic(v["c"], peers_of(v), R, Q, stats=s),
-        lambda a, s: np_elastic(a, s, False),
-    ),
-    "gauss-seidel": (
-        lambda f, v, s: f.elastic(v["c"], peers_of(v), R, Q, gauss_seidel=True, stats=s),
-        lambda a, s: np_elastic(a, s, True),
-    ),
-    "moving average": (
-        lambda f, v, s: f.elastic(v["c"], peers_of(v), 0.0, Q, stats=s),
-        lambda a, s: {"c": np_elastic(a, s, False)["c"]},
-    ),
-    "elastic_sum": (
-        lambda f, v, s: f.elastic_sum(v["t"], v["c"], peers_of(v), R, stats=s),
-        np_elastic_sum,
-    ),
-    "elastic_apply": (
-        lambda f, v, s: f.elastic_apply(v["c"], peers_of(v), v["t"], R, Q),
-        np_elastic_apply,
-    ),
-    "elastic_apply centre": (
-        lambda f, v, s: f.elastic_apply(v["c"], [], v["t"], R, Q),
-        lambda a, s: {"c": a["c"] + s(Q) * a["t"]},
-    ),
-    "total": (
-        lambda f, v, s: f.total(v["t"], peers_of(v), stats=s),
-        lambda a, s: {"t": np_sum(peers_of(a))},
-    ),
-    "assign": (
-        lambda f, v, s: f.assign(peers_of(v), v["t"], R),
-        lambda a, s: {key: s(R) * a["t"] for key in a if key.startswith("p")},
-    ),
-    "average": (lambda f, v, s: f.average(peers_of(v), stats=s), np_average),
-    "msgd nesterov": msgd_case(M, True, 0),
-    "msgd heavy ball": msgd_case(M, False, 0),
-    "msgd no velocity": msgd_case(0.0, True, 0, velocity=False),
-    "msgd no velocity pull": msgd_case(0.0, True, 1, velocity=False),
-    "msgd pull": msgd_case(M, True, 1),
-    "msgd pull two": msgd_case(M, True, 2),
-    "msgd heavy ball pull two": msgd_case(M, False, 2),
-    "iterate": (
-        lambda f, v, s: f.iterate(v["x"], v["v"], M, -1),
-        lambda a, s: {"x": a["x"] - s(M) * a["v"]},
-    ),
-    "triad": (lambda f, v, s: f.triad(v["x"], v["l"], v["o"], R), lambda a, s: {"x": a["l"] + s(R) * a["o"]}),
-}
-WITH_STATS = [name for name in CASES if not name.startswith(("elastic_apply", "assign", "iterate", "triad"))]
-
-
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def make(dtype: torch.dtype, n: int, n_peers: int, start: int = 0, seed: int = 0) -> Vectors:
-    """Vectors that begin `start` elements into their memory."""
-    generator = torch.Generator().manual_seed(seed)
-    keys = ["x", "l", "o", "g", "v", "c", "t", *(f"p{i}" for i in range(n_peers))]
-    return {
-        key: torch.randn(n + start, generator=generator, dtype=torch.float64).to(
-            accumulation(dtype) if key == "t" else dtype
-        )[start:]
-        for key in keys
-    }
-
-
-def clone(v: Vectors) -> Vectors:
-    return {key: t.clone() for key, t in v.items()}
-
-
-def wide(v: Vectors) -> Arrays:
-    return {key: t.to(accumulation(t.dtype)).numpy().copy() for key, t in v.items()}
 
 
 def assert_same(got: Vectors, wanted: Vectors, why: str) -> None:
@@ -329,6 +161,35 @@ def test_overflow_is_seen(isa: str) -> None:
         assert kernels.check(torch.tensor([big, -big, torch.finfo(dtype).tiny], dtype=dtype))
 
 
+@pytest.mark.parametrize("bad", SPECIAL)
+def test_push_by_hand(isa: str, bad: float) -> None:
+    def vec(*values: float) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    c, x, a, u = vec(1, 2, 3, bad), vec(5, bad, 4, 1), vec(1, 1, bad, 2), vec(4, 4, 4, 4)
+    kernels.push(c, x, a, 0.5, u, 0.25)
+    assert u.tolist() == [3, 1, 1, 0.5]
+    assert c.tolist()[:3] == [4, 3, 4] and np.array_equal(c.numpy()[3:], [bad], equal_nan=True)
+    assert x.tolist()[:3] == [4.75, 3.25, 4.25] and np.array_equal(x.numpy()[3:], [bad], equal_nan=True)
+    assert_same({"anchor": a}, {"anchor": x}, "push")
+    c, x, a = vec(1, 2, 3), vec(5, bad, 4), vec(1, 1, bad)
+    kernels.push(c, x, a, 0.5)
+    assert c.tolist() == x.tolist() == a.tolist() == [3, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_push_leaves_equal_vectors(isa: str, dtype: torch.dtype) -> None:
+    """The worker must find what is stored: x at the centre, the anchor at x; also where the push overflows."""
+    for velocity, momentum in ((False, 0.0), (True, 0.0), (True, 0.9)):
+        v = make(dtype, 5003, 0, start=1)
+        v["x"][::7] = torch.finfo(dtype).max
+        v["l"][::14] = -torch.finfo(dtype).max
+        kernels.push(v["c"], v["x"], v["l"], 0.3, v["v"] if velocity else None, momentum)
+        assert_same({"anchor": v["l"]}, {"anchor": v["x"]}, "push")
+        if not velocity:
+            assert_same({"x": v["x"]}, {"x": v["c"]}, "push")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_half_value_is_converted_right(isa: str, dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -397,6 +258,7 @@ k.assign([x, l], t, 0.3)
 k.average([x, l, o], stats=True)
 k.msgd(x, l, v, 0.1, 0.9, leader=o, rate=0.1, stats=True)
 k.iterate(x, v, 0.9, -1)
+k.push(x, l, o, 0.1, v, 0.9)
 k.check(x)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 x.zero_()
@@ -470,6 +332,17 @@ X, Y, Z = torch.zeros(4), torch.ones(4), torch.ones(4)
         (lambda: kernels.msgd(X, Y, None, 0.1, momentum=0.9), "needs a velocity"),
         (lambda: kernels.msgd(X, Y, torch.zeros(5), 0.1, 0.9), "velocity has length 5"),
         (lambda: kernels.msgd(X, Y, Z, float("nan")), "lr must be a finite number"),
+        (lambda: kernels.push(X, Y, torch.zeros(5)), "anchor has length 5, but x has length 4"),
+        (lambda: kernels.push(X.double(), Y, Z), "center is torch.float64, but x is torch.float32"),
+        (lambda: kernels.push(X, Y, Z, 1.0, torch.zeros(3), 0.9), "velocity has length 3"),
+        (lambda: kernels.push(X, Y, Y), "x and anchor overlap|anchor and x overlap"),
+        (lambda: kernels.push(X, X, Z), "center and x overlap|x and center overlap"),
+        (lambda: kernels.push(X, Y, Z, 1.0, Z, 0.9), "overlap"),
+        (lambda: kernels.push(X, Y, Z, 1.0, X, 0.9), "overlap"),
+        (lambda: kernels.push(X[:3], X[1:], Z[1:]), "center overlaps x"),
+        (lambda: kernels.push(X, Y, Z, float("nan")), "rate must be a finite number"),
+        (lambda: kernels.push(X, Y, Z, 1.0, torch.zeros(4), float("inf")), "momentum must be a finite"),
+        (lambda: kernels.push(X, Y, Z, momentum=0.9), "needs a velocity"),
     ],
 )
 def test_bad_arguments(call: Callable[[], Any], message: str) -> None:

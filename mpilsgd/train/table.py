@@ -44,6 +44,6 @@ def in_bytes(value: float) -> str:
 def in_ms(seconds: float) -> str:
     """Milliseconds, three significant digits, never an exponent."""
     ms = 1e3 * seconds
-    return (
-        f"{ms:.{0 if ms >= 100 else 1 if ms >= 10 else 2 if ms >= 1 else 3}f}" if math.isfinite(ms) else "-"
-    )
+    if not 0 < ms < math.inf:
+        return "0" if ms == 0 else "-"
+    return f"{ms:.{min(6, max(0, 2 - math.floor(math.log10(ms))))}f}"

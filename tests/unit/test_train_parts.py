@@ -26,6 +26,7 @@ from mpilsgd.train.loop import (
     steps_of,
 )
 from mpilsgd.train.stragglers import Slowdown, parse_slow
+from mpilsgd.train.table import in_ms
 
 
 @pytest.mark.parametrize(
@@ -292,3 +293,18 @@ def test_duration(seconds: float, text: str) -> None:
 
 def test_size() -> None:
     assert [size(n) for n in (0, 999, 1500, 2.5e9)] == ["0 B", "999 B", "1.5 kB", "2.5 GB"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0"),
+        (3.4e-7, "0.000340"),
+        (0.00478, "4.78"),
+        (0.0199, "19.9"),
+        (12.0, "12000"),
+        (float("nan"), "-"),
+    ],
+)
+def test_milliseconds_have_three_digits(seconds: float, text: str) -> None:
+    assert in_ms(seconds) == text

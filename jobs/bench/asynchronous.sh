@@ -19,9 +19,9 @@ train() { # train NAME OPTIONS...
   say "$name"
   names+=("$output/$name")
   LIMIT=36000 run_ranks "$ranks" mpilsgd train "$ROOT/jobs/eamsgd-cifar10.yaml" --seed 1 --epochs 3 --eval_every 0.5 \
-    --checkpoint_every null --output "$output/$name" --overwrite true "$@" "${options[@]}" >"$output/$name.log" 2>&1 ||
-    { tail -n 20 "$output/$name.log" >&2; die "$name failed"; }
-  grep 'test error' "$output/$name.log" | tail -n 2
+    --checkpoint_every null --output "$output/$name" --overwrite true "$@" ${options[@]+"${options[@]}"} >"$output/$name.log" 2>&1 ||
+    grep -q diverged "$output/$name.log" || { tail -n 20 "$output/$name.log" >&2; die "$name failed"; }
+  grep -E 'test error of the centre|diverged' "$output/$name.log"
 }
 
 for tau in 1 16; do

@@ -3,12 +3,12 @@
 #   bash jobs/bench/cifar10.sh --data_dir FOLDER [OPTIONS OF mpilsgd train, e.g. --epochs 2]
 #
 #   MPILSGD_RANKS   how many ranks (4)
-#   RATE            a learning rate for all, to compare some; without it each method's best of 0.05, 0.1, 0.2 over two passes
-#   OUTPUT          the folder of the runs (runs/cifar10)
+#   RATE            a learning rate for all, to compare some (without it each method's best of 0.05, 0.1, 0.2 over two passes)
+#   OUTPUT          the folder of the runs (runs/cifar10, runs/cifar10-RATE)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
-ranks=${MPILSGD_RANKS:-4} output=${OUTPUT:-$ROOT/runs/cifar10}
+ranks=${MPILSGD_RANKS:-4} output=${OUTPUT:-$ROOT/runs/cifar10${RATE:+-$RATE}}
 set_up report
 find_mpi
 mkdir -p "$output"
@@ -20,8 +20,8 @@ train() { # train NAME RANKS RATE OPTIONS...
   say "$name, learning rate $rate"
   names+=("$output/$name")
   LIMIT=36000 run_ranks "$n" mpilsgd train "$ROOT/jobs/cnn7-cifar10.yaml" --seed 1 --lr "$rate" --output "$output/$name" \
-    --overwrite true "$@" "${options[@]}" >"$output/$name.log" 2>&1 || { tail -n 20 "$output/$name.log" >&2; die "$name failed"; }
-  grep 'test error' "$output/$name.log" | tail -n 2
+    --overwrite true "$@" ${options[@]+"${options[@]}"} >"$output/$name.log" 2>&1 || { tail -n 20 "$output/$name.log" >&2; die "$name failed"; }
+  grep 'test error of the centre' "$output/$name.log"
 }
 
 train LSGD "$ranks" 0.1 --method LSGD --global_pull 0

@@ -142,13 +142,17 @@ class Centered(Method):
         assert self._shards is not None
         for d, window in self._x.items():
             a, b = shard.spans[d]
-            if not kernels.check(shard.vectors["c"][d]):
-                raise Diverged(
-                    f"this worker's parameters and the centre are non-finite at step {self.t}: the run has diverged; "
-                    "a smaller learning rate may help"
-                )
             window.mine[a:b].copy_(shard.vectors["c"][d])
+            self._refuse_broken(window.mine[a:b])
         self._last_update[shard.index] = self._shards.turns.ticks(shard.index)
+
+    def _refuse_broken(self, taken: torch.Tensor) -> None:
+        """What a worker starts anew from must be finite."""
+        if not kernels.check(taken):
+            raise Diverged(
+                f"this worker's parameters and the centre are non-finite at step {self.t}: the run has diverged; "
+                "a smaller learning rate may help"
+            )
 
     # The life of the method
 

@@ -156,6 +156,7 @@ class Downpour(Centered):
         for d, low, high, x, _, vectors in self._parts(shard):
             if self.momentum:  # 0 for buffers
                 x.add_(vectors["u"], alpha=self.momentum)
+                self._refuse_broken(x)
             self._anchor[d][low:high].copy_(x)
 
     # All together

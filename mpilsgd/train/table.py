@@ -42,8 +42,8 @@ def in_bytes(value: float) -> str:
 
 
 def in_ms(seconds: float) -> str:
-    """Milliseconds, three significant digits, never an exponent."""
-    ms = 1e3 * seconds
+    """Milliseconds, three significant digits, never an exponent; none beyond the sixth place."""
+    ms = float(f"{1e3 * seconds:.2e}")
     if not 0 < ms < math.inf:
         return "0" if ms == 0 else "-"
     return f"{ms:.{min(6, max(0, 2 - math.floor(math.log10(ms))))}f}"

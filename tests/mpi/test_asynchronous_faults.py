@@ -26,10 +26,12 @@ from harness import (
     check_together,
     running,
 )
+from mpi4py import MPI
 from problems import Quadratic, TanhNet
 from simulation import Local
 
 from mpilsgd import ADMM, EASGD, LSGD, Downpour, Topology
+from mpilsgd.methods import Diverged
 
 pytestmark = pytest.mark.mpi
 
@@ -79,6 +81,23 @@ def test_a_broken_worker_starts_anew_from_the_centre(element: bool, bad: int, la
             finite = np.isfinite(run.held()).all() and np.isfinite(run.center()).all()
             errors += [] if finite and run.opt.metrics.resets == resets else [f"{case}: broken later"]
     check_together(errors)
+
+
+def test_a_look_ahead_that_overflows_ends_the_run() -> None:
+    """DOWNPOUR with momentum goes on from c + momentum u, which may be infinite where c is not."""
+    topology = Topology(MPI.COMM_SELF)
+    parameter = torch.nn.Parameter(torch.full((3,), -20000.0, dtype=torch.float16))
+    opt = Downpour(torch.optim.SGD([parameter], lr=0.0), topology, momentum=0.9)
+    for push in (30000.0, 28000.0):
+        assert torch.isfinite(parameter).all()
+        with torch.no_grad():
+            parameter.add_(push)
+        opt.step(loss=1.0)
+    assert torch.isinf(parameter).all()
+    with pytest.raises(Diverged, match="non-finite"):
+        opt.step(loss=1.0)
+    opt.close()
+    topology.free()
 
 
 def absent(method: Any, bad: int) -> tuple[Callable[[int, int], None], Callable[[int, int], None]]:

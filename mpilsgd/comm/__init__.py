@@ -1,6 +1,7 @@
 """Everything that talks MPI. No other package of mpilsgd imports mpi4py, and no arithmetic lives here."""
 
 from mpilsgd.comm.fabric import Fabric, Level, SharedMemoryWarning
+from mpilsgd.comm.links import Inbox, Links, Outbox, Slot
 from mpilsgd.comm.onesided import Counter, Progress, Turns, thread_problem, wait_until
 from mpilsgd.comm.shards import Shard, Shards
 from mpilsgd.comm.snapshots import Snapshots
@@ -10,11 +11,15 @@ from mpilsgd.comm.windows import Window, free_shared_memory
 __all__ = [
     "Counter",
     "Fabric",
+    "Inbox",
     "Level",
+    "Links",
+    "Outbox",
     "Progress",
     "Shard",
     "Shards",
     "SharedMemoryWarning",
+    "Slot",
     "Snapshots",
     "Topology",
     "Turns",

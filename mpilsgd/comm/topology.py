@@ -29,7 +29,7 @@ class Topology:
         across: the workers of the other groups with the same rank in theirs, ordered by group;
             on `group.rank == 0` it has one worker of every group.
         group_index, n_groups: j and n.
-        groups: the world ranks of every group.
+        groups, nodes: the world ranks of every group, and of every node.
 
     Raises:
         ValueError: on every rank, if `group_size` is not a whole number from 1 to the size of the smallest node.
@@ -55,8 +55,8 @@ class Topology:
         block = 0 if group_size is None else self.node.rank // group_size
         self.group = self.node.Split(block, key=self.node.rank)
         first = self.group.bcast(self.world.rank)  # names the group
-        firsts = self.world.allgather(first)
-        self.groups = [[r for r, f in enumerate(firsts) if f == g] for g in sorted(set(firsts))]
+        self.groups = _together(self.world.allgather(first))
+        self.nodes = _together(self.world.allgather(self.node.bcast(self.world.rank)))
         self.n_groups = len(self.groups)
         self.group_index = next(j for j, ranks in enumerate(self.groups) if self.world.rank in ranks)
         self.across = self.world.Split(self.group.rank, key=self.group_index)
@@ -90,6 +90,11 @@ class Topology:
         """Frees the communicators; the topology is of no use afterwards."""
         for comm in (self.across, self.group, self.node, self.world):
             comm.Free()
+
+
+def _together(firsts: list[int]) -> list[list[int]]:
+    """The ranks that name the same first one."""
+    return [[r for r, f in enumerate(firsts) if f == g] for g in sorted(set(firsts))]
 
 
 def _group_size_error(group_size: int | None, node_size: int) -> str | None:

@@ -94,7 +94,7 @@ class EASGDTree(Method):
 
     Attributes:
         tree: where the nodes are; `tree.parent` lists every rank's parent, -1 at the root.
-        computes: whether this rank is a leaf.
+        workers: the ranks that are leaves; computes: whether this one is.
 
     The centre is the root. The run ends by `reached(n)`: n steps of all leaves together. A worker found non-finite
     sends nothing and takes over its parent's next message. Memory: a message for each edge that comes in, and
@@ -137,7 +137,7 @@ class EASGDTree(Method):
             )
         problems += [choice("inner", inner, INNER), choice("order", order, ("free", "lock-step"))]
         self.moving_rate = 0.0 if moving_rate is None else moving_rate  # refused below
-        self.scheme, self.order = scheme, order
+        self.scheme, self.order, self.asynchronous = scheme, order, True
         self.period, self.upper_period, self.up_period, self.down_period = periods.values()
         super().__init__(
             optimizer,
@@ -159,8 +159,7 @@ class EASGDTree(Method):
         )
         self._owns_topology = made
         self.tree = lay_tree(topology.nodes, degree, inner)
-        self.computes = self.tree.is_leaf(topology.world.rank)
-        self._workers = sum(map(self.tree.is_leaf, range(len(self.tree.parent))))
+        self.workers = [rank for rank in self.workers if self.tree.is_leaf(rank)]
         self._seconds = _UNKNOWN  # of a leaf's step
         self._last_step = time.perf_counter()
         # lock-step: a leaf's next message may come before its last one is taken
@@ -347,7 +346,7 @@ class EASGDTree(Method):
         """Whether all leaves together have taken so many steps; see `Method.reached`."""
         assert self._course is not None
         if self.order == "lock-step":
-            return self.t * self._workers >= total_steps
+            return self.t * len(self.workers) >= total_steps
         return self._course.reached(total_steps, self.t)
 
     # All meet

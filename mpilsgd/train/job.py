@@ -55,14 +55,15 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     _set_threads(config.threads, topology)
     train, test = together(topology, data.load, config.data, config.data_dir, config.augment, config.seed)
     size, rank = topology.world.size, topology.world.rank
-    sampler = together(
-        topology, Sampler, config.sampling, len(train), config.batch_size, rank, size, config.seed
-    )
     model = together(topology, _model, config, train, topology)
     try:
         opt = _method(config, topology, optimizers.build(config, model.parameters()), model)
     except ValueError as error:  # raised on every rank
         raise Stopped(str(error)) from None
+    seat = opt.workers.index(rank) if opt.computes else 0
+    sampler = together(
+        topology, Sampler, config.sampling, len(train), config.batch_size, seat, len(opt.workers), config.seed
+    )
     directory = _directory(config, topology, model)
     torch.manual_seed(derived_seed(config.seed, "dropout", rank))
     total = config.steps if config.steps is not None else (config.epochs or 0) * sampler.batches

@@ -113,13 +113,16 @@ class Trainer:
             self.save(0)  # a run that is killed at any moment can be resumed, on as many ranks
         events = collections.deque(self._events())
         order, epoch = torch.empty(0), -1
-        while not opt.reached(self.total * self.size):
+        while not opt.reached(self.total * len(opt.workers)):
             if at.step // self.sampler.batches != epoch:
                 epoch = at.step // self.sampler.batches
                 order = self.sampler.epoch(epoch)
-            self._step(order[at.step % self.sampler.batches], epoch)
+            if opt.computes:
+                self._step(order[at.step % self.sampler.batches], epoch)
+            else:
+                self._pass_on()
             self.display.step(at.step, self._last_loss)
-            while events and opt.reached(events[0].step * self.size):
+            while events and opt.reached(events[0].step * len(opt.workers)):
                 self._do(events.popleft())
         for event in events:  # others brought the total there since this worker last asked
             self._do(event)
@@ -181,6 +184,14 @@ class Trainer:
                 overall = measured.leader if group == 0 or not self.asynchronous else -1
                 self._elections.append(Election(at.step, group, measured.leaders[group], overall))
 
+    def _pass_on(self) -> None:
+        """A step of a rank that only averages."""
+        if self.opt.t == 0:
+            self._refuse_first(0.0)
+        start = time.perf_counter()
+        self.opt.step()
+        self.progress.wall += time.perf_counter() - start
+
     def _refuse_first(self, loss: float) -> None:
         """A first loss that is not finite never becomes finite. Collective."""
         wrong = f"the loss is {loss} at the first step: check the data's values and the model's initial ones"
@@ -211,7 +222,7 @@ class Trainer:
             (at.step, at.loss_sum, at.loss_count, self._measured(), self._last_loss)
         )
         steps, losses, counts, measured, last_losses = zip(*rows, strict=True)
-        step = mean(steps)
+        step = self._mean(steps)
         if at.evaluated == step:
             return result, state  # of a finished run that was resumed
         at.loss_sum, at.loss_count, at.evaluated = 0.0, 0, step
@@ -228,12 +239,12 @@ class Trainer:
             "test_loss": result.loss,
             "test_error": result.error,
             "leader": at.leader if at.leader >= 0 else None,
-            **{f"t_{key}": totals[key] / self.size for key in ("compute", "data", "comm")},
+            **{f"t_{key}": totals[key] / len(self.opt.workers) for key in ("compute", "data", "comm")},
         }
         assert tuple(row) == METRICS
         self._write(row)
         self.display.evaluation(row)
-        if not any(math.isfinite(loss) for loss in last_losses):
+        if not any(math.isfinite(last_losses[rank]) for rank in self.opt.workers):
             reason = f"the loss of every worker is non-finite at step {at.step}: the run has diverged; try a smaller lr"
             stop_if(self.topology, reason, FAILED)
         return result, state
@@ -243,8 +254,14 @@ class Trainer:
         at = self.progress
         latest = max(self.topology.allgather(at.wall))
         waited, at.wall = latest - at.wall, latest
-        at.comm += waited
-        at.wait += waited
+        if self.opt.computes:
+            at.comm += waited
+            at.wait += waited
+
+    def _mean(self, steps: Iterable[int]) -> float:
+        """The workers' mean of the ranks' own steps; a whole number where it is one."""
+        total, workers = sum(steps), len(self.opt.workers)
+        return total / workers if total % workers else total // workers
 
     def _centre(self) -> contextlib.AbstractContextManager[None]:
         recalibrates = self.opt.buffers_policy == "recalibrate" and bool(self.opt.flat.buffers)
@@ -262,7 +279,7 @@ class Trainer:
         """Writes the leaders since the last time, and a line of metrics. Collective."""
         at = self.progress
         rows = self.topology.allgather((self._flushed, at.step, self._elections))
-        now = mean(step for _, step, _ in rows)
+        now = self._mean(step for _, step, _ in rows)
         elections = [on_common_clock(found, (t, step), (then, now)) for (t, then), step, found in rows]
         lines = merged(elections, self.topology.n_groups)
         self._flushed, self._elections = (at.step, now), []
@@ -288,29 +305,34 @@ class Trainer:
         measured = dataclasses.asdict(self.opt.metrics)
         rows = self.topology.allgather({**measured, **dataclasses.asdict(self.progress), "error": own.error})
         columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0]}
-        best = min(range(self.size), key=lambda r: (columns["error"][r], r))
+        workers = self.opt.workers
+        best = min(workers, key=lambda r: (columns["error"][r], r))
         summary = {
             "method": self.config.method,
             "world_size": self.size,
             "group_size": max(map(len, self.topology.groups)),
             "groups": self.topology.groups,
-            "steps": mean(columns["step"]),
-            "epochs": mean(columns["step"]) / self.sampler.batches,
+            "steps": self._mean(columns["step"]),
+            "epochs": self._mean(columns["step"]) / self.sampler.batches,
             "grad_evals": sum(columns["step"]),
             "test_error": result.error,
             "test_loss": result.loss,
             "best_worker": {"rank": best, "test_error": columns["error"][best]},
-            "worker_test_errors": columns["error"],
+            "worker_test_errors": [columns["error"][r] for r in workers],
             "leads": columns["leads"],
             "resets": columns["resets"],
             "rounds": max(columns["rounds"]),
             "bytes_group": sum(columns["bytes_group"]),
             "bytes_across": sum(columns["bytes_across"]),
             "wall_s": sum(columns["wall"]) / self.size,
-            **{f"t_{key}": columns[key] for key in ("compute", "data", "comm", "wait")},
+            **{f"t_{key}": [columns[key][r] for r in workers] for key in ("compute", "data", "comm", "wait")},
         }
         if self.asynchronous:
-            summary["worker_steps"] = columns["step"]
+            summary["worker_steps"] = [columns["step"][r] for r in workers]
+        if len(workers) < self.size:
+            summary["workers"] = workers
+        if any(columns["skipped"]):
+            summary["skipped"] = columns["skipped"]
         if any(columns["staleness"]):
             summary["staleness"] = histogram(columns["staleness"])
         on_first(self.topology, self.directory.summarize, summary, status=FAILED)
@@ -346,7 +368,7 @@ class Trainer:
     def mean_step(self) -> float:
         """How far the workers are after `restore`, on the mean. Collective."""
         own = self.progress.step
-        self._flushed = (own, mean(self.topology.allgather(own)))
+        self._flushed = (own, self._mean(self.topology.allgather(own)))
         return self._flushed[1]
 
     def _state(self) -> dict[str, Any]:
@@ -386,13 +408,6 @@ def histogram(parts: Iterable[dict[int, int]]) -> dict[str, int]:
     for part in parts:
         total.update(part)
     return {str(key): total[key] for key in sorted(total)}
-
-
-def mean(steps: Iterable[int]) -> float:
-    """The mean of the workers' steps; a whole number where it is one."""
-    steps = list(steps)
-    whole, rest = divmod(sum(steps), len(steps))
-    return whole if rest == 0 else sum(steps) / len(steps)
 
 
 def random_state() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 INNER = ("ranks", "hosted")
+SCHEMES = ("multi-scale", "up-down")
 Item = TypeVar("Item")
 
 
@@ -49,6 +50,39 @@ class Tree:
         return [leaf for c in self.children[i] for leaf in self.below(c)] or [i]
 
 
+@dataclasses.dataclass(frozen=True)
+class Periods:
+    """Steps between two messages on an edge (thesis, 6.1.1).
+
+    scheme "multi-scale": `period` above a leaf, `upper_period` above an inner node, both ways. "up-down": `up_period`
+    to the parent, `down_period` to the child.
+    """
+
+    scheme: str = "multi-scale"
+    period: int = 10
+    upper_period: int = 100
+    up_period: int = 8
+    down_period: int = 80
+
+    def problem(self) -> str | None:
+        """What is wrong with them."""
+        for name in ("period", "upper_period", "up_period", "down_period"):
+            if getattr(self, name) < 1:
+                return f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}"
+        if self.up_period > self.down_period:
+            return (
+                f"up_period={self.up_period} is larger than down_period={self.down_period}: messages go up at least as "
+                "often as down"
+            )
+        return None
+
+    def of(self, leaf: bool) -> tuple[int, int]:
+        """Up and down on the edge above a leaf, or above an inner node."""
+        if self.scheme == "up-down":
+            return self.up_period, self.down_period
+        return (self.period,) * 2 if leaf else (self.upper_period,) * 2
+
+
 def tree_problem(ranks: int, degree: int) -> str | None:
     """Why there is no such tree."""
     if degree < 2:
@@ -84,7 +118,7 @@ def lay_tree(nodes: Sequence[Sequence[int]], degree: int, inner: str = "ranks") 
             ):  # on a single node, 1 or 2 may hang on an upper inner node
                 alone = 0
             stay = len(ranks) - alone
-            found += _cut(ranks[:stay], -(-stay // (degree + (not hosted))))
+            found += cut(ranks[:stay], -(-stay // (degree + (not hosted))))
             found += [[rank] for rank in ranks[stay:]]
         return found
 
@@ -123,7 +157,7 @@ def lay_tree(nodes: Sequence[Sequence[int]], degree: int, inner: str = "ranks") 
         else:
             tops.append(adopt(first, rest))
     while len(tops) > 1 or not children[tops[0]]:
-        chunks = _cut(tops, -(-len(tops) // degree))
+        chunks = cut(tops, -(-len(tops) // degree))
         tops = [c[0] if len(c) == 1 < len(tops) else inner_over(c) for c in chunks]
     while upper:  # taken in vain
         rank = upper.pop()
@@ -144,13 +178,13 @@ def _uppers(inner: list[bool], degree: int) -> int:
     """How many inner nodes hold these together; of each, whether it is one itself."""
     found = 0
     while len(inner) > 1 or not inner[0]:
-        chunks = _cut(inner, -(-len(inner) // degree))
+        chunks = cut(inner, -(-len(inner) // degree))
         found += sum(len(c) > 1 or len(inner) == 1 for c in chunks)
         inner = [c[0] if len(c) == 1 < len(inner) else True for c in chunks]
     return found
 
 
-def _cut(items: list[Item], parts: int) -> list[list[Item]]:
+def cut(items: list[Item], parts: int) -> list[list[Item]]:
     """Consecutive parts, about equal, the larger ones first."""
     if not parts:
         return []

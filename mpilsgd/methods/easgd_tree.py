@@ -15,7 +15,7 @@ from mpilsgd.comm import Inbox, Links, Outbox, Slot, Topology, wait_until
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.base import Method
 from mpilsgd.methods.course import course_settings
-from mpilsgd.tree import INNER, lay_tree, tree_problem
+from mpilsgd.tree import INNER, SCHEMES, Periods, lay_tree, tree_problem
 
 Vectors = dict[torch.dtype, torch.Tensor]
 
@@ -122,7 +122,7 @@ class EASGDTree(Method):
         model: torch.nn.Module | None = None,
     ):
         topology, made = (Topology(), True) if topology is None else (topology, False)
-        problems = [whole("degree", degree), choice("scheme", scheme, ("multi-scale", "up-down"))]
+        problems = [whole("degree", degree), choice("scheme", scheme, SCHEMES)]
         if problems[0] is None:
             problems.append(tree_problem(topology.world.size, degree))
         if moving_rate is not None:
@@ -131,14 +131,12 @@ class EASGDTree(Method):
             moving_rate = 0.9 / (degree + 1)
         periods = dict(period=period, upper_period=upper_period, up_period=up_period, down_period=down_period)
         problems += [whole(name, value) for name, value in periods.items()]
-        if not any(problems) and up_period > down_period:
-            problems.append(
-                f"up_period={up_period} is larger than down_period={down_period}: messages go up more often than down"
-            )
+        if not any(problems):
+            problems.append(Periods(scheme, **periods).problem())
         problems += [choice("inner", inner, INNER), choice("order", order, ("free", "lock-step"))]
         self.moving_rate = 0.0 if moving_rate is None else moving_rate  # refused below
-        self.scheme, self.order, self.asynchronous = scheme, order, True
-        self.period, self.upper_period, self.up_period, self.down_period = periods.values()
+        self.order, self.asynchronous = order, True
+        self.periods = Periods(scheme, **periods)
         super().__init__(
             optimizer,
             topology,
@@ -185,10 +183,7 @@ class EASGDTree(Method):
 
     def _edge(self, child: int, other: int, up: bool) -> _Edge:
         """The edge above `child`, seen from its lower end (up) or its upper end, to the tree node `other`."""
-        if self.scheme == "up-down":
-            every = self.up_period, self.down_period
-        else:
-            every = (self.period if self.tree.is_leaf(child) else self.upper_period,) * 2
+        every = self.periods.of(self.tree.is_leaf(child))
         tags = 2 * child, 2 * child + 1
         ours, theirs = (0, 1) if up else (1, 0)
         peer, links = self.tree.host[other], self._links

@@ -171,7 +171,7 @@ def lay_tree(nodes: Sequence[Sequence[int]], degree: int, inner: str = "ranks") 
             adopt(rank, children[full][-half:])
             del children[full][-half:]
         adopt(full, [rank])
-    return Tree(parent, children, host)
+    return Tree(parent, [sorted(below) for below in children], host)
 
 
 def _uppers(inner: list[bool], degree: int) -> int:

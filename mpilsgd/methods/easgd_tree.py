@@ -159,7 +159,7 @@ class EASGDTree(Method):
         self.tree = lay_tree(topology.nodes, degree, inner)
         self.workers = [rank for rank in self.workers if self.tree.is_leaf(rank)]
         self._seconds = _UNKNOWN  # of a leaf's step
-        self._last_step = time.perf_counter()
+        self._last_step: float | None = None
         # lock-step: a leaf's next message may come before its last one is taken
         room = 2 if order == "lock-step" else 1
         self._links = Links(self.fabric.world, self._message_bytes(), room, 2 * len(self.tree.parent))
@@ -321,7 +321,11 @@ class EASGDTree(Method):
 
     def _after(self, loss: Any) -> None:
         now = time.perf_counter()
-        self._seconds = _MEMORY * self._seconds + (1 - _MEMORY) * (now - self._last_step)
+        if self._last_step is not None:
+            taken = now - self._last_step
+            self._seconds = (
+                taken if self._seconds == _UNKNOWN else _MEMORY * self._seconds + (1 - _MEMORY) * taken
+            )
         self._last_step = now
         leaf, *hosted = self._own
         for node in hosted:
@@ -347,6 +351,7 @@ class EASGDTree(Method):
     # All meet
 
     def _rests(self) -> None:
+        self._last_step = None
         if self.order == "lock-step":
             self._links.rest()
 

@@ -26,7 +26,7 @@ from mpilsgd.train.options import keyword_arguments, method_options, methods, na
 from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.sampling import Sampler, derived_seed
 from mpilsgd.train.stragglers import parse_slow
-from mpilsgd.train.together import FAILED, Stopped, all_here, on_first, together
+from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, all_here, on_first, together
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         everyone = all_here(base)
         if base.world.rank == 0 or not everyone:
             sys.stdout.flush()
-            sys.stderr.write(f"mpilsgd train: error: {stop}\n")
+            sys.stderr.write(f"mpilsgd train: {'' if stop.status == TO_BE_RESUMED else 'error: '}{stop}\n")
             sys.stderr.flush()
         if not everyone:
             base.world.Abort(stop.status)

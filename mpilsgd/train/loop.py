@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 import random
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mpilsgd.comm import Topology
+from mpilsgd.comm import Bell, Topology
 from mpilsgd.methods import Diverged, Method
 from mpilsgd.train.config import Config, parse_every
 from mpilsgd.train.data import Dataset
@@ -26,8 +27,9 @@ from mpilsgd.train.run_directory import METRICS, RunDirectory
 from mpilsgd.train.sampling import Sampler, generator
 from mpilsgd.train.schedule import Schedule
 from mpilsgd.train.stragglers import parse_slow
-from mpilsgd.train.together import FAILED, Stopped, on_first, stop_if, together
+from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, on_first, stop_if, together
 
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _CALIBRATION_BATCHES = 20  # per rank, for buffers="recalibrate"
 
 
@@ -104,14 +106,21 @@ class Trainer:
         self._flushed: tuple[int, float] = (0, 0)  # own and mean step when they were last written
         self._sealed: int | None = None  # the name of the last checkpoint
         self._last_loss = 0.0
+        self._signalled = False
 
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the summary. Collective."""
-        at, opt = self.progress, self.opt
         self.model.train()
         if not self._sealed:
-            self.save(0)  # a run that is killed at any moment can be resumed, on as many ranks
+            self._save(0)  # a run that is killed at any moment can be resumed, on as many ranks
         events = collections.deque(self._events())
+        with self._signals():
+            self._train(events)
+        self._bell.free()
+        return self._finish()
+
+    def _train(self, events: collections.deque[Event]) -> None:
+        at, opt = self.progress, self.opt
         order, epoch = torch.empty(0), -1
         while not opt.reached(self.total * len(opt.workers)):
             if at.step // self.sampler.batches != epoch:
@@ -124,9 +133,43 @@ class Trainer:
             self.display.step(at.step, self._last_loss)
             while events and opt.reached(events[0].step * len(opt.workers)):
                 self._do(events.popleft())
+            if self._signalled or self._bell.listen():
+                self._meet()
         for event in events:  # others brought the total there since this worker last asked
             self._do(event)
-        return self._finish()
+        self._meet()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """USR1 and TERM, to any rank, end the run on all with a checkpoint. Collective."""
+        self._bell = Bell(self.topology.world)
+
+        def note(*_: Any) -> None:
+            self._signalled = True
+
+        before = {number: signal.signal(number, note) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _meet(self) -> None:
+        """All meet, whatever each has come for; if any was told to end the run, all do. Collective."""
+        with self._centre():
+            if self._signalled:
+                self._bell.ring()
+            stops = any(self.topology.allgather(self._bell.listen()))
+        if not stops:
+            return
+        name = int(self._mean(self.topology.allgather(self.progress.step)))
+        if name != self._sealed:
+            self._save(name)
+        self._bell.free()
+        raise Stopped(
+            f"ended by a signal at step {name}; it goes on with: mpilsgd train --resume {self.directory.path}",
+            TO_BE_RESUMED,
+        )
 
     def _events(self) -> list[Event]:
         batches = self.sampler.batches
@@ -136,10 +179,11 @@ class Trainer:
         )
 
     def _do(self, event: Event) -> None:
+        self._meet()
         if event.what == "evaluate":
             self.evaluate()
         else:
-            self.save(event.step)
+            self._save(event.step)
 
     def _step(self, indices: torch.Tensor, epoch: int) -> None:
         at, opt, measured = self.progress, self.opt, self.opt.metrics
@@ -298,7 +342,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         result, state = self.evaluate(last=True)
-        self.save(max(self.total, self._sealed or 0))
+        self._save(max(self.total, self._sealed or 0))
         on_first(self.topology, self.directory.save_center, state, status=FAILED)
         with getattr(self.opt.optimizer, "iterate", contextlib.nullcontext)():
             own = evaluate(self.model, self.test_set)
@@ -340,11 +384,8 @@ class Trainer:
 
     # Checkpoints
 
-    def save(self, name: int) -> None:
+    def _save(self, name: int) -> None:
         """Writes a checkpoint that counts when all of it is there; its name is a step that no other has. Collective."""
-        if self.asynchronous:
-            with self._centre():  # until all have come, some may need this worker for a round
-                pass
         self._count_waiting()
         self._write()
         together(self.topology, self.directory.save, self.rank, name, self._state(), status=FAILED)

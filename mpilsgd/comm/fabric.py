@@ -61,6 +61,7 @@ class Fabric:
                     stacklevel=5,
                 )
         self.agree = topology.agree
+        self._across_dtype = topology.across_dtype
         rank = topology.world.rank
         self.traffic = Traffic()
         self.island = topology.world.Split(node.bcast(rank) if shared else rank, key=rank)
@@ -70,6 +71,11 @@ class Fabric:
         self._windows: list[Window] = []
         self.world = Level(self, topology.world, seats, set(mates), list(range(topology.world.size)))
         self.group = Level(self, topology.group, [seats[r] for r in mates], set(mates), mates)
+
+    def wire(self, dtype: torch.dtype) -> torch.dtype:
+        """The type in which a vector travels between islands."""
+        narrow = self._across_dtype
+        return dtype if narrow is None or narrow.itemsize >= dtype.itemsize else narrow
 
     def window(self, dtype: torch.dtype, numel: int, device: torch.device) -> Window:
         """A vector a rank, visible to the island. Collective over the island."""
@@ -188,16 +194,17 @@ class Level:
             assert landing is not None
             target = landing.views[0][: window.mine.numel()] if source is None else source
             if self.heads != MPI.COMM_NULL:
-                heads = self.heads
+                heads, wire = self.heads, self._fabric.wire(target.dtype)
                 _in_pieces(
-                    target.view(torch.uint8), lambda piece: heads.Bcast([piece.numpy(), MPI.BYTE], root=home)
+                    target, wire, not here, lambda piece: heads.Bcast([_bytes(piece), MPI.BYTE], root=home)
                 )
             if not here:
                 self.fence()
             source = target
         assert source is not None
         received = owner != self.rank and (here or self.heads != MPI.COMM_NULL)
-        self._count(owner, source.numel() * source.element_size() if received else 0)
+        itemsize = source.element_size() if here else self._fabric.wire(source.dtype).itemsize
+        self._count(owner, source.numel() * itemsize if received else 0)
         return source
 
     def allreduce(self, total: Window, start: int, stop: int) -> None:
@@ -207,9 +214,15 @@ class Level:
         self.fence()
         if self.heads != MPI.COMM_NULL:
             heads, vector = self.heads, total.views[0][start:stop]
-            _in_pieces(vector, lambda piece: heads.Allreduce(MPI.IN_PLACE, piece.numpy(), MPI.SUM))
-            n = self.n_islands
-            nbytes = 2 * (n - 1) * vector.numel() * vector.element_size() // n
+            wire, n = self._fabric.wire(vector.dtype), self.n_islands
+            if wire is vector.dtype:
+                _in_pieces(
+                    vector, wire, True, lambda piece: heads.Allreduce(MPI.IN_PLACE, piece.numpy(), MPI.SUM)
+                )
+            else:
+                for piece in vector.split(_STAGE):
+                    _sum_narrow(heads, piece, wire)
+            nbytes = 2 * (n - 1) * vector.numel() * wire.itemsize // n
             others = set(self.world_ranks) - self._mates
             if others:
                 self._fabric.traffic.across += nbytes
@@ -234,17 +247,41 @@ class Level:
                 comm.Free()
 
 
-def _in_pieces(vector: torch.Tensor, operation: Callable[[torch.Tensor], None]) -> None:
-    """Runs an in-place MPI operation over a vector piece by piece, through pinned memory if it is on a GPU."""
-    if vector.device.type == "cpu":
+def _in_pieces(
+    vector: torch.Tensor, wire: torch.dtype, back: bool, operation: Callable[[torch.Tensor], object]
+) -> None:
+    """Runs an MPI operation over a vector piece by piece: in place, or through (pinned) memory of the type `wire`.
+
+    back: whether the vector takes over what the operation leaves there.
+    """
+    if vector.device.type == "cpu" and wire is vector.dtype:
         for piece in vector.split(_PIECE // vector.element_size()):
             operation(piece)
         return
-    stage = torch.empty(
-        min(vector.numel(), _STAGE // vector.element_size()), dtype=vector.dtype, pin_memory=True
-    )
+    pinned = vector.device.type != "cpu"
+    stage = torch.empty(min(vector.numel(), _STAGE // wire.itemsize), dtype=wire, pin_memory=pinned)
     for piece in vector.split(max(stage.numel(), 1)):
         host = stage[: piece.numel()]
         host.copy_(piece)
         operation(host)
-        piece.copy_(host)
+        if back:
+            piece.copy_(host)
+
+
+def _sum_narrow(heads: MPI.Comm, vector: torch.Tensor, wire: torch.dtype) -> None:
+    """vector <- the sum of all ranks' vectors, each rounded to `wire` once on its way there and once back.
+
+    Every rank sums one part of all, in the vectors' own type and in the order of the ranks, and sends the sum to all.
+    """
+    n = heads.size
+    part = -(-vector.numel() // n)
+    sent, received = (torch.zeros(n, part, dtype=wire) for _ in range(2))
+    sent.view(-1)[: vector.numel()].copy_(vector)
+    heads.Alltoall([_bytes(sent), MPI.BYTE], [_bytes(received), MPI.BYTE])
+    own = received.to(vector.dtype).sum(0).to(wire)
+    heads.Allgather([_bytes(own), MPI.BYTE], [_bytes(sent), MPI.BYTE])
+    vector.copy_(sent.view(-1)[: vector.numel()])
+
+
+def _bytes(vector: torch.Tensor) -> np.ndarray:
+    return vector.view(-1).view(torch.uint8).numpy()

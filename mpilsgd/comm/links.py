@@ -19,15 +19,15 @@ class Links:
     """This rank's ends of a tree's edges, and the memory of the messages under way.
 
     Args:
-        level: all ranks; nbytes: of a message; room: how many may lie at a receiver before they are taken.
+        level: all ranks; room: how many messages may lie at a receiver before they are taken.
         tags: how many there are in the tree, one for each direction of each edge.
 
     Collective: `deliver`, `free`.
     """
 
-    def __init__(self, level: Level, nbytes: int, room: int, tags: int):
+    def __init__(self, level: Level, room: int, tags: int):
         self._level, self._comm = level, level.comm
-        self._nbytes, self._room, self._last_tag = nbytes, room, tags
+        self._room, self._last_tag = room, tags
         self._outboxes: list[Outbox] = []
         self._inboxes: list[Inbox] = []
         self._slots: dict[int, Slot] = {}
@@ -40,22 +40,22 @@ class Links:
         self._outboxes.append(Outbox(self._comm, rank, tag))
         return self._outboxes[-1]
 
-    def into(self, rank: int, tag: int) -> Inbox | Slot:
+    def into(self, rank: int, tag: int, nbytes: int) -> Inbox | Slot:
         if rank == self._comm.rank:
             return self._slot(tag)
-        self._inboxes.append(Inbox(self._comm, rank, tag, self._nbytes, self._room))
+        self._inboxes.append(Inbox(self._comm, rank, tag, nbytes, self._room))
         return self._inboxes[-1]
 
     def _slot(self, tag: int) -> Slot:
         return self._slots.setdefault(tag, Slot(self._room))
 
-    def fresh(self) -> Memory:
+    def fresh(self, nbytes: int) -> Memory:
         """Memory for a message, which may go to several: none that is under way."""
         busy = {id(box.memory) for box in self._outboxes}
         for memory in self._made:
-            if id(memory) not in busy:
+            if id(memory) not in busy and memory.size == nbytes:
                 return memory
-        self._made.append(np.empty(self._nbytes, np.uint8))
+        self._made.append(np.empty(nbytes, np.uint8))
         return self._made[-1]
 
     def rest(self) -> None:

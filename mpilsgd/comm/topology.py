@@ -8,7 +8,10 @@ import time
 import traceback
 from typing import Any
 
+import torch
 from mpi4py import MPI
+
+HALF_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Topology:
@@ -21,6 +24,8 @@ class Topology:
         group_size: None makes one group of each node; an integer l >= 1 cuts each node into consecutive
             blocks of l ranks, of which the last may be smaller.
         shared: False exchanges parameters by messages instead of through shared windows.
+        across_dtype: a half type (torch.bfloat16, torch.float16 or its name) in which wider vectors travel between
+            nodes: half the bytes, each value rounded on its way (2^-9 or 2^-11 of it).
 
     Attributes:
         world: communicator of all workers.
@@ -32,12 +37,19 @@ class Topology:
         groups, nodes: the world ranks of every group, and of every node.
 
     Raises:
-        ValueError: on every rank, if `group_size` is not a whole number from 1 to the size of the smallest node.
+        ValueError: on every rank, if `group_size` is not a whole number from 1 to the size of the smallest node, or
+            `across_dtype` no half type.
 
     Collective over `comm`, as are `free` and the helpers below.
     """
 
-    def __init__(self, comm: MPI.Comm | None = None, group_size: int | None = None, shared: bool = True):
+    def __init__(
+        self,
+        comm: MPI.Comm | None = None,
+        group_size: int | None = None,
+        shared: bool = True,
+        across_dtype: torch.dtype | str | None = None,
+    ):
         self.world = (MPI.COMM_WORLD if comm is None else comm).Dup()
         if self.world.size > 1:
             _abort_on_exception()
@@ -45,9 +57,16 @@ class Topology:
         self.node = self.world.Split_type(MPI.COMM_TYPE_SHARED, key=self.world.rank)
         try:
             self.agree(_group_size_error(group_size, self.node.size))
-            settings = self.allgather((group_size, shared))
+            self.across_dtype = HALF_TYPES.get(str(across_dtype).removeprefix("torch."))
+            wrong = across_dtype is not None and self.across_dtype is None
+            self.agree(
+                f"across_dtype must be bfloat16, float16 or None, not {across_dtype!r}" if wrong else None
+            )
+            settings = self.allgather((group_size, shared, str(self.across_dtype)))
             if len(set(settings)) > 1:
-                raise ValueError(f"(group_size, shared) must be the same on every rank, not {settings}")
+                raise ValueError(
+                    f"(group_size, shared, across_dtype) must be the same on every rank, not {settings}"
+                )
         except ValueError:
             self.node.Free()
             self.world.Free()

@@ -179,8 +179,7 @@ class Centered(Method):
         """The whole of a vector of the shards. Collective; nobody is in a turn."""
         assert self._shards is not None
         for d in self._x:
-            kind = self._shards.own[name][d].mine.dtype
-            whole = self._scratch.get(kind)
+            whole = self._scratch.get(self._shards.kinds[name][d])
             vector = self._shards.collect(name, d, whole)
             yield d, vector
             self.fabric.world.barrier()  # dtypes take turns in the scratch
@@ -203,7 +202,7 @@ class Centered(Method):
     def _extra(self) -> dict[str, Any]:
         if self._shards is None:
             return {}
-        last = {"last_update": list(self._last_update)}
+        last = {"last_update": list(self._last_update), "residuals": self._shards.residuals}
         if self.fabric.world.local.rank:
             return last
         own = {name: {str(d): w.mine.clone() for d, w in of.items()} for name, of in self._shards.own.items()}
@@ -215,6 +214,8 @@ class Centered(Method):
         self.fabric.world.table([0.0])  # nobody is in a turn
         self.topology.agree(self._misfit(own))
         self._last_update = list(own["last_update"])
+        for key, residual in own["residuals"].items():
+            self._shards.residuals[key].copy_(residual)
         if self.fabric.world.local.rank == 0:
             for name, of in self._shards.own.items():
                 for d, w in of.items():

@@ -32,14 +32,15 @@ _TRUST = 4  # messages that must get through before it sends twice as often agai
 class _Edge:
     """An edge as one of its ends sees it.
 
-    above: whether the other end is the parent; rank: where it is; send_every, take_every: steps between the messages of
-    this end and of the other; stride: how many of its own it leaves out meanwhile.
+    above: whether the other end is the parent; rank: where it is; narrow: whether messages are rounded; send_every,
+    take_every: steps between the messages of this end and of the other; stride: of its own, every how many-th is sent.
     """
 
     out: Outbox | Slot
     into: Inbox | Slot
     above: bool
     rank: int
+    narrow: bool  # messages travel in the topology's across_dtype
     send_every: int
     take_every: int
     stride: int = 1
@@ -162,7 +163,7 @@ class EASGDTree(Method):
         self._last_step: float | None = None
         # lock-step: a leaf's next message may come before its last one is taken
         room = 2 if order == "lock-step" else 1
-        self._links = Links(self.fabric.world, self._message_bytes(), room, 2 * len(self.tree.parent))
+        self._links = Links(self.fabric.world, room, 2 * len(self.tree.parent))
         self._own = [self._node(i) for i, host in enumerate(self.tree.host) if host == topology.world.rank]
         assert self._course is not None
         self._course.open(self.fabric)
@@ -187,8 +188,9 @@ class EASGDTree(Method):
         tags = 2 * child, 2 * child + 1
         ours, theirs = (0, 1) if up else (1, 0)
         peer, links = self.tree.host[other], self._links
-        out, into = links.out(peer, tags[ours]), links.into(peer, tags[theirs])
-        return _Edge(out, into, up, peer, every[ours], every[theirs])
+        narrow = peer not in self.fabric.world.local_ranks
+        out, into = links.out(peer, tags[ours]), links.into(peer, tags[theirs], self._message_bytes(narrow))
+        return _Edge(out, into, up, peer, narrow, every[ours], every[theirs])
 
     def _start(self, init: str) -> None:
         """Inner nodes start where all are, or at the leaves' mean."""
@@ -208,18 +210,19 @@ class EASGDTree(Method):
 
     # Messages: a head, then the vectors
 
-    def _message_bytes(self) -> int:
-        return _HEAD + sum(_room(n * w.mine.element_size()) for n, w in self._sized())
+    def _types(self, narrow: bool) -> Iterator[tuple[torch.dtype, torch.dtype]]:
+        """The vectors' types, and those in a message."""
+        return ((d, self.fabric.wire(d) if narrow else d) for d in self._x)
 
-    def _sized(self) -> Iterator[tuple[int, Any]]:
-        return ((self._n[d], w) for d, w in self._x.items())
+    def _message_bytes(self, narrow: bool) -> int:
+        return _HEAD + sum(_room(self._n[d] * wire.itemsize) for d, wire in self._types(narrow))
 
-    def _open_message(self, memory: np.ndarray) -> tuple[torch.Tensor, Vectors]:
+    def _open_message(self, memory: np.ndarray, narrow: bool) -> tuple[torch.Tensor, Vectors]:
         """A message's head (whether it is finite, seconds a step) and vectors."""
         whole, at, vectors = torch.from_numpy(memory), _HEAD, {}
-        for n, window in self._sized():
-            nbytes = n * window.mine.element_size()
-            vectors[window.mine.dtype] = whole[at : at + nbytes].view(window.mine.dtype)
+        for d, wire in self._types(narrow):
+            nbytes = self._n[d] * wire.itemsize
+            vectors[d] = whole[at : at + nbytes].view(wire)
             at += _room(nbytes)
         return whole[:16].view(torch.float64), vectors
 
@@ -238,16 +241,16 @@ class EASGDTree(Method):
                 self._wait(edge.out.ready, edge)
         free = [edge for edge in due if edge.gets_through()]
         self.metrics.skipped += len(due) - len(free)
-        if not free:
-            return
-        memory = self._links.fresh()
-        head, vectors = self._open_message(memory)
-        for d, x in node.x.items():
-            vectors[d].copy_(x)
-        head[0] = all([kernels.check(v) for v in vectors.values()])
-        head[1] = self._seconds
-        for edge in free:
-            edge.out.send(memory)
+        for narrow in {edge.narrow for edge in free}:
+            memory = self._links.fresh(self._message_bytes(narrow))
+            head, vectors = self._open_message(memory, narrow)
+            for d, x in node.x.items():
+                vectors[d].copy_(x)
+            head[0] = all([kernels.check(v) for v in vectors.values()])
+            head[1] = self._seconds
+            for edge in free:
+                if edge.narrow is narrow:
+                    edge.out.send(memory)
 
     def _came(self, node: _Node, edge: _Edge) -> bool:
         if self.order == "free":
@@ -259,7 +262,7 @@ class EASGDTree(Method):
 
     def _take(self, node: _Node, edge: _Edge) -> None:
         """x <- x + alpha (message - x); a node that is not finite takes over its parent's message."""
-        head, vectors = self._open_message(edge.into.message())
+        head, vectors = self._open_message(edge.into.message(), edge.narrow)
         if head[0]:
             broken = edge.above and not all([kernels.check(x) for x in node.x.values()])
             if broken:
@@ -268,7 +271,7 @@ class EASGDTree(Method):
                 if broken:
                     x.copy_(vectors[d])
                 else:
-                    kernels.pull(x, vectors[d].to(x.device), self.moving_rate)
+                    kernels.pull(x, vectors[d].to(x.device, x.dtype), self.moving_rate)
         if not (edge.above or self.computes):
             self._seconds = float(head[1])
         m, traffic = self.metrics, self.fabric.traffic

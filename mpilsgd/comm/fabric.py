@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,11 @@ from mpilsgd.comm.topology import Topology
 from mpilsgd.comm.windows import Window, free_shared_memory
 
 _PIECE = 1 << 30  # bytes a message: MPI counts are C ints
-_STAGE = 1 << 24  # bytes of pinned memory that a CUDA tensor passes through
+_STAGE = 1 << 24  # bytes that are summed at once
+_PIECES, _SMALLEST = (
+    64,
+    1 << 16,
+)  # of a vector that is passed along: how many at most, of how many bytes at least
 
 
 class SharedMemoryWarning(UserWarning):
@@ -194,10 +198,7 @@ class Level:
             assert landing is not None
             target = landing.views[0][: window.mine.numel()] if source is None else source
             if self.heads != MPI.COMM_NULL:
-                heads, wire = self.heads, self._fabric.wire(target.dtype)
-                _in_pieces(
-                    target, wire, not here, lambda piece: heads.Bcast([_bytes(piece), MPI.BYTE], root=home)
-                )
+                _pass_along(self.heads, target, home, self._fabric.wire(target.dtype))
             if not here:
                 self.fence()
             source = target
@@ -215,13 +216,8 @@ class Level:
         if self.heads != MPI.COMM_NULL:
             heads, vector = self.heads, total.views[0][start:stop]
             wire, n = self._fabric.wire(vector.dtype), self.n_islands
-            if wire is vector.dtype:
-                _in_pieces(
-                    vector, wire, True, lambda piece: heads.Allreduce(MPI.IN_PLACE, piece.numpy(), MPI.SUM)
-                )
-            else:
-                for piece in vector.split(_STAGE):
-                    _sum_narrow(heads, piece, wire)
+            for piece in vector.split(_STAGE // wire.itemsize):
+                _sum(heads, piece, wire)
             nbytes = 2 * (n - 1) * vector.numel() * wire.itemsize // n
             others = set(self.world_ranks) - self._mates
             if others:
@@ -247,39 +243,48 @@ class Level:
                 comm.Free()
 
 
-def _in_pieces(
-    vector: torch.Tensor, wire: torch.dtype, back: bool, operation: Callable[[torch.Tensor], object]
-) -> None:
-    """Runs an MPI operation over a vector piece by piece: in place, or through (pinned) memory of the type `wire`.
+def _pass_along(heads: MPI.Comm, vector: torch.Tensor, home: int, wire: torch.dtype) -> None:
+    """Rank `home`'s vector to all, in the type `wire`, along a chain of the ranks.
 
-    back: whether the vector takes over what the operation leaves there.
+    In pieces, of which each goes on as soon as it has come: every rank receives the vector once and sends it once, at
+    the same time.
     """
-    if vector.device.type == "cpu" and wire is vector.dtype:
-        for piece in vector.split(_PIECE // vector.element_size()):
-            operation(piece)
-        return
-    pinned = vector.device.type != "cpu"
-    stage = torch.empty(min(vector.numel(), _STAGE // wire.itemsize), dtype=wire, pin_memory=pinned)
-    for piece in vector.split(max(stage.numel(), 1)):
-        host = stage[: piece.numel()]
-        host.copy_(piece)
-        operation(host)
-        if back:
-            piece.copy_(host)
+    n, place = heads.size, (heads.rank - home) % heads.size
+    before, after = (heads.rank - 1) % n, (heads.rank + 1) % n
+    travels = vector
+    if wire is not vector.dtype or not vector.is_cpu:
+        travels = torch.empty(vector.numel(), dtype=wire, pin_memory=not vector.is_cpu)
+        if place == 0:
+            travels.copy_(vector)
+    nbytes = min(max(-(-travels.numel() * wire.itemsize // _PIECES), _SMALLEST), _PIECE)
+    pieces = travels.split(nbytes // wire.itemsize)
+    coming = [heads.Irecv([_bytes(piece), MPI.BYTE], before) for piece in pieces] if place else []
+    going = []
+    for k, piece in enumerate(pieces):
+        if place:
+            coming[k].Wait()
+        if place < n - 1:
+            going.append(heads.Isend([_bytes(piece), MPI.BYTE], after))
+    if place and travels is not vector:
+        vector.copy_(travels)
+    MPI.Request.Waitall(going)
 
 
-def _sum_narrow(heads: MPI.Comm, vector: torch.Tensor, wire: torch.dtype) -> None:
-    """vector <- the sum of all ranks' vectors, each rounded to `wire` once on its way there and once back.
+def _sum(heads: MPI.Comm, vector: torch.Tensor, wire: torch.dtype) -> None:
+    """vector <- the sum of all ranks' vectors, each value in the type `wire` on its way there and on its way back.
 
-    Every rank sums one part of all, in the vectors' own type and in the order of the ranks, and sends the sum to all.
+    Every rank sums one part of all, in the vectors' own type and in the order of the ranks, and sends the sum to all:
+    2 (n-1)/n of the vector go out and come in, and all ranks hold the same bits.
     """
-    n = heads.size
+    n, pinned = heads.size, not vector.is_cpu
     part = -(-vector.numel() // n)
-    sent, received = (torch.zeros(n, part, dtype=wire) for _ in range(2))
+    sent, received = (torch.zeros(n, part, dtype=wire, pin_memory=pinned) for _ in range(2))
     sent.view(-1)[: vector.numel()].copy_(vector)
     heads.Alltoall([_bytes(sent), MPI.BYTE], [_bytes(received), MPI.BYTE])
-    own = received.to(vector.dtype).sum(0).to(wire)
-    heads.Allgather([_bytes(own), MPI.BYTE], [_bytes(sent), MPI.BYTE])
+    own = received[0].to(vector.dtype)
+    for other in received[1:]:
+        own += other
+    heads.Allgather([_bytes(own.to(wire)), MPI.BYTE], [_bytes(sent), MPI.BYTE])
     vector.copy_(sent.view(-1)[: vector.numel()])
 
 

@@ -104,9 +104,10 @@ class Centered(Method):
         if timed:
             m.t_comm += time.perf_counter() - start
             m.t_wait += shards.waited - waited
-        nbytes = sum(w.mine[: self._n[d]].numel() * w.mine.element_size() for d, w in self._x.items())
         self.fabric.traffic.across += shards.moved - moved
-        self.fabric.traffic.group += max(0, nbytes - (shards.moved - moved))
+        for d, n in self._n.items():
+            first, last = shards.span(d)
+            self.fabric.traffic.group += max(0, min(last, n) - first) * d.itemsize
         m.bytes_group, m.bytes_across = self.fabric.traffic.group, self.fabric.traffic.across
 
     def _updates(self, shard: Shard) -> int:

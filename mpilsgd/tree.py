@@ -163,7 +163,7 @@ def lay_tree(nodes: Sequence[Sequence[int]], degree: int, inner: str = "ranks") 
         rank = upper.pop()
         near = sorted(
             (i for i, below in enumerate(children) if below),
-            key=lambda i: (len(children[i]) >= degree, node_of[i] != node_of[rank], len(children[i]), i),
+            key=lambda i: (node_of[i] != node_of[rank], len(children[i]) >= degree, len(children[i]), i),
         )
         full = near[0]
         if len(children[full]) >= degree:  # makes room

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import sys
 import time
 import traceback
@@ -38,7 +39,7 @@ class Topology:
 
     Raises:
         ValueError: on every rank, if `group_size` is not a whole number from 1 to the size of the smallest node, or
-            `across_dtype` no half type.
+            `across_dtype` no half type, or if ranks run different versions of mpilsgd or of MPI.
 
     Collective over `comm`, as are `free` and the helpers below.
     """
@@ -56,6 +57,7 @@ class Topology:
         self.shared = shared
         self.node = self.world.Split_type(MPI.COMM_TYPE_SHARED, key=self.world.rank)
         try:
+            self.agree(_version_error(self.allgather(_versions())))
             self.agree(_group_size_error(group_size, self.node.size))
             self.across_dtype = HALF_TYPES.get(str(across_dtype).removeprefix("torch."))
             wrong = across_dtype is not None and self.across_dtype is None
@@ -114,6 +116,24 @@ class Topology:
 def _together(firsts: list[int]) -> list[list[int]]:
     """The ranks that name the same first one."""
     return [[r for r, f in enumerate(firsts) if f == g] for g in sorted(set(firsts))]
+
+
+def _versions() -> tuple[str, str]:
+    """Of mpilsgd and of MPI."""
+    try:
+        own = importlib.metadata.version("mpilsgd")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        own = "of a checkout"
+    return f"mpilsgd {own}", MPI.Get_library_version().splitlines()[0].strip()
+
+
+def _version_error(every: list[tuple[str, str]]) -> str | None:
+    """What differs between the ranks, which all have to run the same."""
+    for versions in zip(*every, strict=True):
+        if len(set(versions)) > 1:
+            told = "; ".join(f"rank {versions.index(v)} runs {v}" for v in dict.fromkeys(versions))
+            return f"{told}: install the same on every node"
+    return None
 
 
 def _group_size_error(group_size: int | None, node_size: int) -> str | None:

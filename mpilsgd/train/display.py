@@ -117,6 +117,7 @@ def closing(summary: dict[str, Any], directory: str) -> str:
             f"{size(summary['bytes_group'])} in groups, {size(summary['bytes_across'])} across groups",
         ),
         ("rounds", str(summary["rounds"])),
+        ("peak memory", _memory(summary["peak_memory"])),
     ]
     if "staleness" in summary:
         lines.append(("staleness", _staleness(summary["staleness"])))
@@ -133,6 +134,10 @@ def _steps(summary: dict[str, Any]) -> str:
     if own is None:
         return str(summary["steps"])
     return str(own[0]) if min(own) == max(own) else f"{min(own)} to {max(own)}"
+
+
+def _memory(peaks: list[int]) -> str:
+    return f"{size(max(peaks))} a rank at most, {size(sum(peaks))} in all (what ranks share counts for each)"
 
 
 def _staleness(histogram: dict[str, int]) -> str:

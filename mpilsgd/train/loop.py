@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 import random
+import resource
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -347,7 +348,9 @@ class Trainer:
         with getattr(self.opt.optimizer, "iterate", contextlib.nullcontext)():
             own = evaluate(self.model, self.test_set)
         measured = dataclasses.asdict(self.opt.metrics)
-        rows = self.topology.allgather({**measured, **dataclasses.asdict(self.progress), "error": own.error})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        everything = {**measured, **dataclasses.asdict(self.progress), "error": own.error, "peak": peak}
+        rows = self.topology.allgather(everything)
         columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0]}
         workers = self.opt.workers
         best = min(workers, key=lambda r: (columns["error"][r], r))
@@ -369,6 +372,7 @@ class Trainer:
             "bytes_group": sum(columns["bytes_group"]),
             "bytes_across": sum(columns["bytes_across"]),
             "wall_s": sum(columns["wall"]) / self.size,
+            "peak_memory": columns["peak"],
             **{f"t_{key}": [columns[key][r] for r in workers] for key in ("compute", "data", "comm", "wait")},
         }
         if self.asynchronous:

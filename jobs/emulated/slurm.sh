@@ -15,7 +15,8 @@ up() {
   chmod 400 "$folder/munge/key"
   chown -R munge: "$folder/munge"
   runuser -u munge -- /usr/sbin/munged --key-file="$folder/munge/key" --socket="$folder/munge/socket" \
-    --pid-file="$folder/munge/pid" --log-file="$folder/munge/log" --seed-file="$folder/munge/seed"
+    --pid-file="$folder/munge/pid" --log-file="$folder/munge/log" --seed-file="$folder/munge/seed" \
+    </dev/null >"$folder/log/munged" 2>&1
   cat >"$folder/slurm.conf" <<END
 ClusterName=tests
 SlurmctldHost=$host(127.0.0.1)
@@ -50,8 +51,8 @@ END
   done >>"$folder/slurm.conf"
   echo "PartitionName=main Nodes=node[1-$nodes] Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES" >>"$folder/slurm.conf"
   export SLURM_CONF=$folder/slurm.conf
-  /usr/sbin/slurmctld -f "$SLURM_CONF"
-  for ((i = 1; i <= nodes; ++i)); do /usr/sbin/slurmd -f "$SLURM_CONF" -N "node$i"; done
+  /usr/sbin/slurmctld -f "$SLURM_CONF" </dev/null >"$folder/log/started" 2>&1
+  for ((i = 1; i <= nodes; ++i)); do /usr/sbin/slurmd -f "$SLURM_CONF" -N "node$i" </dev/null >>"$folder/log/started" 2>&1; done
   for ((i = 0; i < 60; ++i)); do
     [[ $(sinfo -h -N -t idle -o %N 2>/dev/null | wc -l) == "$nodes" ]] && return
     sleep 0.5

@@ -134,7 +134,9 @@ class Trainer:
             self.display.step(at.step, self._last_loss)
             while events and opt.reached(events[0].step * len(opt.workers)):
                 self._do(events.popleft())
-            if self._signalled or self._bell.listen():
+            if self._signalled:
+                self._bell.ring()
+            if self._bell.listen():
                 self._meet()
         for event in events:  # others brought the total there since this worker last asked
             self._do(event)
@@ -158,9 +160,7 @@ class Trainer:
     def _meet(self) -> None:
         """All meet, whatever each has come for; if any was told to end the run, all do. Collective."""
         with self._centre():
-            if self._signalled:
-                self._bell.ring()
-            stops = any(self.topology.allgather(self._bell.listen()))
+            stops = any(self.topology.allgather(self._signalled or self._bell.listen()))
         if not stops:
             return
         name = int(self._mean(self.topology.allgather(self.progress.step)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +17,8 @@ pytestmark = needs_slurm
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("slurm")
+def slurm() -> Iterator[None]:
+    folder = Path(tempfile.mkdtemp(prefix="mpilsgd-slurm-"))  # not pytest's, into which munge's user may not look
     folder.chmod(0o755)
     before = os.environ.get("SLURM_CONF")
     started = call(EMULATED / "slurm.sh", "up", folder, 2)
@@ -27,6 +29,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     finally:
         call("scancel", "-u", "root")
         call(EMULATED / "slurm.sh", "down", folder)
+        shutil.rmtree(folder, ignore_errors=True)
         os.environ.pop("SLURM_CONF")
         if before is not None:
             os.environ["SLURM_CONF"] = before

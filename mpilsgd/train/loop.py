@@ -304,9 +304,8 @@ class Trainer:
             at.wait += waited
 
     def _mean(self, steps: Iterable[int]) -> float:
-        """The workers' mean of the ranks' own steps; a whole number where it is one."""
-        total, workers = sum(steps), len(self.opt.workers)
-        return total / workers if total % workers else total // workers
+        """The workers' mean of the ranks' own steps."""
+        return mean(steps, len(self.opt.workers))
 
     def _centre(self) -> contextlib.AbstractContextManager[None]:
         recalibrates = self.opt.buffers_policy == "recalibrate" and bool(self.opt.flat.buffers)
@@ -453,6 +452,12 @@ def histogram(parts: Iterable[dict[int, int]]) -> dict[str, int]:
     for part in parts:
         total.update(part)
     return {str(key): total[key] for key in sorted(total)}
+
+
+def mean(steps: Iterable[int], workers: int) -> float:
+    """The steps a worker, of those who took any; a whole number where it is one."""
+    total = sum(steps)
+    return total / workers if total % workers else total // workers
 
 
 def random_state() -> dict[str, Any]:

@@ -18,7 +18,9 @@ pytestmark = needs_slurm
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[None]:
-    folder = Path(tempfile.mkdtemp(prefix="mpilsgd-slurm-"))  # not pytest's, into which munge's user may not look
+    folder = Path(
+        tempfile.mkdtemp(prefix="mpilsgd-slurm-")
+    )  # not pytest's, into which munge's user may not look
     folder.chmod(0o755)
     before = os.environ.get("SLURM_CONF")
     started = call(EMULATED / "slurm.sh", "up", folder, 2)

@@ -4,7 +4,17 @@ from importlib.metadata import PackageNotFoundError, version
 
 from mpilsgd.comm import Topology
 from mpilsgd.flat import FlatParameters
-from mpilsgd.methods import ADMM, EASGD, LSGD, MSGD, AllreduceSGD, Downpour, LocalSGD, RunningAverage
+from mpilsgd.methods import (
+    ADMM,
+    EASGD,
+    LSGD,
+    MSGD,
+    AllreduceSGD,
+    Downpour,
+    EASGDTree,
+    LocalSGD,
+    RunningAverage,
+)
 
 try:
     __version__ = version("mpilsgd")
@@ -18,6 +28,7 @@ __all__ = [
     "MSGD",
     "AllreduceSGD",
     "Downpour",
+    "EASGDTree",
     "FlatParameters",
     "LocalSGD",
     "RunningAverage",

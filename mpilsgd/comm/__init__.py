@@ -1,6 +1,8 @@
 """Everything that talks MPI. No other package of mpilsgd imports mpi4py, and no arithmetic lives here."""
 
+from mpilsgd.comm.bell import Bell
 from mpilsgd.comm.fabric import Fabric, Level, SharedMemoryWarning
+from mpilsgd.comm.links import Inbox, Links, Outbox, Slot
 from mpilsgd.comm.onesided import Counter, Progress, Turns, thread_problem, wait_until
 from mpilsgd.comm.shards import Shard, Shards
 from mpilsgd.comm.snapshots import Snapshots
@@ -8,13 +10,18 @@ from mpilsgd.comm.topology import Topology, end_job, exit_status
 from mpilsgd.comm.windows import Window, free_shared_memory
 
 __all__ = [
+    "Bell",
     "Counter",
     "Fabric",
+    "Inbox",
     "Level",
+    "Links",
+    "Outbox",
     "Progress",
     "Shard",
     "Shards",
     "SharedMemoryWarning",
+    "Slot",
     "Snapshots",
     "Topology",
     "Turns",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,11 @@ from mpilsgd.comm.topology import Topology
 from mpilsgd.comm.windows import Window, free_shared_memory
 
 _PIECE = 1 << 30  # bytes a message: MPI counts are C ints
-_STAGE = 1 << 24  # bytes of pinned memory that a CUDA tensor passes through
+_STAGE = 1 << 24  # bytes that are summed at once
+_PIECES, _SMALLEST = (
+    64,
+    1 << 16,
+)  # of a vector that is passed along: how many at most, of how many bytes at least
 
 
 class SharedMemoryWarning(UserWarning):
@@ -61,6 +65,7 @@ class Fabric:
                     stacklevel=5,
                 )
         self.agree = topology.agree
+        self._across_dtype = topology.across_dtype
         rank = topology.world.rank
         self.traffic = Traffic()
         self.island = topology.world.Split(node.bcast(rank) if shared else rank, key=rank)
@@ -70,6 +75,11 @@ class Fabric:
         self._windows: list[Window] = []
         self.world = Level(self, topology.world, seats, set(mates), list(range(topology.world.size)))
         self.group = Level(self, topology.group, [seats[r] for r in mates], set(mates), mates)
+
+    def wire(self, dtype: torch.dtype) -> torch.dtype:
+        """The type in which a vector travels between islands."""
+        narrow = self._across_dtype
+        return dtype if narrow is None or narrow.itemsize >= dtype.itemsize else narrow
 
     def window(self, dtype: torch.dtype, numel: int, device: torch.device) -> Window:
         """A vector a rank, visible to the island. Collective over the island."""
@@ -188,16 +198,14 @@ class Level:
             assert landing is not None
             target = landing.views[0][: window.mine.numel()] if source is None else source
             if self.heads != MPI.COMM_NULL:
-                heads = self.heads
-                _in_pieces(
-                    target.view(torch.uint8), lambda piece: heads.Bcast([piece.numpy(), MPI.BYTE], root=home)
-                )
+                _pass_along(self.heads, target, home, self._fabric.wire(target.dtype))
             if not here:
                 self.fence()
             source = target
         assert source is not None
         received = owner != self.rank and (here or self.heads != MPI.COMM_NULL)
-        self._count(owner, source.numel() * source.element_size() if received else 0)
+        itemsize = source.element_size() if here else self._fabric.wire(source.dtype).itemsize
+        self._count(owner, source.numel() * itemsize if received else 0)
         return source
 
     def allreduce(self, total: Window, start: int, stop: int) -> None:
@@ -207,9 +215,10 @@ class Level:
         self.fence()
         if self.heads != MPI.COMM_NULL:
             heads, vector = self.heads, total.views[0][start:stop]
-            _in_pieces(vector, lambda piece: heads.Allreduce(MPI.IN_PLACE, piece.numpy(), MPI.SUM))
-            n = self.n_islands
-            nbytes = 2 * (n - 1) * vector.numel() * vector.element_size() // n
+            wire, n = self._fabric.wire(vector.dtype), self.n_islands
+            for piece in vector.split(_STAGE // wire.itemsize):
+                _sum(heads, piece, wire)
+            nbytes = 2 * (n - 1) * vector.numel() * wire.itemsize // n
             others = set(self.world_ranks) - self._mates
             if others:
                 self._fabric.traffic.across += nbytes
@@ -234,17 +243,50 @@ class Level:
                 comm.Free()
 
 
-def _in_pieces(vector: torch.Tensor, operation: Callable[[torch.Tensor], None]) -> None:
-    """Runs an in-place MPI operation over a vector piece by piece, through pinned memory if it is on a GPU."""
-    if vector.device.type == "cpu":
-        for piece in vector.split(_PIECE // vector.element_size()):
-            operation(piece)
-        return
-    stage = torch.empty(
-        min(vector.numel(), _STAGE // vector.element_size()), dtype=vector.dtype, pin_memory=True
-    )
-    for piece in vector.split(max(stage.numel(), 1)):
-        host = stage[: piece.numel()]
-        host.copy_(piece)
-        operation(host)
-        piece.copy_(host)
+def _pass_along(heads: MPI.Comm, vector: torch.Tensor, home: int, wire: torch.dtype) -> None:
+    """Rank `home`'s vector to all, in the type `wire`, along a chain of the ranks.
+
+    In pieces, of which each goes on as soon as it has come: every rank receives the vector once and sends it once, at
+    the same time.
+    """
+    n, place = heads.size, (heads.rank - home) % heads.size
+    before, after = (heads.rank - 1) % n, (heads.rank + 1) % n
+    travels = vector
+    if wire is not vector.dtype or not vector.is_cpu:
+        travels = torch.empty(vector.numel(), dtype=wire, pin_memory=not vector.is_cpu)
+        if place == 0:
+            travels.copy_(vector)
+    nbytes = min(max(-(-travels.numel() * wire.itemsize // _PIECES), _SMALLEST), _PIECE)
+    pieces = travels.split(nbytes // wire.itemsize)
+    coming = [heads.Irecv([_bytes(piece), MPI.BYTE], before) for piece in pieces] if place else []
+    going = []
+    for k, piece in enumerate(pieces):
+        if place:
+            coming[k].Wait()
+        if place < n - 1:
+            going.append(heads.Isend([_bytes(piece), MPI.BYTE], after))
+    if place and travels is not vector:
+        vector.copy_(travels)
+    MPI.Request.Waitall(going)
+
+
+def _sum(heads: MPI.Comm, vector: torch.Tensor, wire: torch.dtype) -> None:
+    """vector <- the sum of all ranks' vectors, each value in the type `wire` on its way there and on its way back.
+
+    Every rank sums one part of all, in the vectors' own type and in the order of the ranks, and sends the sum to all:
+    2 (n-1)/n of the vector go out and come in, and all ranks hold the same bits.
+    """
+    n, pinned = heads.size, not vector.is_cpu
+    part = -(-vector.numel() // n)
+    sent, received = (torch.zeros(n, part, dtype=wire, pin_memory=pinned) for _ in range(2))
+    sent.view(-1)[: vector.numel()].copy_(vector)
+    heads.Alltoall([_bytes(sent), MPI.BYTE], [_bytes(received), MPI.BYTE])
+    own = received[0].to(vector.dtype)
+    for other in received[1:]:
+        own += other
+    heads.Allgather([_bytes(own.to(wire)), MPI.BYTE], [_bytes(sent), MPI.BYTE])
+    vector.copy_(sent.view(-1)[: vector.numel()])
+
+
+def _bytes(vector: torch.Tensor) -> np.ndarray:
+    return vector.view(-1).view(torch.uint8).numpy()

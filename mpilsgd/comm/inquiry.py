@@ -70,6 +70,11 @@ def info(comm: MPI.Comm | None = None) -> dict[str, Any]:
     }
 
 
+def hosts(comm: MPI.Comm) -> list[str]:
+    """The host name of every rank. Collective."""
+    return comm.allgather(socket.gethostname())
+
+
 def launched_processes(environment: Mapping[str, str]) -> int | None:
     """The number of processes that mpiexec or srun started, by the variables it sets; None without them.
 

@@ -38,6 +38,9 @@ class Shards:
     in its turn, so that an exchange is atomic a shard. Window rules: in a turn nobody else touches the shard through
     any window, and both kinds are synchronised (`Win.Sync`, `Flush`) before the turn is passed on.
 
+    Where vectors travel between islands in a narrower type, shards are kept in it; what rounding takes from a worker's
+    change is added to its next one (error feedback), so that nothing is lost for good.
+
     Args:
         sizes: elements of each dtype of the workers' vectors; kinds: for each name, the type its vectors have for a
             worker's dtype.
@@ -63,9 +66,15 @@ class Shards:
         self.own: dict[str, dict[torch.dtype, Window]] = {}
         self._remote: dict[tuple[str, torch.dtype], MPI.Win] = {}
         self._fetched: dict[str, dict[torch.dtype, torch.Tensor]] = {}
+        self.kinds = kinds
+        self.residuals: dict[tuple[str, torch.dtype, int], torch.Tensor] = {}  # by the shard, too
         for name, of in kinds.items():
             self.own[name], self._fetched[name] = {}, {}
             for d, kind in of.items():
+                if level.n_islands > 1 and fabric.wire(kind) is not kind:
+                    for k, spans in enumerate(self._spans):
+                        self.residuals[name, d, k] = torch.zeros(spans[d][1] - spans[d][0], dtype=kind)
+                    kind = fabric.wire(kind)
                 a, b = self._spans[level.island][d]
                 window = self.own[name][d] = fabric.common(level, kind, b - a, host)
                 if level.n_islands > 1:
@@ -74,6 +83,8 @@ class Shards:
                     self._remote[name, d] = expose(exposed, level.comm)
                     longest = max(stop - start for start, stop in (s[d] for s in self._spans))
                     self._fetched[name][d] = torch.empty(longest, dtype=kind)
+        # whether a turn's work is done on copies
+        self._copies = device.type != "cpu" or bool(self.residuals)
         self.waited = 0.0  # seconds, in all turns so far
         self.moved = 0  # bytes fetched from other islands
 
@@ -114,8 +125,9 @@ class Shards:
                     a, b = self._spans[k][d]
                     vectors[name][d] = self._fetched[name][d][: b - a]
                     self._transfer(k, name, d, vectors[name][d], MPI.Win.Get)
-        if self._device.type != "cpu":
-            vectors = {name: {d: v.to(self._device) for d, v in of.items()} for name, of in vectors.items()}
+        if self._copies:
+            for name, of in vectors.items():
+                vectors[name] = {d: v.to(self._device, self.kinds[name][d]) for d, v in of.items()}
         self._working = vectors
         return Shard(k, ticket, self._spans[k], vectors)
 
@@ -124,9 +136,15 @@ class Shards:
         for name, windows in self.own.items():
             for d, window in windows.items():
                 vector = self._working[name][d]
-                if self._device.type != "cpu":
+                if self._copies:
                     host = window.views[0] if here else self._fetched[name][d][: vector.numel()]
-                    vector = host.copy_(vector)
+                    residual = self.residuals.get((name, d, k))
+                    if residual is not None:
+                        residual += vector.cpu()
+                        residual -= host.copy_(residual)
+                    else:
+                        host.copy_(vector)
+                    vector = host
                 if here:
                     window.sync()
                 else:
@@ -153,13 +171,16 @@ class Shards:
         if not vector.is_cpu:  # the island is this rank alone
             vector = torch.empty(vector.numel(), dtype=vector.dtype)
         if level.heads != MPI.COMM_NULL:
-            a, b = self._spans[level.island][dtype]
-            vector[a:b].copy_(own.mine)
             for k, spans in enumerate(self._spans):
                 a, b = spans[dtype]
-                data = vector[a:b].view(torch.uint8).numpy()
+                part = vector[a:b]
+                stage = part if part.dtype is own.mine.dtype else torch.empty(b - a, dtype=own.mine.dtype)
+                if k == level.island:
+                    stage.copy_(own.mine)
+                data = stage.view(torch.uint8).numpy()
                 for start in range(0, data.size, _PIECE):
                     level.heads.Bcast([data[start : start + _PIECE], MPI.BYTE], root=k)
+                part.copy_(stage)
         level.fence()
         return vector
 

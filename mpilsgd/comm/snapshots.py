@@ -37,10 +37,18 @@ class Snapshots:
         host = torch.device("cpu")
         self._windows = [{d: fabric.window(d, n, host) for d, n in sizes.items()} for _ in range(2)]
         self._remote: list[dict[torch.dtype, MPI.Win]] = [{}, {}]
+        self._narrow: list[dict[torch.dtype, torch.Tensor]] = [
+            {},
+            {},
+        ]  # what others fetch, in a narrower type
+        self._wire = {d: fabric.wire(d) for d in sizes}
         if level.n_islands > 1:
-            for windows, remote in zip(self._windows, self._remote, strict=True):
+            for windows, remote, narrow in zip(self._windows, self._remote, self._narrow, strict=True):
                 for d, window in windows.items():
-                    memory = window.mine.view(torch.uint8).numpy() if window.mine.numel() else MPI.BOTTOM
+                    exposed = window.mine
+                    if self._wire[d] is not d:
+                        exposed = narrow[d] = torch.zeros(window.mine.numel(), dtype=self._wire[d])
+                    memory = exposed.view(torch.uint8).numpy() if exposed.numel() else MPI.BOTTOM
                     remote[d] = expose(memory, level.comm)
 
     def publish(self, vectors: Vectors, number: float, may_overwrite: Callable[[int], bool]) -> int:
@@ -53,6 +61,8 @@ class Snapshots:
         for d, window in self._windows[version % 2].items():
             window.mine.copy_(vectors[d])
             window.sync()
+        for d, narrow in self._narrow[version % 2].items():
+            narrow.copy_(vectors[d])
         for win in self._remote[version % 2].values():
             win.Sync()
         board.write(rank, self.NUMBER + version % 2, _bits(number))
@@ -74,7 +84,8 @@ class Snapshots:
             if here:
                 into[d].copy_(window.views[level.seats[rank]])
             else:
-                host = into[d] if into[d].is_cpu else torch.empty(self._sizes[d], dtype=d)
+                direct = into[d].is_cpu and self._wire[d] is d
+                host = into[d] if direct else torch.empty(self._sizes[d], dtype=self._wire[d])
                 transfer(self._remote[version % 2][d], rank, host, MPI.Win.Get)
                 if host is not into[d]:
                     into[d].copy_(host)

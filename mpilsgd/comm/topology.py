@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import sys
 import time
 import traceback
 from typing import Any
 
+import torch
 from mpi4py import MPI
+
+HALF_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Topology:
@@ -21,6 +25,8 @@ class Topology:
         group_size: None makes one group of each node; an integer l >= 1 cuts each node into consecutive
             blocks of l ranks, of which the last may be smaller.
         shared: False exchanges parameters by messages instead of through shared windows.
+        across_dtype: a half type (torch.bfloat16, torch.float16 or its name) in which wider vectors travel between
+            nodes: half the bytes, each value rounded on its way (2^-9 or 2^-11 of it).
 
     Attributes:
         world: communicator of all workers.
@@ -29,25 +35,40 @@ class Topology:
         across: the workers of the other groups with the same rank in theirs, ordered by group;
             on `group.rank == 0` it has one worker of every group.
         group_index, n_groups: j and n.
-        groups: the world ranks of every group.
+        groups, nodes: the world ranks of every group, and of every node.
 
     Raises:
-        ValueError: on every rank, if `group_size` is not a whole number from 1 to the size of the smallest node.
+        ValueError: on every rank, if `group_size` is not a whole number from 1 to the size of the smallest node, or
+            `across_dtype` no half type, or if ranks run different versions of mpilsgd or of MPI.
 
     Collective over `comm`, as are `free` and the helpers below.
     """
 
-    def __init__(self, comm: MPI.Comm | None = None, group_size: int | None = None, shared: bool = True):
+    def __init__(
+        self,
+        comm: MPI.Comm | None = None,
+        group_size: int | None = None,
+        shared: bool = True,
+        across_dtype: torch.dtype | str | None = None,
+    ):
         self.world = (MPI.COMM_WORLD if comm is None else comm).Dup()
         if self.world.size > 1:
             _abort_on_exception()
         self.shared = shared
         self.node = self.world.Split_type(MPI.COMM_TYPE_SHARED, key=self.world.rank)
         try:
+            self.agree(_version_error(self.allgather(_versions())))
             self.agree(_group_size_error(group_size, self.node.size))
-            settings = self.allgather((group_size, shared))
+            self.across_dtype = HALF_TYPES.get(str(across_dtype).removeprefix("torch."))
+            wrong = across_dtype is not None and self.across_dtype is None
+            self.agree(
+                f"across_dtype must be bfloat16, float16 or None, not {across_dtype!r}" if wrong else None
+            )
+            settings = self.allgather((group_size, shared, str(self.across_dtype)))
             if len(set(settings)) > 1:
-                raise ValueError(f"(group_size, shared) must be the same on every rank, not {settings}")
+                raise ValueError(
+                    f"(group_size, shared, across_dtype) must be the same on every rank, not {settings}"
+                )
         except ValueError:
             self.node.Free()
             self.world.Free()
@@ -55,8 +76,8 @@ class Topology:
         block = 0 if group_size is None else self.node.rank // group_size
         self.group = self.node.Split(block, key=self.node.rank)
         first = self.group.bcast(self.world.rank)  # names the group
-        firsts = self.world.allgather(first)
-        self.groups = [[r for r, f in enumerate(firsts) if f == g] for g in sorted(set(firsts))]
+        self.groups = _together(self.world.allgather(first))
+        self.nodes = _together(self.world.allgather(self.node.bcast(self.world.rank)))
         self.n_groups = len(self.groups)
         self.group_index = next(j for j, ranks in enumerate(self.groups) if self.world.rank in ranks)
         self.across = self.world.Split(self.group.rank, key=self.group_index)
@@ -90,6 +111,29 @@ class Topology:
         """Frees the communicators; the topology is of no use afterwards."""
         for comm in (self.across, self.group, self.node, self.world):
             comm.Free()
+
+
+def _together(firsts: list[int]) -> list[list[int]]:
+    """The ranks that name the same first one."""
+    return [[r for r, f in enumerate(firsts) if f == g] for g in sorted(set(firsts))]
+
+
+def _versions() -> tuple[str, str]:
+    """Of mpilsgd and of MPI."""
+    try:
+        own = importlib.metadata.version("mpilsgd")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        own = "of a checkout"
+    return f"mpilsgd {own}", MPI.Get_library_version().splitlines()[0].strip()
+
+
+def _version_error(every: list[tuple[str, str]]) -> str | None:
+    """What differs between the ranks, which all have to run the same."""
+    for versions in zip(*every, strict=True):
+        if len(set(versions)) > 1:
+            told = "; ".join(f"rank {versions.index(v)} runs {v}" for v in dict.fromkeys(versions))
+            return f"{told}: install the same on every node"
+    return None
 
 
 def _group_size_error(group_size: int | None, node_size: int) -> str | None:

@@ -5,6 +5,7 @@ from mpilsgd.methods.allreduce import AllreduceSGD
 from mpilsgd.methods.base import Diverged, Method
 from mpilsgd.methods.downpour import Downpour
 from mpilsgd.methods.easgd import EASGD
+from mpilsgd.methods.easgd_tree import EASGDTree
 from mpilsgd.methods.local import MSGD, RunningAverage
 from mpilsgd.methods.localsgd import LocalSGD
 from mpilsgd.methods.lsgd import LSGD
@@ -18,6 +19,7 @@ __all__ = [
     "AllreduceSGD",
     "Diverged",
     "Downpour",
+    "EASGDTree",
     "LocalSGD",
     "Method",
     "Metrics",

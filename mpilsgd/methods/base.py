@@ -80,6 +80,8 @@ class Method(Wrapper):
         self.optimizer = optimizer
         self.buffers_policy = buffers
         self.t = 0
+        # the ranks that train: all but those of an EASGDTree that only average
+        self.workers = list(range(self.topology.world.size))
         self.metrics = Metrics()
         self._open = self._lent = False
         self._course: Course | None = None
@@ -165,6 +167,11 @@ class Method(Wrapper):
         if self._course is not None:
             return self._course.reached(total_steps, self.t)
         return self.t * self.topology.world.size >= total_steps
+
+    @property
+    def computes(self) -> bool:
+        """Whether this rank takes gradients; where it does not, `step()` goes without."""
+        return self.topology.world.rank in self.workers
 
     def _acts_on_gradient(self) -> bool:
         """Whether something must happen between the gradient and the wrapped optimizer's step."""

@@ -104,9 +104,10 @@ class Centered(Method):
         if timed:
             m.t_comm += time.perf_counter() - start
             m.t_wait += shards.waited - waited
-        nbytes = sum(w.mine[: self._n[d]].numel() * w.mine.element_size() for d, w in self._x.items())
         self.fabric.traffic.across += shards.moved - moved
-        self.fabric.traffic.group += max(0, nbytes - (shards.moved - moved))
+        for d, n in self._n.items():
+            first, last = shards.span(d)
+            self.fabric.traffic.group += max(0, min(last, n) - first) * d.itemsize
         m.bytes_group, m.bytes_across = self.fabric.traffic.group, self.fabric.traffic.across
 
     def _updates(self, shard: Shard) -> int:
@@ -179,8 +180,7 @@ class Centered(Method):
         """The whole of a vector of the shards. Collective; nobody is in a turn."""
         assert self._shards is not None
         for d in self._x:
-            kind = self._shards.own[name][d].mine.dtype
-            whole = self._scratch.get(kind)
+            whole = self._scratch.get(self._shards.kinds[name][d])
             vector = self._shards.collect(name, d, whole)
             yield d, vector
             self.fabric.world.barrier()  # dtypes take turns in the scratch
@@ -203,7 +203,7 @@ class Centered(Method):
     def _extra(self) -> dict[str, Any]:
         if self._shards is None:
             return {}
-        last = {"last_update": list(self._last_update)}
+        last = {"last_update": list(self._last_update), "residuals": self._shards.residuals}
         if self.fabric.world.local.rank:
             return last
         own = {name: {str(d): w.mine.clone() for d, w in of.items()} for name, of in self._shards.own.items()}
@@ -215,6 +215,8 @@ class Centered(Method):
         self.fabric.world.table([0.0])  # nobody is in a turn
         self.topology.agree(self._misfit(own))
         self._last_update = list(own["last_update"])
+        for key, residual in own["residuals"].items():
+            self._shards.residuals[key].copy_(residual)
         if self.fabric.world.local.rank == 0:
             for name, of in self._shards.own.items():
                 for d, w in of.items():

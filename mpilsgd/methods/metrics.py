@@ -20,6 +20,7 @@ class Metrics:
     # center()
     distance: float = 0.0
     resets: int = 0  # times this worker was set back after a non-finite state
+    skipped: int = 0  # EASGDTree: messages left out because the one before was not taken yet
     leads: int = 0  # rounds that this worker led its group
     # asynchronous centres: {n: how often n updates by others lay between this worker's reading it and its writing}
     staleness: dict[int, int] = dataclasses.field(default_factory=dict)

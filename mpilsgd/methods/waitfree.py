@@ -157,7 +157,9 @@ class WaitFree:
         metrics.leads += me == (near if near >= 0 else far)
 
     def _count(self, leader: int) -> None:
-        nbytes = sum(v.numel() * v.element_size() for v in self._near.values())
+        far = leader not in self._fabric.world.local_ranks
+        sizes = ((v.numel(), self._fabric.wire(d) if far else d) for d, v in self._near.items())
+        nbytes = sum(n * dtype.itemsize for n, dtype in sizes)
         if leader in self._topology.groups[self._topology.group_index]:
             self._fabric.traffic.group += nbytes
         else:

@@ -86,11 +86,12 @@ def opening(
 
 def closing(summary: dict[str, Any], directory: str) -> str:
     """The summary for a reader."""
-    parts = {name: sum(summary[f"t_{name}"]) / summary["world_size"] for name in ("compute", "data", "comm")}
+    workers = len(summary["t_wait"])
+    parts = {name: sum(summary[f"t_{name}"]) / workers for name in ("compute", "data", "comm")}
     whole = max(sum(parts.values()), 1e-12)
     words = {"compute": "computing", "data": "loading data", "comm": "communicating"}
     times = ", ".join(f"{words[k]} {duration(v)} ({100 * v / whole:.1f} %)" for k, v in parts.items())
-    waited = sum(summary["t_wait"]) / summary["world_size"]
+    waited = sum(summary["t_wait"]) / workers
     times += f", of which {duration(waited)} waiting for other ranks"
     best = summary["best_worker"]
     lines = [
@@ -116,9 +117,13 @@ def closing(summary: dict[str, Any], directory: str) -> str:
             f"{size(summary['bytes_group'])} in groups, {size(summary['bytes_across'])} across groups",
         ),
         ("rounds", str(summary["rounds"])),
+        ("peak memory", _memory(summary["peak_memory"])),
     ]
     if "staleness" in summary:
         lines.append(("staleness", _staleness(summary["staleness"])))
+    if "skipped" in summary:
+        told = "  ".join(f"{r}: {n}" for r, n in enumerate(summary["skipped"]) if n)
+        lines.append(("messages left out", f"{told}   (rank: how many; the one before was not taken yet)"))
     lines.append(("run directory", directory))
     width = max(len(name) for name, _ in lines)
     return "\n" + "\n".join(f"{name:{width}}  {text}" for name, text in lines)
@@ -129,6 +134,10 @@ def _steps(summary: dict[str, Any]) -> str:
     if own is None:
         return str(summary["steps"])
     return str(own[0]) if min(own) == max(own) else f"{min(own)} to {max(own)}"
+
+
+def _memory(peaks: list[int]) -> str:
+    return f"{size(max(peaks))} a rank at most, {size(sum(peaks))} in all (what ranks share counts for each)"
 
 
 def _staleness(histogram: dict[str, int]) -> str:

@@ -13,6 +13,8 @@ import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Topology, inquiry
+from mpilsgd.train import tree_text
+from mpilsgd.train.table import ranges
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Shows the MPI library, the ranks by node and group, shared memory, torch, CUDA and the extension. "
         "Works on one process and under a launcher: mpiexec -n 4 mpilsgd info"
     )
+    parser.add_argument(
+        "--tree",
+        action="store_true",
+        help="show the tree of EASGDTree instead: which rank is what, where it runs, what its edges will carry",
+    )
+    tree_text.add_arguments(parser.add_argument_group("with --tree"))
     parser.add_argument(
         "--group_size",
         "--group-size",
@@ -34,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     """Gathers the facts of all ranks; rank 0 prints them. Exit status 2: `group_size` does not fit."""
     nodes = Topology()
     try:
+        if args.tree:
+            return tree_text.run(args, nodes)
         facts = inquiry.info(nodes.world)
         rows = nodes.gather(_own_facts())
         try:
@@ -127,9 +137,7 @@ def _progress_text(alone: bool, nodes: int) -> str:
 
 
 def _node_text(ranks: Sequence[int], groups: Sequence[Sequence[int]]) -> str:
-    parts = [
-        f"group {j}: rank {_ranges(mates)}" for j, mates in enumerate(groups) if set(mates) <= set(ranks)
-    ]
+    parts = [f"group {j}: rank {ranges(mates)}" for j, mates in enumerate(groups) if set(mates) <= set(ranks)]
     return "; ".join(parts)
 
 
@@ -161,18 +169,7 @@ def _by_rank(values: Sequence[Hashable]) -> str:
         ranks.setdefault(value, []).append(rank)
     if len(ranks) == 1:
         return str(values[0])
-    return "; ".join(f"rank {_ranges(which)}: {value}" for value, which in ranks.items())
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """0, 1, 2, 5 as "0-2, 5"."""
-    parts: list[list[int]] = []
-    for rank in sorted(ranks):
-        if parts and parts[-1][1] == rank - 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+    return "; ".join(f"rank {ranges(which)}: {value}" for value, which in ranks.items())
 
 
 def _count(number: float) -> str:

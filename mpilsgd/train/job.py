@@ -26,7 +26,7 @@ from mpilsgd.train.options import keyword_arguments, method_options, methods, na
 from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.sampling import Sampler, derived_seed
 from mpilsgd.train.stragglers import parse_slow
-from mpilsgd.train.together import FAILED, Stopped, all_here, on_first, together
+from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, all_here, on_first, together
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         everyone = all_here(base)
         if base.world.rank == 0 or not everyone:
             sys.stdout.flush()
-            sys.stderr.write(f"mpilsgd train: error: {stop}\n")
+            sys.stderr.write(f"mpilsgd train: {'' if stop.status == TO_BE_RESUMED else 'error: '}{stop}\n")
             sys.stderr.flush()
         if not everyone:
             base.world.Abort(stop.status)
@@ -51,18 +51,19 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     if config is None:
         return status
     left = _leave_recordings(config)
-    topology = Topology(group_size=config.group_size, shared=config.shared)
+    topology = Topology(group_size=config.group_size, shared=config.shared, across_dtype=config.across_dtype)
     _set_threads(config.threads, topology)
     train, test = together(topology, data.load, config.data, config.data_dir, config.augment, config.seed)
     size, rank = topology.world.size, topology.world.rank
-    sampler = together(
-        topology, Sampler, config.sampling, len(train), config.batch_size, rank, size, config.seed
-    )
     model = together(topology, _model, config, train, topology)
     try:
         opt = _method(config, topology, optimizers.build(config, model.parameters()), model)
     except ValueError as error:  # raised on every rank
         raise Stopped(str(error)) from None
+    seat = opt.workers.index(rank) if opt.computes else 0
+    sampler = together(
+        topology, Sampler, config.sampling, len(train), config.batch_size, seat, len(opt.workers), config.seed
+    )
     directory = _directory(config, topology, model)
     torch.manual_seed(derived_seed(config.seed, "dropout", rank))
     total = config.steps if config.steps is not None else (config.epochs or 0) * sampler.batches

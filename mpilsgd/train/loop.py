@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import math
 import random
+import resource
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mpilsgd.comm import Topology
+from mpilsgd.comm import Bell, Topology
 from mpilsgd.methods import Diverged, Method
 from mpilsgd.train.config import Config, parse_every
 from mpilsgd.train.data import Dataset
@@ -26,8 +28,9 @@ from mpilsgd.train.run_directory import METRICS, RunDirectory
 from mpilsgd.train.sampling import Sampler, generator
 from mpilsgd.train.schedule import Schedule
 from mpilsgd.train.stragglers import parse_slow
-from mpilsgd.train.together import FAILED, Stopped, on_first, stop_if, together
+from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, on_first, stop_if, together
 
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _CALIBRATION_BATCHES = 20  # per rank, for buffers="recalibrate"
 
 
@@ -104,26 +107,70 @@ class Trainer:
         self._flushed: tuple[int, float] = (0, 0)  # own and mean step when they were last written
         self._sealed: int | None = None  # the name of the last checkpoint
         self._last_loss = 0.0
+        self._signalled = False
 
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the summary. Collective."""
-        at, opt = self.progress, self.opt
         self.model.train()
         if not self._sealed:
-            self.save(0)  # a run that is killed at any moment can be resumed, on as many ranks
+            self._save(0)  # a run that is killed at any moment can be resumed, on as many ranks
         events = collections.deque(self._events())
+        with self._signals():
+            self._train(events)
+        self._bell.free()
+        return self._finish()
+
+    def _train(self, events: collections.deque[Event]) -> None:
+        at, opt = self.progress, self.opt
         order, epoch = torch.empty(0), -1
-        while not opt.reached(self.total * self.size):
+        while not opt.reached(self.total * len(opt.workers)):
             if at.step // self.sampler.batches != epoch:
                 epoch = at.step // self.sampler.batches
                 order = self.sampler.epoch(epoch)
-            self._step(order[at.step % self.sampler.batches], epoch)
+            if opt.computes:
+                self._step(order[at.step % self.sampler.batches], epoch)
+            else:
+                self._pass_on()
             self.display.step(at.step, self._last_loss)
-            while events and opt.reached(events[0].step * self.size):
+            while events and opt.reached(events[0].step * len(opt.workers)):
                 self._do(events.popleft())
+            if self._signalled:
+                self._bell.ring()
+            if self._bell.listen():
+                self._meet()
         for event in events:  # others brought the total there since this worker last asked
             self._do(event)
-        return self._finish()
+        self._meet()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """USR1 and TERM, to any rank, end the run on all with a checkpoint. Collective."""
+        self._bell = Bell(self.topology.world)
+
+        def note(*_: Any) -> None:
+            self._signalled = True
+
+        before = {number: signal.signal(number, note) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _meet(self) -> None:
+        """All meet, whatever each has come for; if any was told to end the run, all do. Collective."""
+        with self._centre():
+            stops = any(self.topology.allgather(self._signalled or self._bell.listen()))
+        if not stops:
+            return
+        name = int(self._mean(self.topology.allgather(self.progress.step)))
+        if name != self._sealed:
+            self._save(name)
+        self._bell.free()
+        raise Stopped(
+            f"ended by a signal at step {name}; it goes on with: mpilsgd train --resume {self.directory.path}",
+            TO_BE_RESUMED,
+        )
 
     def _events(self) -> list[Event]:
         batches = self.sampler.batches
@@ -133,10 +180,11 @@ class Trainer:
         )
 
     def _do(self, event: Event) -> None:
+        self._meet()
         if event.what == "evaluate":
             self.evaluate()
         else:
-            self.save(event.step)
+            self._save(event.step)
 
     def _step(self, indices: torch.Tensor, epoch: int) -> None:
         at, opt, measured = self.progress, self.opt, self.opt.metrics
@@ -181,6 +229,14 @@ class Trainer:
                 overall = measured.leader if group == 0 or not self.asynchronous else -1
                 self._elections.append(Election(at.step, group, measured.leaders[group], overall))
 
+    def _pass_on(self) -> None:
+        """A step of a rank that only averages."""
+        if self.opt.t == 0:
+            self._refuse_first(0.0)
+        start = time.perf_counter()
+        self.opt.step()
+        self.progress.wall += time.perf_counter() - start
+
     def _refuse_first(self, loss: float) -> None:
         """A first loss that is not finite never becomes finite. Collective."""
         wrong = f"the loss is {loss} at the first step: check the data's values and the model's initial ones"
@@ -211,7 +267,7 @@ class Trainer:
             (at.step, at.loss_sum, at.loss_count, self._measured(), self._last_loss)
         )
         steps, losses, counts, measured, last_losses = zip(*rows, strict=True)
-        step = mean(steps)
+        step = self._mean(steps)
         if at.evaluated == step:
             return result, state  # of a finished run that was resumed
         at.loss_sum, at.loss_count, at.evaluated = 0.0, 0, step
@@ -228,12 +284,12 @@ class Trainer:
             "test_loss": result.loss,
             "test_error": result.error,
             "leader": at.leader if at.leader >= 0 else None,
-            **{f"t_{key}": totals[key] / self.size for key in ("compute", "data", "comm")},
+            **{f"t_{key}": totals[key] / len(self.opt.workers) for key in ("compute", "data", "comm")},
         }
         assert tuple(row) == METRICS
         self._write(row)
         self.display.evaluation(row)
-        if not any(math.isfinite(loss) for loss in last_losses):
+        if not any(math.isfinite(last_losses[rank]) for rank in self.opt.workers):
             reason = f"the loss of every worker is non-finite at step {at.step}: the run has diverged; try a smaller lr"
             stop_if(self.topology, reason, FAILED)
         return result, state
@@ -243,8 +299,13 @@ class Trainer:
         at = self.progress
         latest = max(self.topology.allgather(at.wall))
         waited, at.wall = latest - at.wall, latest
-        at.comm += waited
-        at.wait += waited
+        if self.opt.computes:
+            at.comm += waited
+            at.wait += waited
+
+    def _mean(self, steps: Iterable[int]) -> float:
+        """The workers' mean of the ranks' own steps."""
+        return mean(steps, len(self.opt.workers))
 
     def _centre(self) -> contextlib.AbstractContextManager[None]:
         recalibrates = self.opt.buffers_policy == "recalibrate" and bool(self.opt.flat.buffers)
@@ -262,7 +323,7 @@ class Trainer:
         """Writes the leaders since the last time, and a line of metrics. Collective."""
         at = self.progress
         rows = self.topology.allgather((self._flushed, at.step, self._elections))
-        now = mean(step for _, step, _ in rows)
+        now = self._mean(step for _, step, _ in rows)
         elections = [on_common_clock(found, (t, step), (then, now)) for (t, then), step, found in rows]
         lines = merged(elections, self.topology.n_groups)
         self._flushed, self._elections = (at.step, now), []
@@ -281,36 +342,44 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         result, state = self.evaluate(last=True)
-        self.save(max(self.total, self._sealed or 0))
+        self._save(max(self.total, self._sealed or 0))
         on_first(self.topology, self.directory.save_center, state, status=FAILED)
         with getattr(self.opt.optimizer, "iterate", contextlib.nullcontext)():
             own = evaluate(self.model, self.test_set)
         measured = dataclasses.asdict(self.opt.metrics)
-        rows = self.topology.allgather({**measured, **dataclasses.asdict(self.progress), "error": own.error})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        everything = {**measured, **dataclasses.asdict(self.progress), "error": own.error, "peak": peak}
+        rows = self.topology.allgather(everything)
         columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0]}
-        best = min(range(self.size), key=lambda r: (columns["error"][r], r))
+        workers = self.opt.workers
+        best = min(workers, key=lambda r: (columns["error"][r], r))
         summary = {
             "method": self.config.method,
             "world_size": self.size,
             "group_size": max(map(len, self.topology.groups)),
             "groups": self.topology.groups,
-            "steps": mean(columns["step"]),
-            "epochs": mean(columns["step"]) / self.sampler.batches,
+            "steps": self._mean(columns["step"]),
+            "epochs": self._mean(columns["step"]) / self.sampler.batches,
             "grad_evals": sum(columns["step"]),
             "test_error": result.error,
             "test_loss": result.loss,
             "best_worker": {"rank": best, "test_error": columns["error"][best]},
-            "worker_test_errors": columns["error"],
+            "worker_test_errors": [columns["error"][r] for r in workers],
             "leads": columns["leads"],
             "resets": columns["resets"],
             "rounds": max(columns["rounds"]),
             "bytes_group": sum(columns["bytes_group"]),
             "bytes_across": sum(columns["bytes_across"]),
             "wall_s": sum(columns["wall"]) / self.size,
-            **{f"t_{key}": columns[key] for key in ("compute", "data", "comm", "wait")},
+            "peak_memory": columns["peak"],
+            **{f"t_{key}": [columns[key][r] for r in workers] for key in ("compute", "data", "comm", "wait")},
         }
         if self.asynchronous:
-            summary["worker_steps"] = columns["step"]
+            summary["worker_steps"] = [columns["step"][r] for r in workers]
+        if len(workers) < self.size:
+            summary["workers"] = workers
+        if any(columns["skipped"]):
+            summary["skipped"] = columns["skipped"]
         if any(columns["staleness"]):
             summary["staleness"] = histogram(columns["staleness"])
         on_first(self.topology, self.directory.summarize, summary, status=FAILED)
@@ -318,11 +387,8 @@ class Trainer:
 
     # Checkpoints
 
-    def save(self, name: int) -> None:
+    def _save(self, name: int) -> None:
         """Writes a checkpoint that counts when all of it is there; its name is a step that no other has. Collective."""
-        if self.asynchronous:
-            with self._centre():  # until all have come, some may need this worker for a round
-                pass
         self._count_waiting()
         self._write()
         together(self.topology, self.directory.save, self.rank, name, self._state(), status=FAILED)
@@ -346,7 +412,7 @@ class Trainer:
     def mean_step(self) -> float:
         """How far the workers are after `restore`, on the mean. Collective."""
         own = self.progress.step
-        self._flushed = (own, mean(self.topology.allgather(own)))
+        self._flushed = (own, self._mean(self.topology.allgather(own)))
         return self._flushed[1]
 
     def _state(self) -> dict[str, Any]:
@@ -388,11 +454,10 @@ def histogram(parts: Iterable[dict[int, int]]) -> dict[str, int]:
     return {str(key): total[key] for key in sorted(total)}
 
 
-def mean(steps: Iterable[int]) -> float:
-    """The mean of the workers' steps; a whole number where it is one."""
-    steps = list(steps)
-    whole, rest = divmod(sum(steps), len(steps))
-    return whole if rest == 0 else sum(steps) / len(steps)
+def mean(steps: Iterable[int], workers: int) -> float:
+    """The steps a worker, of those who took any; a whole number where it is one."""
+    total = sum(steps)
+    return total / workers if total % workers else total // workers
 
 
 def random_state() -> dict[str, Any]:

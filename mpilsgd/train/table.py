@@ -47,3 +47,14 @@ def in_ms(seconds: float) -> str:
     if not 0 < ms < math.inf:
         return "0" if ms == 0 else "-"
     return f"{ms:.{min(6, max(0, 2 - math.floor(math.log10(ms))))}f}"
+
+
+def ranges(ranks: Sequence[int]) -> str:
+    """0, 1, 2, 5 as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for rank in sorted(ranks):
+        if parts and parts[-1][1] == rank - 1:
+            parts[-1][1] = rank
+        else:
+            parts.append([rank, rank])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

@@ -10,7 +10,7 @@ from mpilsgd.comm import Topology
 from mpilsgd.train.callables import InputError
 
 T = TypeVar("T")
-BAD_INPUT, FAILED = 2, 1  # exit statuses
+BAD_INPUT, FAILED, TO_BE_RESUMED = 2, 1, 75  # exit statuses; the last is sysexits.h's EX_TEMPFAIL
 
 
 class Stopped(Exception):

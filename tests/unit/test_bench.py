@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpilsgd.comm import inquiry
-from mpilsgd.train import bench, bench_kernels, info
+from mpilsgd.train import bench, bench_kernels, info, table
 
 
 def call(module: object, *arguments: str) -> int:
@@ -110,6 +110,6 @@ def test_cuda_support_by_memory_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ranks_are_written_as_ranges() -> None:
-    assert info._ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert table.ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     assert info._by_rank(["x", "x", "x"]) == "x"
     assert info._by_rank(["x", "y", "x"]) == "rank 0, 2: x; rank 1: y"

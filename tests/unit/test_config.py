@@ -130,7 +130,7 @@ def test_every_constructor_argument_is_an_option() -> None:
         "buffers",
     } <= set(options)
     assert not {"optimizer", "topology", "model", "self", "score"} & set(options)
-    assert set(options["period"].defaults) == {"LocalSGD", "LSGD", "EASGD", "Downpour"}
+    assert set(options["period"].defaults) == {"LocalSGD", "LSGD", "EASGD", "Downpour", "EASGDTree"}
     assert set(options["asynchronous"].defaults) == {"LSGD", "EASGD", "Downpour", "ADMM"}
     assert {"overlap", "order", "record", "replay", "rho", "momentum"} <= set(options)
     assert "method_momentum" in method_options(["momentum"])

@@ -68,9 +68,10 @@ def test_events_in_order() -> None:
 
 
 def test_the_mean_step_is_whole_where_it_can_be() -> None:
-    assert mean([4, 4]) == 4 and isinstance(mean([4, 4]), int)
-    assert isinstance(mean([3, 5]), int)
-    assert mean([3, 4, 4, 4]) == 3.75
+    assert mean([4, 4], 2) == 4 and isinstance(mean([4, 4], 2), int)
+    assert isinstance(mean([3, 5], 2), int)
+    assert mean([3, 4, 4, 4], 4) == 3.75
+    assert mean([0, 4, 5], 2) == 4.5  # one rank only averages
 
 
 def test_histogram() -> None:
@@ -190,6 +191,8 @@ def test_opening_and_closing() -> None:
         "bytes_group": 12_300_000,
         "bytes_across": 0,
         "rounds": 4,
+        "peak_memory": [3e8, 5e8],
+        "skipped": [0, 7],
     }
     text = closing(summary, "runs/x")
     for part in (
@@ -200,6 +203,8 @@ def test_opening_and_closing() -> None:
         "2 min 10 s",
         "computing 2.0 s (50.0 %)",
         "12.3 MB",
+        "500 MB a rank at most, 800 MB in all",
+        "1: 7",
         "runs/x",
     ):
         assert part in text
@@ -213,6 +218,7 @@ def test_an_asynchronous_run_says_what_it_did() -> None:
         **dict(world_size=2, test_error=0.03, test_loss=0.1, leads=[0, 0], resets=[0, 0], wall_s=1.0),
         **dict(steps=9.5, t_compute=[1.0, 3.0], t_data=[0.0, 0.0], t_comm=[2.0, 2.0], t_wait=[1.0, 2.0]),
         **dict(bytes_group=0, bytes_across=0, rounds=4, best_worker={"rank": 1, "test_error": 0.02}),
+        **dict(peak_memory=[1, 1]),
         **dict(worker_steps=[6, 13], staleness={"0": 1, "2": 3, "10": 1}),
     }
     text = closing(summary, "runs/x")

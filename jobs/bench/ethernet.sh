@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Training over an Ethernet, emulated between hosts on this machine: seconds to a test error and bytes over the wire, for
+# mpilsgd's methods and for torch's DistributedDataParallel and PostLocalSGDOptimizer, on one model, data, seeds and rates.
+#   bash jobs/bench/ethernet.sh [OPTIONS OF mpilsgd train]        as root (network namespaces)
+#
+#   HOSTS    how many (4), RANKS each (1)
+#   SPEEDS   of every host's link, as tc writes them ("1gbit 100mbit")
+#   RATES    learning rates; the best of each method counts ("0.1 0.05")
+#   METHODS  which ("LSGD EASGD LocalSGD AllreduceSGD ddp postlocal")
+#   STEPS    of a worker (1600); EVERY so many are evaluated (100)
+#   ERROR    the test error to come to (the lowest of AllreduceSGD and ddp, or of all if they are left out)
+#   OUTPUT   the folder of the runs (runs/ethernet)
+#
+# Without options the mlp trains on digits; the table of the README is
+#   bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
+
+hosts=${HOSTS:-4} ranks=${RANKS:-1} output=${OUTPUT:-$ROOT/runs/ethernet} steps=${STEPS:-1600} every=${EVERY:-100}
+read -ra speeds <<<"${SPEEDS:-1gbit 100mbit}"
+read -ra rates <<<"${RATES:-0.1 0.05}"
+read -ra methods <<<"${METHODS:-LSGD EASGD LocalSGD AllreduceSGD ddp postlocal}"
+set_up report
+find_mpi MPICH
+mkdir -p "$output"
+emulated=$ROOT/jobs/emulated
+trap '"$emulated/hosts.sh" down' EXIT
+list=$(for ((i = 0; i < hosts; ++i)); do printf '%snode%d:%d' "${comma-}" "$i" "$ranks"; comma=,; done)
+
+on_hosts() { # on_hosts COMMAND...: on all ranks of all hosts
+  local command
+  command=$(printf '%q ' env MPI4PY_LIBMPI="${MPI4PY_LIBMPI:-}" OMP_NUM_THREADS=1 PEERS_INTERFACE=eth0 PATH="$PATH" \
+    "$MPIEXEC" -launcher rsh -launcher-exec "$emulated/rsh" -hosts "$list" -n $((hosts * ranks)) "$@")
+  timeout 36000 "$emulated/hosts.sh" sh node0 "cd $(printf %q "$PWD") && $command" </dev/null
+}
+
+common=(--steps "$steps" --eval_every "$every steps")
+for speed in "${speeds[@]}"; do
+  for method in "${methods[@]}"; do
+    for rate in "${rates[@]}"; do
+      run=$output/$speed/$method-$rate
+      say "$speed, $method, learning rate $rate"
+      case $method in
+        LSGD) own=(--method LSGD --pull 0.1 --period 64) ;;
+        EASGD) own=(--method EASGD --center_rate 0.43 --period 64) ;;
+        *SGD) own=(--method "$method") ;;
+        postlocal) own=(--period 64) ;;
+        ddp) own=() ;;
+      esac
+      command=(mpilsgd train --checkpoint_every null --overwrite true)
+      case $method in ddp | postlocal) command=(python -m mpi4py "$ROOT/jobs/bench/peers.py" "$method") ;; esac
+      "$emulated/hosts.sh" up "$hosts" "$speed"
+      "$emulated/hosts.sh" bytes >"$output/before"
+      on_hosts "${command[@]}" --output "$run" --lr "$rate" ${own[@]+"${own[@]}"} "${common[@]}" "$@" >"$run.log" 2>&1 ||
+        grep -q diverged "$run.log" || { tail -n 20 "$run.log" >&2; die "$run failed"; }
+      "$emulated/hosts.sh" bytes >"$run/interfaces"
+    done
+  done
+done
+"$PY" "$ROOT/jobs/bench/ethernet_table.py" "$output" ${ERROR:+"$ERROR"}
+for speed in "${speeds[@]}"; do mpilsgd report "$output/$speed"/*/ --output "$output/report-$speed"; done

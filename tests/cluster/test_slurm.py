@@ -1,0 +1,135 @@
+"""Batch jobs on a real Slurm of two nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from emulation import EMULATED, ROOT, call, needs_slurm
+
+pytestmark = needs_slurm
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[None]:
+    folder = Path(
+        tempfile.mkdtemp(prefix="mpilsgd-slurm-")
+    )  # not pytest's, into which munge's user may not look
+    folder.chmod(0o755)
+    before = os.environ.get("SLURM_CONF")
+    started = call(EMULATED / "slurm.sh", "up", folder, 2)
+    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        yield
+    finally:
+        call("scancel", "-u", "root")
+        call(EMULATED / "slurm.sh", "down", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.environ.pop("SLURM_CONF")
+        if before is not None:
+            os.environ["SLURM_CONF"] = before
+
+
+def submit(*arguments: object) -> str:
+    done = call("sbatch", "--parsable", *arguments, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().partition(";")[0]
+
+
+def fields(job: str) -> dict[str, str]:
+    text = call("scontrol", "show", "job", job).stdout
+    return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+
+def wait_for(job: str, states: tuple[str, ...], seconds: float = 180) -> dict[str, str]:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = fields(job)
+        if found.get("JobState") in states:
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"job {job}: {fields(job)}")
+
+
+ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
+
+
+def test_trains_on_two_nodes(slurm: None, tmp_path: Path) -> None:
+    log, run = tmp_path / "log", tmp_path / "run"
+    options = ["--epochs", 10, "--method", "LSGD", "--period", 8]
+    job = submit(f"--output={log}", f"--export=ALL,OUTPUT={run}", "jobs/train.sbatch", *options)
+    assert wait_for(job, ENDED)["JobState"] == "COMPLETED", log.read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["world_size"] == 4
+    assert summary["test_error"] < 0.2
+
+
+def test_a_signal_saves_and_the_job_goes_on(slurm: None, tmp_path: Path) -> None:
+    """USR1: all save and end with status 75; the job requeues itself and goes on from there."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    export = f"--export=ALL,OUTPUT={run}"
+    job = submit(
+        f"--output={log}",
+        export,
+        "jobs/train.sbatch",
+        "--epochs",
+        2000,
+        "--method",
+        "EASGD",
+        "--eval_every",
+        100,
+    )
+    end = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() and time.monotonic() < end:
+        time.sleep(0.5)
+    call("scancel", "--signal=USR1", job)
+    while fields(job).get("Restarts") != "1" and time.monotonic() < end:
+        time.sleep(0.5)
+    text = log.read_text()
+    assert "ended by a signal at step" in text, text
+    assert fields(job)["Restarts"] == "1", fields(job)
+    call("scontrol", "update", f"JobId={job}", "StartTime=now")
+    while "resumed at step" not in log.read_text() and time.monotonic() < end + 60:
+        time.sleep(0.5)
+    assert "resumed at step" in log.read_text(), log.read_text()
+    call("scancel", job)
+    wait_for(job, ENDED)
+
+
+def test_without_requeueing_the_status_is_75(slurm: None, tmp_path: Path) -> None:
+    log, run = tmp_path / "log", tmp_path / "run"
+    export = f"--export=ALL,REQUEUE=0,OUTPUT={run}"
+    job = submit(f"--output={log}", export, "jobs/train.sbatch", "--epochs", 2000, "--eval_every", 100)
+    end = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() and time.monotonic() < end:
+        time.sleep(0.5)
+    call("scancel", "--signal=USR1", job)
+    found = wait_for(job, ENDED)
+    assert found["JobState"] == "FAILED", found
+    assert found["ExitCode"] == "75:0", found
+
+
+def test_a_sweep_gives_one_report(slurm: None, tmp_path: Path) -> None:
+    output = tmp_path / "sweep"
+    job = submit(
+        "--array=0-3",
+        "--ntasks-per-node=2",
+        f"--output={tmp_path}/log-%a",
+        f"--export=ALL,OUTPUT={output}",
+        "jobs/sweep.sbatch",
+        "--epochs",
+        3,
+    )
+    end = time.monotonic() + 180
+    while call("squeue", "-h", "-j", job).stdout.strip() and time.monotonic() < end:
+        time.sleep(1)
+    logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("log-*")))
+    assert len(list(output.glob("lr-*/summary.json"))) == 4, logs
+    assert (output / "report" / "curves.png").is_file(), logs

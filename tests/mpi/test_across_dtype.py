@@ -1,0 +1,119 @@
+"""What crosses nodes in a half type: half the bytes, a small error, nothing lost for good."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import WORLD, check_together, distance
+from problems import TanhNet, flatten, state_of
+
+from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, EASGDTree, LocalSGD, Topology
+
+pytestmark = [pytest.mark.mpi(min_size=2)]
+
+TURNS = {"asynchronous": True, "order": "round-robin"}
+METHODS: list[tuple[Any, dict[str, Any]]] = [
+    (AllreduceSGD, {}),
+    (LocalSGD, {"period": 2}),
+    (LSGD, {"period": 2, "global_period": 4}),
+    (LSGD, {"period": 2, "global_pull": 0.0, "asynchronous": "wait-free", "order": "round-robin"}),
+    (EASGD, {"period": 2}),
+    (EASGD, {"period": 2, **TURNS}),
+    (Downpour, {"period": 2, "asynchronous": False}),
+    (Downpour, {"period": 2, "order": "round-robin"}),
+    (ADMM, {"rho": 1.0, **TURNS}),
+    (EASGDTree, {"degree": 2, "period": 1, "upper_period": 2, "order": "lock-step"}),
+]
+by_method = pytest.mark.parametrize(
+    ("method", "options"),
+    METHODS,
+    ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(map(str, v.values())),
+)
+
+
+def trained(method: Any, options: dict[str, Any], across: Any, steps: int = 12) -> tuple[np.ndarray, int]:
+    """The centre after some steps in which every rank is an island of its own, and the bytes that came to this rank."""
+    topology = Topology(shared=False, across_dtype=across)
+    problem = TanhNet()
+    model = problem.build(torch.float32, problem.start(0))
+    opt = method(torch.optim.SGD(model.parameters(), lr=0.05), topology, **options)
+    for t in range(steps):
+        if opt.computes:
+            opt.zero_grad()
+            loss = problem.loss(model, WORLD.rank, t)
+            loss.backward()
+            opt.step(loss=loss)
+        else:
+            opt.step()
+    nbytes = opt.metrics.bytes_across or opt.metrics.bytes_group  # on one node most are in the group
+    with opt.center():
+        center = flatten(state_of(model))
+    opt.close()
+    topology.free()
+    return center, nbytes
+
+
+@by_method
+@pytest.mark.parametrize(("across", "tolerance"), [(torch.bfloat16, 3e-2), ("float16", 4e-3)], ids=str)
+def test_half_the_bytes_and_a_small_error(
+    method: Any, options: dict[str, Any], across: Any, tolerance: float
+) -> None:
+    exact, whole = trained(method, options, None)
+    rounded, half = trained(method, options, across)
+    gap = distance(rounded, exact)
+    total = [sum(WORLD.allgather(n)) for n in (whole, half)]
+    errors = [] if 0 < gap < tolerance else [f"differs by {gap:.1e}"]
+    errors += (
+        [] if total[0] and abs(total[1] / total[0] - 0.5) < 0.01 else [f"{total[1]} of {total[0]} bytes"]
+    )
+    check_together(errors)
+
+
+def test_what_is_rounded_away_comes_back() -> None:
+    """EASGD, asynchronous: sum of x, centre and residuals stays as it was, in bfloat16."""
+    topology = Topology(shared=False, across_dtype="bfloat16")
+    random = torch.Generator().manual_seed(WORLD.rank)
+    parameter = torch.nn.Parameter(torch.randn(1000, generator=random))
+    start = parameter.detach().double().clone()
+    opt = EASGD(
+        torch.optim.SGD([parameter], lr=0.1),
+        topology,
+        period=1,
+        center_rate=0.8,
+        asynchronous=True,
+        init="different",
+    )
+    shards = opt._shards
+    assert shards is not None
+
+    def total() -> np.ndarray:
+        WORLD.Barrier()
+        own = opt._x[torch.float32].mine.double().numpy().copy()
+        for (_, d, k), residual in shards.residuals.items():
+            a, b = shards._spans[k][d]
+            own[a:b] += residual.double().numpy()
+        centre = np.zeros_like(own)
+        a, b = shards.span(torch.float32)
+        centre[a:b] = shards.own["c"][torch.float32].mine.double().numpy()
+        return np.sum(WORLD.allgather(own + centre), 0)
+
+    before = total()
+    for _ in range(300):
+        parameter.grad = torch.zeros_like(parameter)
+        opt.step(loss=1.0)
+    gap = float(np.abs(total() - before).max())
+    moved = float((parameter.detach().double() - start).abs().max())
+    opt.close()
+    topology.free()
+    check_together(
+        [] if gap < 1e-4 and moved > 0.1 else [f"the sum moved by {gap:.1e}, the workers by {moved:.1e}"]
+    )
+
+
+@pytest.mark.parametrize("across", ["float32", "int8", torch.float64, 16])
+def test_other_types_are_refused(across: Any) -> None:
+    with pytest.raises(ValueError, match="across_dtype must be bfloat16, float16 or None"):
+        Topology(across_dtype=across)

@@ -1,0 +1,284 @@
+"""EASGD Tree: against its oracle in lock-step, its invariants in free order, faults, checkpoints."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import WORLD, check_together, distance, optimizer
+from problems import Buffered, LeastSquares, Problem, TanhNet, flatten, state_of
+from simulation import Local
+from tree_simulation import Tree as Oracle
+
+from mpilsgd import EASGDTree, Topology
+from mpilsgd.tree import Periods
+
+pytestmark = [pytest.mark.mpi(min_size=2)]
+
+SGD = Local("msgd", lr=0.05)
+NESTEROV = Local("msgd", lr=0.05, momentum=0.7, nesterov=True, weight_decay=0.02)
+SCHEMES = [
+    Periods("multi-scale", period=1, upper_period=2),
+    Periods("multi-scale", period=2, upper_period=6),
+    Periods("up-down", up_period=1, down_period=3),
+    Periods("up-down", up_period=2, down_period=2),
+]
+by_scheme = pytest.mark.parametrize("periods", SCHEMES, ids=lambda p: f"{p.scheme}-{p.period}-{p.up_period}")
+by_inner = pytest.mark.parametrize("inner", ["ranks", "hosted"])
+
+
+class Run:
+    """This rank's node of the tree."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        local: Local,
+        periods: Periods,
+        degree: int = 2,
+        alpha: float | None = 0.3,
+        dtype: torch.dtype = torch.float64,
+        same: bool = True,
+        shared: bool = True,
+        **options: Any,
+    ):
+        self.topology = Topology(shared=shared)
+        self.problem, self.t = problem, 0
+        self.model = problem.build(dtype, problem.start(WORLD.rank))
+        self.inner = optimizer(local, self.model.parameters())
+        settings = {
+            "scheme": periods.scheme,
+            "period": periods.period,
+            "upper_period": periods.upper_period,
+            "up_period": periods.up_period,
+            "down_period": periods.down_period,
+        }
+        self.opt = EASGDTree(
+            self.inner,
+            self.topology,
+            degree=degree,
+            moving_rate=alpha,
+            init="same" if same else "different",
+            **settings,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def step(self) -> None:
+        if self.opt.computes:
+            self.opt.zero_grad()
+            loss = self.problem.loss(self.model, WORLD.rank, self.t)
+            loss.backward()
+            self.opt.step(loss=loss)
+        else:
+            self.opt.step()
+        self.t += 1
+
+    def still(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.opt.step(loss=1.0)
+        self.t += 1
+
+    def held(self) -> np.ndarray:
+        return flatten(state_of(self.model))
+
+    def center(self) -> np.ndarray:
+        with self.opt.center():
+            return self.held()
+
+    def close(self) -> None:
+        self.opt.close()
+        self.topology.free()
+
+
+@contextmanager
+def running(*args: Any, **options: Any) -> Iterator[Run]:
+    run = Run(*args, **options)
+    yield run
+    run.close()
+
+
+@by_scheme
+@by_inner
+@pytest.mark.parametrize("degree", [2, 3, 4])
+def test_lock_step_equals_the_oracle(periods: Periods, inner: str, degree: int) -> None:
+    """The root in the middle of the run and at its end, and inner ranks all the way."""
+    errors: list[str] = []
+    for local, same in ((SGD, False), (NESTEROV, True)):
+        problem = TanhNet()
+        with running(problem, local, periods, degree, order="lock-step", inner=inner, same=same) as run:
+            tree = run.opt.tree
+            oracle = Oracle(problem, tree.parent, local, 0.3, periods.of, same=same)
+            for t in range(1, 15):
+                run.step()
+                oracle.step()
+                if not run.opt.computes:
+                    gap = distance(run.held(), oracle.x[WORLD.rank])
+                    errors += [f"inner rank, t={t}: {gap:.1e}"] if gap > 1e-12 else []
+                if t in (7, 14):
+                    gap = distance(run.center(), oracle.x[oracle.root])
+                    errors += [f"root, t={t}: {gap:.1e}"] if gap > 1e-12 else []
+    check_together(errors)
+
+
+def test_float32_and_messages() -> None:
+    errors: list[str] = []
+    problem, periods = LeastSquares(), SCHEMES[0]
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        with running(problem, SGD, periods, order="lock-step", dtype=dtype, shared=False) as run:
+            oracle = Oracle(problem, run.opt.tree.parent, SGD, 0.3, periods.of)
+            for _ in range(9):
+                run.step()
+                oracle.step()
+            gap = distance(run.center(), oracle.x[oracle.root])
+            errors += [f"{dtype}: {gap:.1e}"] if gap > tolerance else []
+    check_together(errors)
+
+
+@by_inner
+@pytest.mark.parametrize("order", ["free", "lock-step"])
+def test_equal_nodes_stay_equal_without_gradient(inner: str, order: str) -> None:
+    """ERRATA: zero gradient and equal start stay constant."""
+    with running(TanhNet(), SGD, SCHEMES[0], inner=inner, order=order) as run:
+        start = run.held()
+        for _ in range(30):
+            run.still()
+        gaps = [float(np.abs(run.held() - start).max()), float(np.abs(run.center() - start).max())]
+        check_together([] if max(gaps) <= 1e-14 else [f"moved by {gaps}"])
+
+
+@by_inner
+def test_without_coupling_leaves_are_sgd(inner: str) -> None:
+    """ERRATA: alpha = 0 leaves = SGD."""
+    problem = TanhNet()
+    with running(problem, NESTEROV, SCHEMES[1], alpha=0.0, inner=inner) as run:
+        alone = problem.build(torch.float64, problem.start(0))
+        own = optimizer(NESTEROV, alone.parameters())
+        for t in range(12):
+            run.step()
+            own.zero_grad()
+            problem.loss(alone, WORLD.rank, t).backward()
+            own.step()
+        expected = flatten(state_of(alone)) if run.opt.computes else problem.start(0)
+        gap = distance(run.held(), expected)
+        check_together([] if gap <= 1e-12 else [f"differs by {gap:.1e}"])
+
+
+@by_scheme
+@by_inner
+def test_free_order_stays_in_the_hull_and_meets(periods: Periods, inner: str) -> None:
+    """Averages only: nobody leaves the box that the starts span, and all come together; nothing is lost at the end."""
+    with running(TanhNet(), SGD, periods, inner=inner, same=False) as run:
+        starts = np.stack(WORLD.allgather(run.held()))
+        low, high = starts.min(0) - 1e-12, starts.max(0) + 1e-12
+        errors: list[str] = []
+        spread = float(np.ptp(starts, 0).max())
+        for _ in range(3):
+            for _ in range(150):
+                run.still()
+            own, center = run.held(), run.center()
+            if not ((own >= low) & (own <= high)).all() or not ((center >= low) & (center <= high)).all():
+                errors.append("outside the hull")
+            links = run.opt._links
+            pairs = [(box.tag, box.sent) for box in links._outboxes]
+            sent = dict(pair for row in WORLD.allgather(pairs) for pair in row)
+            lost = [box.tag for box in links._inboxes if box.received != sent[box.tag]]
+            errors += [f"lost messages on {lost}"] if lost else []
+        ends = np.stack(WORLD.allgather(run.held()))
+        if np.ptp(ends, 0).max() > 0.5 * spread:
+            errors.append(f"the nodes do not come together: {np.ptp(ends, 0).max():.3f} of {spread:.3f}")
+        check_together(errors)
+
+
+def test_the_run_ends_by_the_total_of_leaf_steps() -> None:
+    with running(TanhNet(), NESTEROV, SCHEMES[0], same=True) as run:
+        steps = 0
+        while not run.opt.reached(20 * len(run.opt.workers)):
+            run.step()
+            steps += run.opt.computes
+        total = sum(WORLD.allgather(steps))
+        fine = 20 * len(run.opt.workers) <= total <= 20 * len(run.opt.workers) + 4 * WORLD.size
+        check_together([] if fine else [f"{total} steps"])
+
+
+@by_inner
+def test_resumes_bit_for_bit(inner: str) -> None:
+    """Lock-step: a run that is saved and taken up by another equals the one that went on."""
+    errors: list[str] = []
+    problem = TanhNet()
+    with running(problem, NESTEROV, SCHEMES[1], order="lock-step", inner=inner) as run:
+        for _ in range(7):
+            run.step()
+        run.center()
+        buffer = io.BytesIO()
+        torch.save((run.model.state_dict(), run.opt.state_dict()), buffer)
+        for _ in range(6):
+            run.step()
+        went_on, center = run.held(), run.center()
+    with running(problem, NESTEROV, SCHEMES[1], order="lock-step", inner=inner) as run:
+        run.step()
+        run.center()
+        buffer.seek(0)
+        model, state = torch.load(buffer, weights_only=False)
+        run.model.load_state_dict(model)
+        run.opt.load_state_dict(state)
+        run.t = 7
+        for _ in range(6):
+            run.step()
+        errors += [] if np.array_equal(run.held(), went_on) else ["x differs"]
+        errors += [] if np.array_equal(run.center(), center) else ["the root differs"]
+    check_together(errors)
+
+
+def test_a_broken_leaf_never_reaches_the_root() -> None:
+    errors: list[str] = []
+    for order, inner in itertools.product(("free", "lock-step"), ("ranks", "hosted")):
+        with running(TanhNet(), NESTEROV, SCHEMES[0], order=order, inner=inner) as run:
+            for _ in range(5):
+                run.step()
+            if WORLD.rank == run.opt.workers[-1]:
+                for parameter in run.model.parameters():
+                    parameter.data.fill_(float("nan"))
+            for _ in range(60):
+                run.step()
+            if not (np.isfinite(run.center()).all() and np.isfinite(run.held()).all()):
+                errors.append(f"{order} {inner}: not finite")
+            resets = sum(WORLD.allgather(run.opt.metrics.resets))
+            errors += [] if resets >= 1 else [f"{order} {inner}: not set back"]
+    check_together(errors)
+
+
+def test_uneven_steps_end_well_or_say_so() -> None:
+    """Free: who has ended waits for the others. BatchNorm's buffers travel with the parameters."""
+    with running(Buffered(), SGD, SCHEMES[0]) as run:
+        for _ in range(10 + 15 * (WORLD.rank % 2)):
+            run.step()
+        finite = np.isfinite(run.center()).all()
+        check_together([] if finite else ["not finite"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"degree": 1}, "degree"),
+        ({"degree": 2.5}, "degree"),
+        ({"moving_rate": 1.5}, "moving_rate"),
+        ({"scheme": "down-up"}, "scheme"),
+        ({"scheme": "up-down", "up_period": 9, "down_period": 3}, "up_period=9 is larger"),
+        ({"period": 0}, "period"),
+        ({"inner": "guests"}, "inner"),
+        ({"order": "round-robin"}, "order"),
+    ],
+)
+def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    topology = Topology()
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=message):
+        EASGDTree(torch.optim.SGD(model.parameters(), lr=0.1), topology, **options)
+    topology.free()

@@ -3,13 +3,15 @@
     mpiexec -n 4 python -m mpi4py jobs/bench/peers.py ddp|postlocal [--option value ...]
 
 takes the options of `mpilsgd train` (for postlocal, --period is that of the averages over all), talks by gloo, and
-leaves a run directory that `mpilsgd report` draws beside those of mpilsgd.
+leaves a run directory that `mpilsgd report` draws beside those of mpilsgd. What a step takes longer than one of the same
+model alone, measured on all ranks at once before the training, is communication.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import statistics
 import sys
 import time
 from collections import OrderedDict
@@ -32,6 +34,7 @@ from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.sampling import Sampler
 
 _INNER = 4  # PostLocalSGD's smaller groups average this many times as often
+_ALONE = 50  # steps that are taken without communication
 
 
 def main(kind: str, options: list[str]) -> None:
@@ -44,6 +47,7 @@ def main(kind: str, options: list[str]) -> None:
     sampler = Sampler(config.sampling, len(train), config.batch_size, rank, size, config.seed)
     model = models.build(config.model, train.input_shape, train.classes, config.seed)
     optimizer: Any = optimizers.build(config, model.parameters())
+    alone = seconds_alone(config, train, sampler, topology)
     trained: torch.nn.Module = model
     if kind == "ddp":
         trained = DistributedDataParallel(model)
@@ -58,7 +62,7 @@ def main(kind: str, options: list[str]) -> None:
         directory.claim(config.text().replace("method: LocalSGD", f"method: {kind}"), overwrite=True)
     total = config.steps or (config.epochs or 1) * sampler.batches
     every = steps_of(config.eval_every, sampler.batches)
-    wall = compute = loaded = losses = 0.0
+    wall = loaded = losses = 0.0
     nbytes = sum(p.numel() * p.element_size() for p in model.parameters())
     sent = 0
     result = None
@@ -76,12 +80,12 @@ def main(kind: str, options: list[str]) -> None:
         optimizer.step()
         losses += loss.item()
         end = time.perf_counter()
-        wall, loaded, compute = wall + end - start, loaded + at - start, compute + end - at
+        wall, loaded = wall + end - start, loaded + at - start
         sent += nbytes if kind == "ddp" or (step + 1) % period == 0 else 0
         if (step + 1) % every and step + 1 < total:
             continue
         result = centre(kind, model, test, topology)
-        walls = topology.allgather((wall, compute, loaded, losses))
+        walls = topology.allgather((wall, loaded, losses))
         wall = max(row[0] for row in walls)
         if rank == 0:
             means = [sum(column) / size for column in zip(*walls, strict=True)]
@@ -93,13 +97,13 @@ def main(kind: str, options: list[str]) -> None:
             }
             row |= {"rounds": sent // nbytes, "bytes_group": 0, "bytes_across": 2 * (size - 1) * sent}
             row |= {
-                "train_loss": means[3] / every,
+                "train_loss": means[2] / every,
                 "test_loss": result.loss,
                 "test_error": result.error,
                 "leader": None,
             }
-            # what is communication in a step cannot be told from outside of it
-            row |= {"t_compute": means[1], "t_data": means[2], "t_comm": 0.0}
+            compute = min(alone * (step + 1), wall - means[1])
+            row |= {"t_compute": compute, "t_data": means[1], "t_comm": wall - means[1] - compute}
             directory.append("metrics.jsonl", [row])
             print(f"step {step + 1}  {wall:.1f} s  test error {100 * result.error:.2f} %", flush=True)
         losses = 0.0
@@ -118,6 +122,24 @@ def main(kind: str, options: list[str]) -> None:
         )
     dist.destroy_process_group()
     topology.free()
+
+
+def seconds_alone(config: Any, train: Any, sampler: Sampler, topology: Topology) -> float:
+    """The median of a step's seconds without communication and without loading, the mean of the ranks."""
+    model = models.build(config.model, train.input_shape, train.classes, config.seed)
+    optimizer = optimizers.build(config, model.parameters())
+    inputs, targets = train.batch(sampler.epoch(0)[0], sampler.augmentation(0, 0))
+    taken = []
+    topology.allgather(None)
+    for _ in range(_ALONE):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        taken.append(time.perf_counter() - start)
+    return statistics.mean(topology.allgather(statistics.median(taken)))
 
 
 def join(topology: Topology) -> None:

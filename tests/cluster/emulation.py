@@ -48,12 +48,6 @@ def emulated_hosts(count: int, rate: str = "") -> Iterator[Callable[..., subproc
         call(HOSTS, "down").check_returncode()
 
 
-def received() -> dict[str, tuple[int, int]]:
-    """Of every host, the bytes that came in and went out by its interface."""
-    lines = call(HOSTS, "bytes").stdout.splitlines()
-    return {name: (int(into), int(out)) for name, into, out in map(str.split, lines)}
-
-
 needs_hosts = pytest.mark.skipif(
     os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc", "nsenter", "unshare"))),
     reason="needs root, iproute2 and util-linux",

@@ -3,8 +3,8 @@
     mpiexec -n 4 python -m mpi4py jobs/bench/peers.py ddp|postlocal [--option value ...]
 
 takes the options of `mpilsgd train` (for postlocal, --period is that of the averages over all), talks by gloo, and
-leaves a run directory that `mpilsgd report` draws beside those of mpilsgd. What a step takes longer than one of the same
-model alone, measured on all ranks at once before the training, is communication.
+leaves a run directory that `mpilsgd report` draws beside those of mpilsgd. What a step takes longer than one of the
+same model alone, measured on all ranks at once before the training, is communication.
 """
 
 from __future__ import annotations

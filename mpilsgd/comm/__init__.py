@@ -1,7 +1,8 @@
 """Everything that talks MPI. No other package of mpilsgd imports mpi4py, and no arithmetic lives here."""
 
 from mpilsgd.comm.bell import Bell
-from mpilsgd.comm.fabric import Fabric, Level, SharedMemoryWarning
+from mpilsgd.comm.fabric import Fabric, Level, SharedMemoryWarning, exhaust
+from mpilsgd.comm.heartbeat import Heartbeat
 from mpilsgd.comm.links import Inbox, Links, Outbox, Slot
 from mpilsgd.comm.onesided import Counter, Progress, Turns, thread_problem, wait_until
 from mpilsgd.comm.shards import Shard, Shards
@@ -13,6 +14,7 @@ __all__ = [
     "Bell",
     "Counter",
     "Fabric",
+    "Heartbeat",
     "Inbox",
     "Level",
     "Links",
@@ -27,6 +29,7 @@ __all__ = [
     "Turns",
     "Window",
     "end_job",
+    "exhaust",
     "exit_status",
     "free_shared_memory",
     "thread_problem",

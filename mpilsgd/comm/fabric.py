@@ -7,8 +7,10 @@ An *island* is a set of ranks that share windows: a node, or a single rank where
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +19,9 @@ from mpi4py import MPI
 from mpilsgd.comm.topology import Topology
 from mpilsgd.comm.windows import Window, free_shared_memory
 
-_PIECE = 1 << 30  # bytes a message: MPI counts are C ints
-_STAGE = 1 << 24  # bytes that are summed at once
-_PIECES, _SMALLEST = (
-    64,
-    1 << 16,
-)  # of a vector that is passed along: how many at most, of how many bytes at least
+_PIECE = 1 << 22  # bytes a message at most: those of a chunk follow each other, and MPI's counts are C ints
+_CHUNK = 1 << 24  # bytes that are received before they are used, while the next ones come
+_SMALLEST, _PIECES = 1 << 16, 16  # bytes a message at least; messages of a short vector
 
 
 class SharedMemoryWarning(UserWarning):
@@ -186,45 +185,63 @@ class Level:
         self._fabric.sync()
 
     def bring(self, window: Window, owner: int, landing: Window | None) -> torch.Tensor:
-        """The vector of rank `owner`, readable here: where it lies on its own island, in `landing` elsewhere.
+        """The whole vector of rank `owner`, readable here; see `coming`. Collective over the level."""
+        vector, parts = self.coming(window, owner, landing)
+        exhaust(parts)
+        return vector
 
-        Collective over the level; the owner must not change its vector before the next barrier.
-        One copy travels to each island, not one to each rank.
+    def coming(
+        self, window: Window, owner: int, landing: Window | None
+    ) -> tuple[torch.Tensor, Iterator[tuple[int, int]]]:
+        """The vector of rank `owner` (where it lies on its own island, in `landing` elsewhere), and its parts, (start,
+        stop), each as soon as it can be read here, while the next ones are under way.
+
+        Collective over the level, to the end of the parts; the owner must not change its vector before the next
+        barrier. One copy travels to each island, not one to each rank.
         """
         home = self._island[owner]
-        here = self._island[self.rank] == home
-        source = window.views[self.seats[owner] if not window.common else 0] if here else None
-        if self.n_islands > 1:
+        here = self.island == home
+        if here:
+            vector = window.views[0 if window.common else self.seats[owner]]
+        else:
             assert landing is not None
-            target = landing.views[0][: window.mine.numel()] if source is None else source
-            if self.heads != MPI.COMM_NULL:
-                _pass_along(self.heads, target, home, self._fabric.wire(target.dtype))
-            if not here:
-                self.fence()
-            source = target
-        assert source is not None
+            vector = landing.views[0][: window.mine.numel()]
+        wire = self._fabric.wire(vector.dtype)
         received = owner != self.rank and (here or self.heads != MPI.COMM_NULL)
-        itemsize = source.element_size() if here else self._fabric.wire(source.dtype).itemsize
-        self._count(owner, source.numel() * itemsize if received else 0)
-        return source
-
-    def allreduce(self, total: Window, start: int, stop: int) -> None:
-        """Sums the islands' common vectors from `start` to `stop`; all see the sum. Collective over the level."""
+        itemsize = (vector if here else wire).itemsize
+        self._count(owner, vector.numel() * itemsize if received else 0)
         if self.n_islands == 1:
-            return
-        self.fence()
+            return vector, iter([(0, vector.numel())])
+        return vector, self._parts(vector, home, wire)
+
+    def _parts(self, vector: torch.Tensor, home: int, wire: torch.dtype) -> Iterator[tuple[int, int]]:
+        chunks: Iterator[tuple[int, int]] = _cuts(vector.numel(), _CHUNK // wire.itemsize)
         if self.heads != MPI.COMM_NULL:
-            heads, vector = self.heads, total.views[0][start:stop]
-            wire, n = self._fabric.wire(vector.dtype), self.n_islands
-            for piece in vector.split(_STAGE // wire.itemsize):
-                _sum(heads, piece, wire)
-            nbytes = 2 * (n - 1) * vector.numel() * wire.itemsize // n
-            others = set(self.world_ranks) - self._mates
-            if others:
+            chunks = _pass_along(self.heads, vector, home, wire, chunks)
+        for part in chunks:
+            if self.island != home:
+                self.fence()
+            yield part
+
+    def allreduce(self, total: Window, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Sums several islands' common vectors from `start` to `stop`; gives the parts, (start, stop), each when its
+        sum can be read here, while the next ones are summed. Collective over the level, to the end of the parts.
+        """
+        self.fence()
+        vector = total.views[0]
+        wire, n = self._fabric.wire(vector.dtype), self.n_islands
+        parts: Iterator[tuple[int, int]]
+        parts = ((start + a, start + b) for a, b in _cuts(stop - start, _CHUNK // wire.itemsize))
+        if self.heads != MPI.COMM_NULL:
+            nbytes = 2 * (n - 1) * (stop - start) * wire.itemsize // n
+            if set(self.world_ranks) - self._mates:
                 self._fabric.traffic.across += nbytes
             else:
                 self._fabric.traffic.group += nbytes
-        self.fence()
+            parts = _sums(self.heads, vector, wire, parts)
+        for part in parts:
+            self.fence()
+            yield part
 
     def count_local(self, nbytes: int) -> None:
         """Notes that this rank read `nbytes` of every other vector of the level on this island."""
@@ -243,49 +260,92 @@ class Level:
                 comm.Free()
 
 
-def _pass_along(heads: MPI.Comm, vector: torch.Tensor, home: int, wire: torch.dtype) -> None:
-    """Rank `home`'s vector to all, in the type `wire`, along a chain of the ranks.
+def exhaust(parts: Iterable[Any]) -> None:
+    """To the end."""
+    for _ in parts:
+        pass
+
+
+def _cuts(numel: int, most: int) -> Iterator[tuple[int, int]]:
+    """Consecutive parts of at most so many elements."""
+    return ((a, min(a + most, numel)) for a in range(0, numel, most))
+
+
+def _pass_along(
+    heads: MPI.Comm, vector: torch.Tensor, home: int, wire: torch.dtype, chunks: Iterator[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """Rank `home`'s vector to all, in the type `wire`, along a chain of the ranks; gives the chunks that are there.
 
     In pieces, of which each goes on as soon as it has come: every rank receives the vector once and sends it once, at
     the same time.
     """
     n, place = heads.size, (heads.rank - home) % heads.size
     before, after = (heads.rank - 1) % n, (heads.rank + 1) % n
-    travels = vector
-    if wire is not vector.dtype or not vector.is_cpu:
+    size = min(max(-(-vector.numel() * wire.itemsize // _PIECES), _SMALLEST), _PIECE) // wire.itemsize
+    travels, direct = vector, wire is vector.dtype and vector.is_cpu
+    if not direct:
         travels = torch.empty(vector.numel(), dtype=wire, pin_memory=not vector.is_cpu)
-        if place == 0:
-            travels.copy_(vector)
-    nbytes = min(max(-(-travels.numel() * wire.itemsize // _PIECES), _SMALLEST), _PIECE)
-    pieces = travels.split(nbytes // wire.itemsize)
-    coming = [heads.Irecv([_bytes(piece), MPI.BYTE], before) for piece in pieces] if place else []
+    every = [(a, b, list(travels[a:b].split(size))) for a, b in chunks]
+    coming = [
+        [heads.Irecv([_bytes(piece), MPI.BYTE], before) for piece in pieces if place] for *_, pieces in every
+    ]
     going = []
-    for k, piece in enumerate(pieces):
-        if place:
-            coming[k].Wait()
-        if place < n - 1:
-            going.append(heads.Isend([_bytes(piece), MPI.BYTE], after))
-    if place and travels is not vector:
-        vector.copy_(travels)
+    for (a, b, pieces), requests in zip(every, coming, strict=True):
+        if not (place or direct):
+            travels[a:b].copy_(vector[a:b])
+        for k, piece in enumerate(pieces):
+            if place:
+                requests[k].Wait()
+            if place < n - 1:
+                going.append(heads.Isend([_bytes(piece), MPI.BYTE], after))
+        if place and not direct:
+            vector[a:b].copy_(travels[a:b])
+        yield a, b
     MPI.Request.Waitall(going)
 
 
-def _sum(heads: MPI.Comm, vector: torch.Tensor, wire: torch.dtype) -> None:
+def _sums(
+    heads: MPI.Comm, vector: torch.Tensor, wire: torch.dtype, parts: Iterator[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
     """vector <- the sum of all ranks' vectors, each value in the type `wire` on its way there and on its way back.
 
-    Every rank sums one part of all, in the vectors' own type and in the order of the ranks, and sends the sum to all:
-    2 (n-1)/n of the vector go out and come in, and all ranks hold the same bits.
+    Every rank sums a slice of each part, in the vectors' own type and in the order of the ranks, and sends the sum to
+    all: 2 (n-1)/n of the vector go out and come in, and all ranks hold the same bits. The slices of the next part are
+    under way while this one is summed, and its sums while the one before is used.
     """
-    n, pinned = heads.size, not vector.is_cpu
-    part = -(-vector.numel() // n)
-    sent, received = (torch.zeros(n, part, dtype=wire, pin_memory=pinned) for _ in range(2))
-    sent.view(-1)[: vector.numel()].copy_(vector)
-    heads.Alltoall([_bytes(sent), MPI.BYTE], [_bytes(received), MPI.BYTE])
-    own = received[0].to(vector.dtype)
-    for other in received[1:]:
-        own += other
-    heads.Allgather([_bytes(own.to(wire)), MPI.BYTE], [_bytes(sent), MPI.BYTE])
-    vector.copy_(sent.view(-1)[: vector.numel()])
+
+    def scatter(a: int, b: int) -> tuple[Any, ...]:
+        share = -(-(b - a) // heads.size)
+        sent, received = (
+            torch.zeros(heads.size, share, dtype=wire, pin_memory=not vector.is_cpu) for _ in range(2)
+        )
+        sent.view(-1)[: b - a].copy_(vector[a:b])
+        request = heads.Ialltoall([_bytes(sent), MPI.BYTE], [_bytes(received), MPI.BYTE])
+        return request, a, b, sent, received
+
+    def gather(
+        request: MPI.Request, a: int, b: int, sent: torch.Tensor, received: torch.Tensor
+    ) -> tuple[Any, ...]:
+        request.Wait()
+        own = received[0].to(vector.dtype)
+        for other in received[1:]:
+            own += other
+        rounded = own.to(wire)
+        request = heads.Iallgather([_bytes(rounded), MPI.BYTE], [_bytes(sent), MPI.BYTE])
+        return request, a, b, sent, rounded
+
+    def use(request: MPI.Request, a: int, b: int, sent: torch.Tensor, _: torch.Tensor) -> tuple[int, int]:
+        request.Wait()
+        vector[a:b].copy_(sent.view(-1)[: b - a])
+        return a, b
+
+    scattered = gathered = None
+    for part in itertools.chain(parts, (None, None)):
+        ready, ahead = gathered, None if part is None else scatter(*part)
+        gathered = None if scattered is None else gather(*scattered)
+        scattered = ahead
+        if ready is not None:
+            yield use(*ready)
 
 
 def _bytes(vector: torch.Tensor) -> np.ndarray:

@@ -35,8 +35,10 @@ def average(level: Level, scratch: dict[torch.dtype, Window], spans: list[Span],
             kernels.total(total, peers)
         else:
             total.zero_()
-        level.allreduce(sums, start, stop)
-        kernels.assign(list(every.values()), total, 1.0 / len(counted))
+        for part in level.allreduce(sums, start, stop):
+            a, b = share(level, *part)
+            views = [window.views[level.seats[r]][a:b] for r in level.local_ranks]
+            kernels.assign(views, sums.views[0][a:b], 1.0 / len(counted))
         level.fence()
     level.barrier()
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Shard, Topology, Window
+from mpilsgd.comm import Shard, Topology, Window, exhaust
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import accumulation_dtype, follow, share
 from mpilsgd.methods.centered import Centered
@@ -219,7 +219,7 @@ class Downpour(Centered):
         else:
             total.zero_()
         if world.n_islands > 1:
-            world.allreduce(scratch, start, stop)
+            exhaust(world.allreduce(scratch, start, stop))
         if start == self.flat.n_parameters[d]:
             kernels.elastic_apply(c, [], total, 0.0, 1.0 / world.size)
         elif self.momentum:

@@ -233,30 +233,42 @@ class EASGD(Centered):
         bad = {r for r, row in enumerate(table) if not row[4]}
         self._set_back(bad)
         for d, window in self._x.items():
-            a, b = share(level, 0, self._n[d])
-            c = self._c[d].mine[a:b]
-            every = {r: window.views[level.seats[r]][a:b] for r in level.local_ranks}
-            peers = [view for r, view in every.items() if r not in bad]
-            level.count_local((b - a) * window.mine.element_size())
+            whole = (0, self._n[d])
+            c, peers, broken = self._slices(d, whole, bad)
+            level.count_local(c.numel() * window.mine.element_size())
             if level.n_islands == 1:
                 kernels.elastic(c, peers, alpha, rate, gauss_seidel=seidel)
+                for view in broken:
+                    view.copy_(c)
             else:
                 scratch = self._scratch[accumulation_dtype(d)]
-                total = scratch.views[0][a:b]
+                total = scratch.views[0][slice(*share(level, *whole))]
                 if peers:
                     kernels.elastic_sum(total, c, peers, 0.0 if seidel else alpha)
                 else:
                     total.zero_()
-                level.allreduce(scratch, 0, self._n[d])
-                kernels.elastic_apply(c, peers if seidel else [], total, alpha if seidel else 0.0, rate)
-            for r in bad & set(every):
-                every[r].copy_(c)
+                for part in level.allreduce(scratch, *whole):  # while the next one is summed
+                    c, peers, broken = self._slices(d, part, bad)
+                    total = scratch.views[0][slice(*share(level, *part))]
+                    kernels.elastic_apply(c, peers if seidel else [], total, alpha if seidel else 0.0, rate)
+                    for view in broken:
+                        view.copy_(c)
             level.fence()
         if level.rank in bad:  # buffers that are not exchanged may be broken, too
             for d, window in self._x.items():
                 window.mine[self._n[d] :].copy_(self._c[d].mine[self._n[d] :])
         level.barrier()
         self.metrics.rounds += 1
+
+    def _slices(
+        self, d: torch.dtype, part: tuple[int, int], bad: set[int]
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """This rank's slice of a part of the centre, of this island's finite workers, and of its others."""
+        level, views = self.fabric.world, self._x[d].views
+        a, b = share(level, *part)
+        every = {r: views[level.seats[r]][a:b] for r in level.local_ranks}
+        finite = [view for r, view in every.items() if r not in bad]
+        return self._c[d].mine[a:b], finite, [every[r] for r in every if r in bad]
 
     def _set_centre(self) -> None:
         if self.asynchronous:

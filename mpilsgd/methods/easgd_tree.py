@@ -301,7 +301,6 @@ class EASGDTree(Method):
 
         waited = wait_until(come)
         self.metrics.t_wait += waited
-        self.metrics.t_comm += waited
 
     # The life of a step
 
@@ -341,6 +340,7 @@ class EASGDTree(Method):
         if busy:
             with self._iterates():
                 self._pass(leaf)
+        self.metrics.t_comm += time.perf_counter() - now
         assert self._course is not None
         self._course.count(self.t)
 

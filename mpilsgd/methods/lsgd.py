@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Level, Topology, Window
+from mpilsgd.comm import Level, Topology, Window, exhaust
 from mpilsgd.methods.anchors import Anchors
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import share
@@ -348,34 +348,42 @@ class LSGD(Method):
         global one does so last, piece by piece behind the others.
         """
         group, world = self.fabric.group, self.fabric.world
-        near = {d: group.bring(x, g, self._local.get(d)) for d, x in self._x.items()} if g is not None else {}
-        far = {d: world.bring(x, w, self._global.get(d)) for d, x in self._x.items()} if w is not None else {}
         rate, global_rate = self.pull, self.global_pull
-        if self.sequential and near and far:
+        if self.sequential and g is not None and w is not None:
             rate *= 1.0 - global_rate
-        terms = ([(near, rate)] if near else []) + ([(far, global_rate)] if far else [])
         leaders = ({group.world_ranks[g]} if g is not None else set()) | ({w} if w is not None else set())
         # an only leader stays; one of two moves to the other, behind its followers
         movers = [r for r in group.local_ranks if {group.world_ranks[r]} != leaders]
         movers.sort(key=lambda r: r == g)
         for d, window in self._x.items():
+            terms: list[tuple[torch.Tensor, float]] = []
+            parts: Iterable[tuple[int, int]] = ()
+            if g is not None:
+                vector, parts = group.coming(window, g, self._local.get(d))
+                terms.append((vector, rate))
+            if w is not None:
+                exhaust(parts)
+                vector, parts = world.coming(window, w, self._global.get(d))
+                terms.append((vector, global_rate))
             if not movers or not terms:
+                exhaust(parts)
                 found[level.rank] += not kernels.check(window.mine[: self._n[d]])
                 continue
-            a, b = share(group, 0, self._n[d])
-            pulls = [(vector[d][a:b], r) for vector, r in terms]
-            (leader, r), (other, s) = pulls[0], pulls[1] if len(pulls) > 1 else (None, 0.0)
-            vectors = [window.views[group.seats[m]][a:b] for m in movers]
-            moved = kernels.pull(vectors, leader, r, other, s, stats=True)
-            assert moved is not None
-            bad = {group.world_ranks[movers[i]] for i in moved.bad_peers}
-            if (
-                len(leaders) == 1 and not moved.source_finite
-            ):  # one of two is seen where it moves or leads alone
-                bad |= leaders
-            for world_rank in bad:
-                found[level.world_ranks.index(world_rank)] += 1
-            found[-2] += moved.squared_distance
+            for start, stop in parts:  # while the next one comes
+                a, b = share(group, min(start, self._n[d]), min(stop, self._n[d]))
+                pulls = [(vector[a:b], r) for vector, r in terms]
+                (leader, r), (other, s) = pulls[0], pulls[1] if len(pulls) > 1 else (None, 0.0)
+                vectors = [window.views[group.seats[m]][a:b] for m in movers]
+                moved = kernels.pull(vectors, leader, r, other, s, stats=True)
+                assert moved is not None
+                bad = {group.world_ranks[movers[i]] for i in moved.bad_peers}
+                if (
+                    len(leaders) == 1 and not moved.source_finite
+                ):  # one of two is seen where it moves or leads alone
+                    bad |= leaders
+                for world_rank in bad:
+                    found[level.world_ranks.index(world_rank)] += 1
+                found[-2] += moved.squared_distance
         found[-1] = len(movers) / len(group.local_ranks)
 
     def _repair(self, level: Level, table: np.ndarray, bad: set[int]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mpilsgd.comm import Topology, inquiry
+from mpilsgd.comm import Heartbeat, Topology, inquiry
 from mpilsgd.methods import Method
 from mpilsgd.train import data, models, optimizers
 from mpilsgd.train.callables import InputError
@@ -75,7 +75,12 @@ def _main(argv: Sequence[str], base: Topology) -> int:
         _resume(trainer, directory, topology, display)
     if left:
         display.say(f"resumed without {' and '.join(left)}, which are of whole runs")
-    summary = trainer.run()
+    heartbeat = Heartbeat(topology)
+    try:
+        summary = trainer.run()
+    finally:
+        heartbeat.stop()
+    heartbeat.free()
     display.say(closing(summary, str(directory.path)))
     try:
         opt.close()

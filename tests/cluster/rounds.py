@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import torch
+from mpi4py import MPI
 
 import mpilsgd
+from mpilsgd.methods import Method
 
 METHODS = {
     "LSGD": lambda optimizer, topology: mpilsgd.LSGD(optimizer, topology, period=1, global_period=1),
@@ -23,14 +25,15 @@ METHODS = {
         optimizer, topology, degree=topology.node.size, period=1, upper_period=1, order="lock-step"
     ),
 }
-# copies of the vector that n hosts receive a round, all together
-THEORY = {
-    "LSGD": lambda n: n - 1,
-    "EASGD": lambda n: 2 * (n - 1),
-    "LocalSGD": lambda n: 2 * (n - 1),
-    "AllreduceSGD": lambda n: 2 * (n - 1),
-    "EASGDTree": lambda n: 2 * (n - 1),
-}
+
+
+def copies(opt: Method, topology: mpilsgd.Topology) -> int:
+    """Of the vector, that all n hosts together receive a round: a leader's goes to all, a sum is 2 (n-1)/n to each."""
+    if not isinstance(opt, mpilsgd.EASGDTree):
+        return (len(topology.nodes) - 1) * (1 if isinstance(opt, mpilsgd.LSGD) else 2)
+    node = {rank: k for k, ranks in enumerate(topology.nodes) for rank in ranks}
+    edges = enumerate(opt.tree.parent)
+    return 2 * sum(parent >= 0 and node[i] != node[parent] for i, parent in edges)
 
 
 def received(interface: str) -> int:
@@ -38,36 +41,30 @@ def received(interface: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.strip().startswith(f"{interface}:"))
 
 
-def main(interface: str, nbytes: int, rounds: int) -> None:
-    for name, across in itertools.product(METHODS, (None, "bfloat16")):
-        topology = mpilsgd.Topology(across_dtype=across)
-        rank, hosts = topology.world.rank, len(topology.nodes)
-        parameter = torch.nn.Parameter(torch.zeros(nbytes // 4))
-        opt = METHODS[name](torch.optim.SGD([parameter], lr=0.0), topology)
-
-        def step(k: int) -> None:
-            if opt.computes:
-                parameter.grad = torch.zeros_like(parameter)
-            opt.step(loss=float((rank + k) % topology.world.size))
-
-        def far() -> tuple[int, int]:
+def measure(name: str, across: str | None, interface: str, nbytes: int, rounds: int) -> str:
+    topology = mpilsgd.Topology(across_dtype=across)
+    parameter = torch.nn.Parameter(torch.zeros(nbytes // 4))
+    opt = METHODS[name](torch.optim.SGD([parameter], lr=0.0), topology)
+    readings = []
+    for k in range(rounds + 1):
+        if opt.computes:
+            parameter.grad = torch.zeros_like(parameter)
+        opt.step(loss=float((topology.world.rank + k) % topology.world.size))
+        if k in (0, rounds):
             time.sleep(0.1)  # what is under way
             topology.barrier()
-            return received(interface), opt.metrics.bytes_across
-
-        step(0)
-        before = far()
-        for k in range(1, rounds + 1):
-            step(k)
-        rows = topology.allgather([after - start for start, after in zip(before, far(), strict=True)])
-        if rank == 0:
-            measured = sum(rows[ranks[0]][0] for ranks in topology.nodes) / rounds
-            counted = sum(row[1] for row in rows) / rounds
-            theory = THEORY[name](hosts) * nbytes * (0.5 if across else 1.0)
-            print(f"{name} {across or 'float32'} {measured:.0f} {counted:.0f} {theory:.0f}", flush=True)
-        opt.close()
-        topology.free()
+            readings.append((received(interface), opt.metrics.bytes_across))
+    rows = topology.allgather([after - before for before, after in zip(*readings, strict=True)])
+    measured = sum(rows[ranks[0]][0] for ranks in topology.nodes) / rounds
+    counted = sum(row[1] for row in rows) / rounds
+    theory = copies(opt, topology) * nbytes * (0.5 if across else 1.0)
+    opt.close()
+    topology.free()
+    return f"{name} {across or 'float32'} {measured:.0f} {counted:.0f} {theory:.0f}"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    for name, across in itertools.product(METHODS, (None, "bfloat16")):
+        line = measure(name, across, sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+        if MPI.COMM_WORLD.rank == 0:
+            print(line, flush=True)

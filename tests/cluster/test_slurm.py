@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,9 @@ def slurm() -> Iterator[None]:
         yield
     finally:
         call("scancel", "-u", "root")
+        end = time.monotonic() + 30
+        while call("squeue", "-h").stdout.strip() and time.monotonic() < end:
+            time.sleep(0.5)
         call(EMULATED / "slurm.sh", "down", folder)
         shutil.rmtree(folder, ignore_errors=True)
         os.environ.pop("SLURM_CONF")
@@ -71,34 +74,27 @@ def test_trains_on_two_nodes(slurm: None, tmp_path: Path) -> None:
     assert summary["test_error"] < 0.2
 
 
+def until(true: Callable[[], object], log: Path, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, log.read_text() if log.is_file() else "nothing was written"
+        time.sleep(0.5)
+
+
+LONG = ("--epochs", 2000, "--eval_every", "20 steps")
+
+
 def test_a_signal_saves_and_the_job_goes_on(slurm: None, tmp_path: Path) -> None:
     """USR1: all save and end with status 75; the job requeues itself and goes on from there."""
     log, run = tmp_path / "log", tmp_path / "run"
     export = f"--export=ALL,OUTPUT={run}"
-    job = submit(
-        f"--output={log}",
-        export,
-        "jobs/train.sbatch",
-        "--epochs",
-        2000,
-        "--method",
-        "EASGD",
-        "--eval_every",
-        100,
-    )
-    end = time.monotonic() + 120
-    while not (run / "metrics.jsonl").is_file() and time.monotonic() < end:
-        time.sleep(0.5)
+    job = submit(f"--output={log}", export, "jobs/train.sbatch", *LONG, "--method", "EASGD")
+    until((run / "metrics.jsonl").is_file, log)
     call("scancel", "--signal=USR1", job)
-    while fields(job).get("Restarts") != "1" and time.monotonic() < end:
-        time.sleep(0.5)
-    text = log.read_text()
-    assert "ended by a signal at step" in text, text
-    assert fields(job)["Restarts"] == "1", fields(job)
+    until(lambda: "ended by a signal at step" in log.read_text(), log)
+    until(lambda: fields(job).get("Restarts") == "1", log)
     call("scontrol", "update", f"JobId={job}", "StartTime=now")
-    while "resumed at step" not in log.read_text() and time.monotonic() < end + 60:
-        time.sleep(0.5)
-    assert "resumed at step" in log.read_text(), log.read_text()
+    until(lambda: "resumed at step" in log.read_text(), log)
     call("scancel", job)
     wait_for(job, ENDED)
 
@@ -106,10 +102,8 @@ def test_a_signal_saves_and_the_job_goes_on(slurm: None, tmp_path: Path) -> None
 def test_without_requeueing_the_status_is_75(slurm: None, tmp_path: Path) -> None:
     log, run = tmp_path / "log", tmp_path / "run"
     export = f"--export=ALL,REQUEUE=0,OUTPUT={run}"
-    job = submit(f"--output={log}", export, "jobs/train.sbatch", "--epochs", 2000, "--eval_every", 100)
-    end = time.monotonic() + 120
-    while not (run / "metrics.jsonl").is_file() and time.monotonic() < end:
-        time.sleep(0.5)
+    job = submit(f"--output={log}", export, "jobs/train.sbatch", *LONG)
+    until((run / "metrics.jsonl").is_file, log)
     call("scancel", "--signal=USR1", job)
     found = wait_for(job, ENDED)
     assert found["JobState"] == "FAILED", found
@@ -127,9 +121,7 @@ def test_a_sweep_gives_one_report(slurm: None, tmp_path: Path) -> None:
         "--epochs",
         3,
     )
-    end = time.monotonic() + 180
-    while call("squeue", "-h", "-j", job).stdout.strip() and time.monotonic() < end:
-        time.sleep(1)
+    until(lambda: not call("squeue", "-h", "-j", job).stdout.strip(), tmp_path / "log-0", 180)
     logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("log-*")))
     assert len(list(output.glob("lr-*/summary.json"))) == 4, logs
     assert (output / "report" / "curves.png").is_file(), logs

@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 from harness import WORLD, check_together, distance
+from mpi4py import MPI
 from problems import TanhNet, flatten, state_of
 
 from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, EASGDTree, LocalSGD, Topology
+from mpilsgd.comm import fabric
 
 pytestmark = [pytest.mark.mpi(min_size=2)]
 
+NODE = WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+ALONE = WORLD.allreduce(NODE.size, MPI.MAX) == 1
+NODE.Free()
 TURNS = {"asynchronous": True, "order": "round-robin"}
 METHODS: list[tuple[Any, dict[str, Any]]] = [
     (AllreduceSGD, {}),
@@ -34,9 +39,11 @@ by_method = pytest.mark.parametrize(
 )
 
 
-def trained(method: Any, options: dict[str, Any], across: Any, steps: int = 12) -> tuple[np.ndarray, int]:
-    """The centre after some steps in which every rank is an island of its own, and the bytes that came to this rank."""
-    topology = Topology(shared=False, across_dtype=across)
+def trained(
+    method: Any, options: dict[str, Any], across: Any, steps: int = 12, shared: bool = False
+) -> tuple[np.ndarray, int]:
+    """The centre after some steps, and the bytes that came to this rank; not shared: every rank is an island of its own."""
+    topology = Topology(shared=shared, across_dtype=across)
     problem = TanhNet()
     model = problem.build(torch.float32, problem.start(0))
     opt = method(torch.optim.SGD(model.parameters(), lr=0.05), topology, **options)
@@ -57,6 +64,20 @@ def trained(method: Any, options: dict[str, Any], across: Any, steps: int = 12) 
 
 
 @by_method
+@pytest.mark.parametrize("across", [None, torch.bfloat16], ids=str)
+def test_pieces_change_nothing(
+    method: Any, options: dict[str, Any], across: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vector that comes in many parts, each of many messages, and is used part by part: the same bits."""
+    whole = [trained(method, options, across, shared=shared)[0] for shared in (True, False)]
+    for name, nbytes in {"_CHUNK": 256, "_PIECE": 64, "_SMALLEST": 16}.items():
+        monkeypatch.setattr(fabric, name, nbytes)
+    pieces = [trained(method, options, across, shared=shared)[0] for shared in (True, False)]
+    same = [np.array_equal(*pair) for pair in zip(whole, pieces, strict=True)]
+    check_together([] if all(same) else [f"shared, messages: equal {same}"])
+
+
+@by_method
 @pytest.mark.parametrize(("across", "tolerance"), [(torch.bfloat16, 3e-2), ("float16", 4e-3)], ids=str)
 def test_half_the_bytes_and_a_small_error(
     method: Any, options: dict[str, Any], across: Any, tolerance: float
@@ -65,6 +86,10 @@ def test_half_the_bytes_and_a_small_error(
     rounded, half = trained(method, options, across)
     gap = distance(rounded, exact)
     total = [sum(WORLD.allgather(n)) for n in (whole, half)]
+    if options.get("global_pull") == 0 and ALONE:
+        return check_together(
+            [] if total == [0, 0] and gap < tolerance else [f"{gap}, {total}"]
+        )  # groups of one
     errors = [] if 0 < gap < tolerance else [f"differs by {gap:.1e}"]
     errors += (
         [] if total[0] and abs(total[1] / total[0] - 0.5) < 0.01 else [f"{total[1]} of {total[0]} bytes"]

@@ -1,0 +1,106 @@
+"""A node that vanishes, or its network, leaves the others waiting in MPI for ever: here they notice."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import threading
+import time
+
+import numpy as np
+from mpi4py import MPI
+
+from mpilsgd.comm.onesided import thread_problem
+from mpilsgd.comm.topology import Topology
+
+_EVERY = 1.0  # seconds between two beats
+PATIENCE = 30.0  # seconds without one after which a node is given up
+_BEAT, _LAST = 0, 1  # what a message holds
+
+
+class Heartbeat:
+    """A thread on the first rank of each node that hears the first of the first node, and is heard by it.
+
+    Where nothing comes from a node for `patience` seconds, its name is told and the job ends. With one node, or an MPI
+    without threads, it does nothing.
+
+    Args: topology: the nodes; patience: seconds. Collective: creation and `free`.
+    """
+
+    def __init__(self, topology: Topology, patience: float = PATIENCE):
+        first = topology.node.rank == 0
+        self._comm = topology.world.Split(0 if first else MPI.UNDEFINED, key=topology.world.rank)
+        self._names = topology.allgather(socket.gethostname())
+        self._nodes, self._patience = topology.nodes, patience
+        self._end = threading.Event()
+        self._unfinished: list[int] = []  # whose last message has not come
+        self._thread: threading.Thread | None = None
+        if first and self._comm.size > 1 and thread_problem() is None:
+            self._thread = threading.Thread(target=self._beat, name="mpilsgd heartbeat", daemon=True)
+            self._thread.start()
+
+    def _beat(self) -> None:
+        comm = self._comm
+        others = range(1, comm.size) if comm.rank == 0 else [0]
+        buffers = {k: np.zeros(1, np.uint8) for k in others}
+        coming = {k: comm.Irecv([buffers[k], MPI.BYTE], k) for k in others}
+        going: dict[int, MPI.Request] = {}
+        beat, last = (np.full(1, what, np.uint8) for what in (_BEAT, _LAST))
+        heard = dict.fromkeys(others, time.monotonic())
+        looked = time.monotonic()
+        while not self._end.wait(_EVERY):
+            now = time.monotonic()
+            if now - looked > self._patience / 2:  # this rank itself was stopped for a while
+                heard = dict.fromkeys(heard, now)
+            looked = now
+            for k in others:
+                if k not in going or going[k].Test():
+                    going[k] = comm.Isend([beat, MPI.BYTE], k)
+            for k in list(heard):
+                if coming[k].Test():
+                    if buffers[k][0] == _LAST:
+                        del heard[k]
+                        continue
+                    heard[k] = now
+                    coming[k] = comm.Irecv([buffers[k], MPI.BYTE], k)
+                elif now - heard[k] > self._patience:
+                    self._give_up(k)
+        for k in others:
+            comm.Isend([last, MPI.BYTE], k).Wait()
+        for k in heard:
+            coming[k].Cancel()
+            status = MPI.Status()
+            coming[k].Wait(status)
+            if status.Is_cancelled() or buffers[k][0] != _LAST:
+                self._unfinished.append(k)
+
+    def _give_up(self, k: int) -> None:
+        ranks = self._nodes[k]
+        told = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        with contextlib.suppress(Exception):
+            sys.stderr.write(
+                f"node {self._names[ranks[0]]} (rank {told}) has not been heard of for {self._patience:.0f} s: it has "
+                "vanished, or its network; the job ends\n"
+            )
+            sys.stderr.flush()
+            time.sleep(_EVERY)
+        MPI.COMM_WORLD.Abort(1)
+
+    def stop(self) -> None:
+        """Nobody waits for this node's beats any more."""
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def free(self) -> None:
+        self.stop()
+        if self._comm == MPI.COMM_NULL:
+            return
+        buffer = np.zeros(1, np.uint8)
+        for k in self._unfinished:
+            buffer[0] = _BEAT
+            while buffer[0] != _LAST:
+                self._comm.Recv([buffer, MPI.BYTE], k)
+        self._comm.Free()

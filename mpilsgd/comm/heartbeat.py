@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import sys
 import threading
@@ -15,34 +17,41 @@ from mpilsgd.comm.onesided import thread_problem
 from mpilsgd.comm.topology import Topology
 
 _EVERY = 1.0  # seconds between two beats
-PATIENCE = 30.0  # seconds without one after which a node is given up
+PATIENCE = 20.0  # seconds without one after which a node is given up
 _BEAT, _LAST = 0, 1  # what a message holds
 
 
 class Heartbeat:
-    """A thread on the first rank of each node that hears the first of the first node, and is heard by it.
+    """A thread on every rank: the first of each node hears the first of all, and all the others of their node.
 
-    Where nothing comes from a node for `patience` seconds, its name is told and the job ends. With one node, or an MPI
-    without threads, it does nothing.
+    Where nothing comes from a node for `patience` seconds, its name is told and the job ends, there as well as here.
+    With one node, or an MPI without threads, it does nothing.
 
     Args: topology: the nodes; patience: seconds. Collective: creation and `free`.
     """
 
     def __init__(self, topology: Topology, patience: float = PATIENCE):
-        first = topology.node.rank == 0
-        self._comm = topology.world.Split(0 if first else MPI.UNDEFINED, key=topology.world.rank)
+        self._comm = topology.world.Dup()
         self._names = topology.allgather(socket.gethostname())
         self._nodes, self._patience = topology.nodes, patience
         self._end = threading.Event()
         self._unfinished: list[int] = []  # whose last message has not come
         self._thread: threading.Thread | None = None
-        if first and self._comm.size > 1 and thread_problem() is None:
+        if len(self._nodes) > 1 and topology.world.allreduce(thread_problem() is None, MPI.LAND):
             self._thread = threading.Thread(target=self._beat, name="mpilsgd heartbeat", daemon=True)
             self._thread.start()
 
+    def _others(self) -> list[int]:
+        """The ranks that this one hears, and that hear it."""
+        rank, firsts = self._comm.rank, [ranks[0] for ranks in self._nodes]
+        here = next(ranks for ranks in self._nodes if rank in ranks)
+        if rank != here[0]:
+            return here[:1]
+        return here[1:] + (firsts[1:] if rank == firsts[0] else firsts[:1])
+
     def _beat(self) -> None:
         comm = self._comm
-        others = range(1, comm.size) if comm.rank == 0 else [0]
+        others = self._others()
         buffers = {k: np.zeros(1, np.uint8) for k in others}
         coming = {k: comm.Irecv([buffers[k], MPI.BYTE], k) for k in others}
         going: dict[int, MPI.Request] = {}
@@ -76,16 +85,18 @@ class Heartbeat:
                 self._unfinished.append(k)
 
     def _give_up(self, k: int) -> None:
-        ranks = self._nodes[k]
-        told = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        ranks = next(ranks for ranks in self._nodes if k in ranks)
+        which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         with contextlib.suppress(Exception):
             sys.stderr.write(
-                f"node {self._names[ranks[0]]} (rank {told}) has not been heard of for {self._patience:.0f} s: it has "
-                "vanished, or its network; the job ends\n"
+                f"node {self._names[k]} ({which}) has not been heard of for {self._patience:.0f} s: it has vanished, "
+                "or its network; the job ends\n"
             )
             sys.stderr.flush()
             time.sleep(_EVERY)
+        signal.alarm(5)  # a launcher that cannot be reached leaves Abort waiting, or lets it return
         MPI.COMM_WORLD.Abort(1)
+        os._exit(1)
 
     def stop(self) -> None:
         """Nobody waits for this node's beats any more."""
@@ -96,8 +107,6 @@ class Heartbeat:
 
     def free(self) -> None:
         self.stop()
-        if self._comm == MPI.COMM_NULL:
-            return
         buffer = np.zeros(1, np.uint8)
         for k in self._unfinished:
             buffer[0] = _BEAT

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
-from emulation import emulated_hosts, needs_hosts
+from emulation import call, emulated_hosts, needs_hosts
 
 pytestmark = needs_hosts
 HERE = Path(__file__).parent
@@ -52,3 +54,22 @@ def test_trains(options: str, tmp_path: Path) -> None:
         )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["test_error"] < 0.2
+
+
+def test_a_node_that_vanishes_ends_the_job_with_its_name(tmp_path: Path) -> None:
+    """Its network goes: nothing closes a connection, MPI waits for ever."""
+    with emulated_hosts(2) as run:
+        rows = tmp_path / "run" / "metrics.jsonl"
+
+        def vanish() -> None:
+            while not rows.is_file():
+                time.sleep(0.5)
+            call("ip", "-n", "mpilsgd-node1", "link", "set", "eth0", "down")
+
+        cut = threading.Thread(target=vanish, daemon=True)
+        cut.start()
+        train = ["-m", "mpi4py", "-m", "mpilsgd.cli", "train", "--epochs", 100000, "--output", rows.parent]
+        done = run(2, *train)
+    cut.join(1)
+    assert done.returncode != 0
+    assert "node node1 (ranks 2 to 3) has not been heard of" in done.stderr, done.stdout + done.stderr

@@ -42,7 +42,7 @@ by_method = pytest.mark.parametrize(
 def trained(
     method: Any, options: dict[str, Any], across: Any, steps: int = 12, shared: bool = False
 ) -> tuple[np.ndarray, int]:
-    """The centre after some steps, and the bytes that came to this rank; not shared: every rank is an island of its own."""
+    """The centre after some steps, and the bytes that came to this rank."""
     topology = Topology(shared=shared, across_dtype=across)
     problem = TanhNet()
     model = problem.build(torch.float32, problem.start(0))

@@ -14,7 +14,7 @@
 set -euo pipefail
 if [[ -n ${SLURM_JOB_ID:-} ]]; then
   cd "$SLURM_SUBMIT_DIR"
-  if [[ -f jobs/setup.sh ]]; then source jobs/setup.sh && set_up report; fi
+  if [[ -f jobs/setup.sh ]]; then source jobs/setup.sh && set_up report && any_mpi; fi
   ranks=${MPILSGD_RANKS:-$SLURM_NTASKS} output=${OUTPUT:-runs/scaling-$SLURM_JOB_ID}
   start() { srun --mpi="${MPILSGD_SRUN_MPI:-pmi2}" --kill-on-bad-exit=1 -n "$1" "${@:2}"; }
 else

@@ -129,6 +129,13 @@ find_mpi() {
   try_mpi "$prefix/bin/mpiexec" "$family"
 }
 
+# any_mpi: for ranks that srun starts, some MPI that mpi4py can load.
+any_mpi() {
+  "$PY" -c 'from mpi4py import MPI' 2>/dev/null && return
+  say "installing MPICH from PyPI"
+  quietly "pip install mpich" "$PY" -m pip install mpich
+}
+
 launchers() {
   local path seen=""
   if [[ -n ${MPILSGD_MPIEXEC:-} ]]; then

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the tests:  bash tests/run.sh [unit] [mpi] [--slow NAME] [-- PYTEST OPTIONS]
+# Sets everything up and runs the tests:  bash tests/run.sh [unit] [mpi] [cluster] [--slow NAME] [-- PYTEST OPTIONS]
 #
 #   unit          the tests of one process
 #   mpi           the tests of several ranks: 1, 2, 3 and 4, on one node and on emulated ones (MPICH), and once more on
-#                 a second MPI where one can be had
+#                 a second MPI where one can be had; trees at 5, 7, 13 and 21
+#   cluster       MPICH on several hosts with TCP between them (needs root, iproute2 and util-linux), and batch jobs on a
+#                 Slurm that is started for them (needs root, slurm-wlm and munge)
 #   --slow NAME   instead of these, the long tests whose name contains NAME (as pytest's -k), at MPILSGD_RANKS (4) ranks
 #
 # The last line is "N passed, N failed, N skipped" over all runs; the status is not 0 if any test failed, hung, died or
@@ -18,7 +20,7 @@ usage() {
 parts=() slow="" options=()
 while (($#)); do
   case $1 in
-    unit | mpi) parts+=("$1") ;;
+    unit | mpi | cluster) parts+=("$1") ;;
     --slow)
       [[ $# -ge 2 ]] || usage 2 >&2
       slow=$2
@@ -34,7 +36,7 @@ while (($#)); do
   esac
   shift
 done
-[[ ${#parts[@]} -gt 0 ]] || parts=(unit mpi)
+[[ ${#parts[@]} -gt 0 ]] || parts=(unit mpi cluster)
 
 source "$(dirname "${BASH_SOURCE[0]}")/../jobs/setup.sh"
 set_up dev,report
@@ -95,6 +97,19 @@ cliques() { # cliques RANKS NODES: MPICH makes blocks of the ranks take each oth
 all_ranks() { # all_ranks COUNT...
   local n
   for n in "$@"; do mpi "$n ranks, $MPI" "$n"; done
+}
+
+trees() { # trees COUNT...: the larger ones, in lock-step against the oracle
+  local n before=("${options[@]}")
+  options+=(-k "test_tree and lock_step_equals")
+  for n in "$@"; do
+    mpi "tree of $n ranks, $MPI" "$n"
+  done
+  options=("${before[@]}")
+}
+
+cluster() {
+  run "cluster" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/cluster
 }
 
 # What a run leaves out for time: the job's tests and the asynchronous ones need not run on every layout.

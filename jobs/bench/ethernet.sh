@@ -6,8 +6,10 @@
 #   HOSTS    how many (4), RANKS each (1)
 #   SPEEDS   of every host's link, as tc writes them ("1gbit 100mbit")
 #   RATES    learning rates; the best of each method counts ("0.1 0.05")
-#   METHODS  which ("LSGD EASGD LocalSGD AllreduceSGD ddp postlocal")
-#   STEPS    of a worker (1600); EVERY so many are evaluated (100)
+#   METHODS  which ("LSGD EASGD LocalSGD AllreduceSGD ddp postlocal"), with options of their own: EASGD:period=128
+#   STEPS    of a worker (800) that talks at every step: AllreduceSGD, ddp; EVERY how many it is evaluated (50)
+#   LOCAL    how many times as many steps, and between evaluations, the others take (3)
+#   PERIOD   of the others: steps between two rounds (64)
 #   ERROR    the test error to come to (the lowest of AllreduceSGD and ddp, or of all if they are left out)
 #   OUTPUT   the folder of the runs (runs/ethernet)
 #
@@ -16,7 +18,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
-hosts=${HOSTS:-4} ranks=${RANKS:-1} output=${OUTPUT:-$ROOT/runs/ethernet} steps=${STEPS:-1600} every=${EVERY:-100}
+hosts=${HOSTS:-4} ranks=${RANKS:-1} output=${OUTPUT:-$ROOT/runs/ethernet} steps=${STEPS:-800} every=${EVERY:-50}
+local=${LOCAL:-3} period=${PERIOD:-64}
 read -ra speeds <<<"${SPEEDS:-1gbit 100mbit}"
 read -ra rates <<<"${RATES:-0.1 0.05}"
 read -ra methods <<<"${METHODS:-LSGD EASGD LocalSGD AllreduceSGD ddp postlocal}"
@@ -34,24 +37,29 @@ on_hosts() { # on_hosts COMMAND...: on all ranks of all hosts
   timeout 36000 "$emulated/hosts.sh" sh node0 "cd $(printf %q "$PWD") && $command" </dev/null
 }
 
-common=(--steps "$steps" --eval_every "$every steps")
 for speed in "${speeds[@]}"; do
-  for method in "${methods[@]}"; do
+  for entry in "${methods[@]}"; do
+    IFS=: read -ra parts <<<"$entry"
+    method=${parts[0]} own=() factor=$local
+    for part in "${parts[@]:1}"; do own+=("--${part%%=*}" "${part#*=}"); done
+    case $method in
+      LSGD) own=(--method LSGD --pull 0.1 --period "$period" "${own[@]}") ;;
+      EASGD) own=(--method EASGD --center_rate 0.43 --period "$period" "${own[@]}") ;;
+      AllreduceSGD) own=(--method AllreduceSGD "${own[@]}") factor=1 ;;
+      ddp) factor=1 ;;
+      postlocal) own=(--period "$period" "${own[@]}") ;;
+      *) own=(--method "$method" --period "$period" "${own[@]}") ;;
+    esac
+    common=(--steps $((steps * factor)) --eval_every "$((every * factor)) steps")
     for rate in "${rates[@]}"; do
-      run=$output/$speed/$method-$rate
-      say "$speed, $method, learning rate $rate"
-      case $method in
-        LSGD) own=(--method LSGD --pull 0.1 --period 64) ;;
-        EASGD) own=(--method EASGD --center_rate 0.43 --period 64) ;;
-        *SGD) own=(--method "$method") ;;
-        postlocal) own=(--period 64) ;;
-        ddp) own=() ;;
-      esac
+      run=$output/$speed/$entry-$rate
+      mkdir -p "$output/$speed"
+      say "$speed, $entry, learning rate $rate"
       command=(mpilsgd train --checkpoint_every null --overwrite true)
       case $method in ddp | postlocal) command=(python -m mpi4py "$ROOT/jobs/bench/peers.py" "$method") ;; esac
       "$emulated/hosts.sh" up "$hosts" "$speed"
       "$emulated/hosts.sh" bytes >"$output/before"
-      on_hosts "${command[@]}" --output "$run" --lr "$rate" ${own[@]+"${own[@]}"} "${common[@]}" "$@" >"$run.log" 2>&1 ||
+      on_hosts "${command[@]}" --output "$run" --lr "$rate" "${own[@]}" "${common[@]}" "$@" >"$run.log" 2>&1 ||
         grep -q diverged "$run.log" || { tail -n 20 "$run.log" >&2; die "$run failed"; }
       "$emulated/hosts.sh" bytes >"$run/interfaces"
     done

@@ -23,14 +23,15 @@ def main(folder: Path, error: float | None) -> None:
             rank = (run["seconds"] is None, run["seconds"] or 0.0, run["best"])
             if run["method"] not in best or rank < best[run["method"]]["rank"]:
                 best[run["method"]] = {**run, "rank": rank}
+        width = max(13, *map(len, best))
         print(f"\n{speed.name}: seconds to a test error of {100 * target:.1f} %")
-        print("method         rate  seconds  lowest error  s a step  communicating  MB sent a step")
+        print(f"{'method':{width}}  rate  seconds  lowest error  s a step  communicating  MB sent a step")
         for name, run in sorted(best.items(), key=lambda item: item[1]["rank"]):
             last = run["rows"][-1]
             seconds = "never" if run["seconds"] is None else f"{run['seconds']:.0f}"
-            comm = "?" if name in ("ddp", "postlocal") else f"{last['t_comm'] / last['wall_s']:.1%}"
+            comm = f"{last['t_comm'] / last['wall_s']:.1%}"
             print(
-                f"{name:13}{run['rate']:>6}{seconds:>9}{run['best']:14.2%}{last['wall_s'] / last['step']:10.3f}"
+                f"{name:{width}}{run['rate']:>6}{seconds:>9}{run['best']:14.2%}{last['wall_s'] / last['step']:10.3f}"
                 f"{comm:>15}{run['sent'] / last['step'] / 1e6:16.3f}"
             )
 

@@ -85,7 +85,7 @@ mpi() { # mpi NAME RANKS [NODES]
   for one in $without; do ignored+=("--ignore-glob=*/test_$one*"); done
   export MPILSGD_TEST_RANKS=$2 MPILSGD_TEST_NODES=${3:-0}
   run "$1" run_ranks "$2" "$PY" -m mpi4py -m pytest --with-mpi -x -q --no-summary -p no:cacheprovider \
-    "${select_tests[@]}" ${ignored[@]+"${ignored[@]}"} ${options[@]+"${options[@]}"} tests/mpi
+    "${select_tests[@]}" ${ignored[@]+"${ignored[@]}"} ${options[@]+"${options[@]}"} "$paths"
 }
 
 cliques() { # cliques RANKS NODES: MPICH makes blocks of the ranks take each other for other nodes
@@ -99,16 +99,13 @@ all_ranks() { # all_ranks COUNT...
   for n in "$@"; do mpi "$n ranks, $MPI" "$n"; done
 }
 
-trees() { # trees COUNT...: the larger ones, in lock-step against the oracle
-  local n before=("${options[@]}")
-  options+=(-k "test_tree and lock_step_equals")
-  for n in "$@"; do
-    mpi "tree of $n ranks, $MPI" "$n"
-  done
-  options=("${before[@]}")
+trees() { # the larger ones; those of 13 and 21 ranks in lock-step only
+  paths=tests/mpi/test_tree.py all_ranks 5 7
+  paths=tests/mpi/test_tree.py::test_lock_step_equals_the_oracle all_ranks 13 21
 }
 
 cluster() {
+  unset MPILSGD_TEST_RANKS MPILSGD_TEST_NODES
   run "cluster" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/cluster
 }
 
@@ -118,7 +115,7 @@ emulated_nodes() {
   without="train asynchronous" cliques 3 3
   without="train" cliques 4 2
 }
-without=""
+without="" paths=tests/mpi
 
 if [[ " ${parts[*]} " == *" unit "* ]]; then unit; fi
 if [[ " ${parts[*]} " == *" mpi "* && -n $slow ]]; then
@@ -128,6 +125,7 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
   all_ranks 1 2
   without="train" all_ranks 3
   all_ranks 4
+  trees
   [[ $MPI != MPICH ]] || emulated_nodes
   other=MPICH
   [[ $MPI != MPICH ]] || other="Open MPI"
@@ -139,6 +137,14 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
     [[ $MPI != MPICH ]] || emulated_nodes
   else
     say "$other: none here and none to be had, so not tested"
+  fi
+fi
+if [[ " ${parts[*]} " == *" cluster "* && -z $slow ]]; then
+  if [[ $MPI == MPICH ]] || find_mpi MPICH; then
+    export MPILSGD_MPIEXEC=$MPIEXEC
+    cluster
+  else
+    say "MPICH: none here and none to be had, so several hosts and Slurm are not tested"
   fi
 fi
 

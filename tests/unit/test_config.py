@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from mpilsgd.cli import main
 from mpilsgd.train.command_line import ConfigError, parse
 from mpilsgd.train.config import FIELDS, Config, default_output, parse_every
-from mpilsgd.train.options import keyword_arguments, method_options, methods, required
+from mpilsgd.train.options import keyword_arguments, method_options, methods, names_of, required
 
 
 def write(folder: Path, text: str, name: str = "c.yaml") -> str:
@@ -409,3 +410,15 @@ def clean_environment() -> dict[str, str]:
     """Without what a launcher has set."""
     prefixes = ("PMI", "OMPI", "PRTE", "SLURM", "MPI_", "HYDI", "HYDRA")
     return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+
+
+def test_every_line_of_the_jobs_readme_is_taken() -> None:
+    text = (Path(__file__).parents[2] / "jobs" / "README.md").read_text()
+    lines = re.findall(r"`mpirun -n \d+ mpilsgd train (--method [^`]*)`", text)
+    assert len(lines) > 15
+    assert {line.split()[1] for line in lines} == set(methods())
+    for line in lines:
+        config = parse(line.split())
+        assert set(config.method_options) <= set(
+            names_of(methods()[config.method], method_options(FIELDS))
+        ), line

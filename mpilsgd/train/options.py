@@ -36,7 +36,8 @@ _HELP = {
     "leaders as they last were)",
     "sequential": "where both pulls are due: the local one first, then the global one",
     "center_rate": "rate at which the centre moves to the mean of the workers",
-    "moving_rate": "rate at which a worker moves to the centre (null: center_rate / ranks)",
+    "moving_rate": "rate at which a worker moves to the centre (null: center_rate / ranks), or a tree's node to "
+    "its neighbours (null: 0.9 / (degree + 1))",
     "form": "jacobi: workers and centre move at once; gauss-seidel: the centre moves first",
     "until_grad_norm": "each worker steps until its squared gradient norm is at most this, in place of period",
     "average": "what is evaluated; LocalSGD: last (the mean of the workers) or quadratic (their mean over time, "
@@ -46,11 +47,18 @@ _HELP = {
     "together); wait-free (LSGD): nobody waits at all, each pulls to what the leader last published; ADMM, false: "
     "the workers take turns",
     "overlap": "go on computing while the exchange with the centre is under way (asynchronous, form jacobi)",
-    "order": "of an asynchronous run: free (as it comes) or round-robin (rank 0's step, then rank 1's, ...: the same "
-    "every time)",
+    "order": "of an asynchronous run: free (as it comes) or the same every time: round-robin (rank 0's step, then rank "
+    "1's, ...), of a tree lock-step (all nodes at once)",
     "record": "file for the order of events of an asynchronous run, to replay it",
     "replay": "file that record wrote: the same run again, bit for bit, with the same other options",
     "momentum": "momentum of the centre, in [0, 1); above 0 it needs period 1",
+    "degree": "children of a tree node, at most",
+    "scheme": "multi-scale: leaves and their parents talk every period steps, inner nodes every upper_period; up-down: "
+    "to the parent every up_period, to the children every down_period",
+    "upper_period": "multi-scale: steps between messages of inner nodes",
+    "up_period": "up-down: steps between messages to the parent",
+    "down_period": "up-down: steps between messages to the children, at least up_period",
+    "inner": "inner nodes of the tree: ranks (take ranks of their own, which compute nothing) or hosted (live on leaves)",
     "rho": "penalty on the distance to the centre, above 0",
 }
 

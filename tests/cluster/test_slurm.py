@@ -125,3 +125,15 @@ def test_a_sweep_gives_one_report(slurm: None, tmp_path: Path) -> None:
     logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("log-*")))
     assert len(list(output.glob("lr-*/summary.json"))) == 4, logs
     assert (output / "report" / "curves.png").is_file(), logs
+
+
+def test_scaling_gives_a_table_and_one_report(slurm: None, tmp_path: Path) -> None:
+    log, output = tmp_path / "log", tmp_path / "scaling"
+    export = f"--export=ALL,STEPS=20,OUTPUT={output}"
+    job = submit(
+        f"--output={log}", export, "jobs/scaling.sh", "--method", "EASGDTree", "--degree", 2, "--period", 2
+    )
+    assert wait_for(job, ENDED)["JobState"] == "COMPLETED", log.read_text()
+    rows = [line.split()[0] for line in log.read_text().splitlines() if line.endswith("%")]
+    assert rows == ["2", "4"], log.read_text()
+    assert (output / "report" / "curves.png").is_file(), log.read_text()

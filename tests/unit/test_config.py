@@ -135,7 +135,7 @@ def test_every_constructor_argument_is_an_option() -> None:
     assert set(options["asynchronous"].defaults) == {"LSGD", "EASGD", "Downpour", "ADMM"}
     assert {"overlap", "order", "record", "replay", "rho", "momentum"} <= set(options)
     assert "method_momentum" in method_options(["momentum"])
-    assert all(option.help for option in options.values())
+    assert not [name for name, option in options.items() if not option.help]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The table of ethernet.sh: python ethernet_table.py FOLDER [ERROR]."""
+"""The table and the picture of ethernet.sh: python ethernet_table.py FOLDER [ERROR]."""
 
 from __future__ import annotations
 
@@ -7,47 +7,104 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from mpilsgd.train.figures import DASHES, FAINT, PALETTE, STYLE
+
+PEERS = {"ddp": "DistributedDataParallel", "postlocal": "PostLocalSGDOptimizer"}
+NEVER = float("inf")
+
 
 def main(folder: Path, error: float | None) -> None:
-    for speed in sorted(
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("report")
-    ):
-        runs = [read(path) for path in sorted(speed.iterdir()) if (path / "metrics.jsonl").is_file()]
-        target = error or min(
-            (run["best"] for run in runs if run["method"] in ("ddp", "AllreduceSGD")),
-            default=min(run["best"] for run in runs),
-        )
-        best: dict[str, dict[str, Any]] = {}
-        for run in runs:
-            run["seconds"] = next((row["wall_s"] for row in run["rows"] if row["test_error"] <= target), None)
-            rank = (run["seconds"] is None, run["seconds"] or 0.0, run["best"])
-            if run["method"] not in best or rank < best[run["method"]]["rank"]:
-                best[run["method"]] = {**run, "rank": rank}
-        width = max(13, *map(len, best))
-        print(f"\n{speed.name}: seconds to a test error of {100 * target:.1f} %")
-        print(f"{'method':{width}}  rate  seconds  lowest error  s a step  communicating  MB sent a step")
-        for name, run in sorted(best.items(), key=lambda item: item[1]["rank"]):
-            last = run["rows"][-1]
-            seconds = "never" if run["seconds"] is None else f"{run['seconds']:.0f}"
-            comm = f"{last['t_comm'] / last['wall_s']:.1%}"
-            print(
-                f"{name:{width}}{run['rate']:>6}{seconds:>9}{run['best']:14.2%}{last['wall_s'] / last['step']:10.3f}"
-                f"{comm:>15}{run['sent'] / last['step'] / 1e6:16.3f}"
-            )
+    speeds = {}
+    for path in sorted(folder.iterdir()):
+        runs = [read(run) for run in sorted(path.iterdir())] if path.is_dir() else []
+        if found := [run for run in runs if run is not None]:
+            speeds[path.name] = best_of(found, error)
+    for speed, (target, runs) in speeds.items():
+        print_table(speed, target, runs)
+    draw(speeds, folder / "ethernet.png")
+    print(f"\n{folder / 'ethernet.png'}")
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any] | None:
+    if not (path / "interfaces").is_file():
+        return None
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     interfaces = [line.split() for line in (path / "interfaces").read_text().splitlines()]
-    method, _, rate = path.name.rpartition("-")
-    best = min(row["test_error"] for row in rows)
+    name, _, rate = path.name.rpartition("-")
+    method, *options = name.split(":")
+    label = ", ".join(
+        [PEERS.get(method, method), *(option.partition("=")[2] for option in options if "true" not in option)]
+    )
+    label += "".join(f", {option.partition('=')[0]}" for option in options if option.endswith("=true"))
     return {
-        "method": method,
+        "label": label,
         "rate": rate,
         "rows": rows,
-        "best": best,
+        "lowest": min(row["test_error"] for row in rows),
         "sent": sum(int(line[2]) for line in interfaces),
     }
+
+
+def best_of(runs: list[dict[str, Any]], error: float | None) -> tuple[float, list[dict[str, Any]]]:
+    """The error to come to (DistributedDataParallel's lowest, if none is given), and each method at its best rate."""
+    reference = [run for run in runs if run["label"] == PEERS["ddp"]] or runs
+    target = error or min(run["lowest"] for run in reference)
+    for run in runs:
+        reached = [row["wall_s"] for row in run["rows"] if row["test_error"] <= target]
+        run["seconds"] = reached[0] if reached else NEVER
+    runs.sort(key=lambda run: (run["seconds"], run["lowest"]))
+    best = {run["label"]: run for run in reversed(runs)}
+    return target, [run for run in runs if best[run["label"]] is run]
+
+
+def print_table(speed: str, target: float, runs: list[dict[str, Any]]) -> None:
+    width = max(len(run["label"]) for run in runs)
+    print(f"\n{speed}: seconds to a test error of {100 * target:.1f} %")
+    print(f"{'method':{width}}  rate  seconds  lowest error  s a step  communicating  MB sent a step")
+    for run in runs:
+        last = run["rows"][-1]
+        step, wall = last["step"], last["wall_s"]
+        seconds = "never" if run["seconds"] == NEVER else f"{run['seconds']:.0f}"
+        print(
+            f"{run['label']:{width}}{run['rate']:>6}{seconds:>9}{run['lowest']:14.2%}{wall / step:10.3f}"
+            f"{last['t_comm'] / wall:15.1%}{run['sent'] / step / 1e6:16.3f}"
+        )
+
+
+def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], path: Path) -> None:
+    labels = sorted({run["label"] for _, runs in speeds.values() for run in runs})
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.6 * len(speeds), 4.9), layout="constrained")
+        axes = figure.subplots(1, len(speeds), sharey=True, squeeze=False)[0]
+        lines: dict[str, Any] = {}
+        for axis, (speed, (target, runs)) in zip(axes, speeds.items(), strict=True):
+            axis.axhline(100 * target, color=FAINT, linewidth=1.2)
+            for run in runs:
+                k = labels.index(run["label"])
+                seconds, errors = zip(
+                    *((row["wall_s"], 100 * row["test_error"]) for row in run["rows"]), strict=True
+                )
+                style = DASHES[k // len(PALETTE) % len(DASHES)]
+                lines[run["label"]] = axis.plot(
+                    seconds, errors, color=PALETTE[k % len(PALETTE)], linestyle=style
+                )[0]
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axis.xaxis.set_minor_formatter(
+                FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}"[0] in "25" else "")
+            )
+            axis.grid(color=FAINT, linewidth=0.6, which="both")
+            axis.set_title(speed.replace("gbit", " Gbit/s").replace("mbit", " Mbit/s"))
+            axis.set_xlabel("training time [s]")
+        axes[0].set_ylabel("test error [%]")
+        figure.legend(
+            [lines[label] for label in labels], labels, loc="outside upper center", ncols=min(3, len(labels))
+        )
+        figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ _HELP = {
     "upper_period": "multi-scale: steps between messages of inner nodes",
     "up_period": "up-down: steps between messages to the parent",
     "down_period": "up-down: steps between messages to the children, at least up_period",
-    "inner": "inner nodes of the tree: ranks (take ranks of their own, which compute nothing) or hosted (live on leaves)",
+    "inner": "inner nodes of the tree: ranks (have ranks of their own, which compute nothing) or hosted (by leaves)",
     "rho": "penalty on the distance to the centre, above 0",
 }
 

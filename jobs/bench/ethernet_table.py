@@ -102,7 +102,7 @@ def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], path: Path) -> N
             axis.set_xlabel("training time [s]")
         axes[0].set_ylabel("test error [%]")
         figure.legend(
-            [lines[label] for label in labels], labels, loc="outside upper center", ncols=min(3, len(labels))
+            [lines[label] for label in labels], labels, loc="outside upper center", ncols=2 * len(speeds)
         )
         figure.savefig(path)
 

@@ -41,17 +41,9 @@ class Heartbeat:
             self._thread = threading.Thread(target=self._beat, name="mpilsgd heartbeat", daemon=True)
             self._thread.start()
 
-    def _others(self) -> list[int]:
-        """The ranks that this one hears, and that hear it."""
-        rank, firsts = self._comm.rank, [ranks[0] for ranks in self._nodes]
-        here = next(ranks for ranks in self._nodes if rank in ranks)
-        if rank != here[0]:
-            return here[:1]
-        return here[1:] + (firsts[1:] if rank == firsts[0] else firsts[:1])
-
     def _beat(self) -> None:
         comm = self._comm
-        others = self._others()
+        others = neighbours(self._nodes, comm.rank)
         buffers = {k: np.zeros(1, np.uint8) for k in others}
         coming = {k: comm.Irecv([buffers[k], MPI.BYTE], k) for k in others}
         going: dict[int, MPI.Request] = {}
@@ -113,3 +105,12 @@ class Heartbeat:
             while buffer[0] != _LAST:
                 self._comm.Recv([buffer, MPI.BYTE], k)
         self._comm.Free()
+
+
+def neighbours(nodes: list[list[int]], rank: int) -> list[int]:
+    """The ranks that this one hears, and that hear it."""
+    firsts = [ranks[0] for ranks in nodes]
+    here = next(ranks for ranks in nodes if rank in ranks)
+    if rank != here[0]:
+        return here[:1]
+    return here[1:] + (firsts[1:] if rank == firsts[0] else firsts[:1])

@@ -95,9 +95,9 @@ def tree_problem(ranks: int, degree: int) -> str | None:
 def lay_tree(nodes: Sequence[Sequence[int]], degree: int, inner: str = "ranks") -> Tree:
     """The tree over the ranks 0 ... p-1, p >= 2, which lie on nodes (the ranks of each).
 
-    In each node, parents over at most `degree` leaves of that node; above them, as few inner nodes as hold all
-    together. inner="ranks": an inner node takes a rank of its own, the upper ones where that costs no leaf, else where
-    most ranks are. "hosted": all ranks are leaves, and inner nodes live on them, on different ones.
+    In each node, parents over at most `degree` leaves of that node; above them, level by level, inner nodes that hold
+    all together. inner="ranks": an inner node takes a rank of its own, the upper ones where that costs no leaf, else
+    where most ranks are. "hosted": all ranks are leaves, and inner nodes live on them, on different ones.
 
     A rank alone on its node is a leaf of an upper node.
     """

@@ -10,7 +10,7 @@
 #   STEPS    of a worker (800) that talks at every step: AllreduceSGD, ddp; EVERY how many it is evaluated (50)
 #   LOCAL    how many times as many steps, and between evaluations, the others take (3)
 #   PERIOD   of the others: steps between two rounds (64)
-#   ERROR    the test error to come to (the lowest of AllreduceSGD and ddp, or of all if they are left out)
+#   ERROR    the test error to come to (the lowest of ddp, or of all if it is left out)
 #   OUTPUT   the folder of the runs (runs/ethernet)
 #
 # Without options the mlp trains on digits; the table of the README is
@@ -44,7 +44,7 @@ for speed in "${speeds[@]}"; do
     for part in "${parts[@]:1}"; do own+=("--${part%%=*}" "${part#*=}"); done
     case $method in
       LSGD) own=(--method LSGD --pull 0.1 --period "$period" "${own[@]}") ;;
-      EASGD) own=(--method EASGD --center_rate 0.43 --period "$period" "${own[@]}") ;;
+      EASGD) own=(--method EASGD --center_rate 0.9 --period "$period" "${own[@]}") ;;
       AllreduceSGD) own=(--method AllreduceSGD "${own[@]}") factor=1 ;;
       ddp) factor=1 ;;
       postlocal) own=(--period "$period" "${own[@]}") ;;

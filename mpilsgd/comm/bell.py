@@ -24,8 +24,7 @@ class Bell:
 
     def listen(self) -> bool:
         """Whether it has been rung, as far as is known here."""
-        if not self._rung and self._comm.Iprobe(MPI.ANY_SOURCE):
-            self._take()
+        if not self._rung and self._take():
             self._rung = True
             if self._comm.rank == 0:
                 self._tell(range(1, self._comm.size))
@@ -34,8 +33,12 @@ class Bell:
     def _tell(self, ranks: range | list[int]) -> None:
         self._sent += [self._comm.Issend([None, 0, MPI.BYTE], rank) for rank in ranks]
 
-    def _take(self) -> None:
-        self._comm.Recv([None, 0, MPI.BYTE], MPI.ANY_SOURCE)
+    def _take(self) -> bool:
+        """Takes a message, if one is there."""
+        message = self._comm.Improbe(MPI.ANY_SOURCE)
+        if message is not None:
+            message.Recv([None, 0, MPI.BYTE])
+        return message is not None
 
     def free(self) -> None:
         """Takes what is still under way."""
@@ -45,6 +48,6 @@ class Bell:
         self._comm.Free()
 
     def _pending(self) -> bool:
-        while self._comm.Iprobe(MPI.ANY_SOURCE):
-            self._take()
+        while self._take():
+            pass
         return not MPI.Request.Testall(self._sent)

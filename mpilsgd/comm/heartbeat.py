@@ -56,19 +56,23 @@ class Heartbeat:
                 heard = dict.fromkeys(heard, now)
             looked = now
             for k in others:
-                if k not in going or going[k].Test():
-                    going[k] = comm.Isend([beat, MPI.BYTE], k)
-            for k in list(heard):
-                if coming[k].Test():
-                    if buffers[k][0] == _LAST:
-                        del heard[k]
-                        continue
-                    heard[k] = now
-                    coming[k] = comm.Irecv([buffers[k], MPI.BYTE], k)
-                elif now - heard[k] > self._patience:
+                try:
+                    if k not in going or going[k].Test():
+                        going[k] = comm.Isend([beat, MPI.BYTE], k)
+                    while k in heard and coming[k].Test():
+                        heard[k] = now
+                        if buffers[k][0] == _LAST:
+                            del heard[k]
+                        else:
+                            coming[k] = comm.Irecv([buffers[k], MPI.BYTE], k)
+                except MPI.Exception:  # a connection was lost
                     self._give_up(k)
-        for k in others:
-            comm.Isend([last, MPI.BYTE], k).Wait()
+                if now - heard.get(k, now) > self._patience:
+                    self._give_up(k)
+        ends = [comm.Isend([last, MPI.BYTE], k) for k in others]
+        deadline = time.monotonic() + self._patience
+        while not MPI.Request.Testall(ends) and time.monotonic() < deadline:
+            time.sleep(0.001)
         for k in heard:
             coming[k].Cancel()
             status = MPI.Status()

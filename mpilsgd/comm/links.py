@@ -82,6 +82,7 @@ class Links:
     def free(self) -> None:
         for box in self._inboxes:
             box.cancel()
+        self._inboxes, self._outboxes, self._slots, self._made = [], [], {}, []
 
 
 class Outbox:

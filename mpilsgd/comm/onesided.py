@@ -233,11 +233,14 @@ class Counter:
         self._every = every
 
     def add(self, steps: int = 1) -> None:
-        """Counts this worker's steps."""
-        before = self._island.add(0, self.COUNT, steps)
+        """Counts this worker's steps; other than 1: those of a state that was loaded, which are handed on at once."""
         if self._all is None:
+            self._island.add(0, self.COUNT, steps)
             return
-        handed = ((before + steps) // self._batch - before // self._batch) * self._batch
+        handed = steps
+        if steps == 1:
+            before = self._island.add(0, self.COUNT, 1)
+            handed = ((before + 1) // self._batch - before // self._batch) * self._batch
         if handed:
             old = self._all.add(0, self.TOTAL, handed)
             self._island.raise_to(0, self.SEEN, old + handed)
@@ -250,7 +253,8 @@ class Counter:
         if self._all is None:
             return self._island.read(0, self.COUNT)
         seen = max(self._island.read(0, self.SEEN), self._all.peek(self.CROSSED))
-        if near is not None and seen < near <= seen + 4 * self._size:
+        silent = self._island.read(0, self.COUNT) == 0  # nobody here takes steps, or not yet
+        if near is not None and seen < near and (silent or near <= seen + 4 * self._size):
             seen = self._all.read(0, self.TOTAL)
             self._island.raise_to(0, self.SEEN, seen)
         return seen

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-HALF_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class Topology:
     """The world of p workers, cut into nodes (shared memory) and n groups of l workers.
@@ -25,8 +23,8 @@ class Topology:
         group_size: None makes one group of each node; an integer l >= 1 cuts each node into consecutive
             blocks of l ranks, of which the last may be smaller.
         shared: False exchanges parameters by messages instead of through shared windows.
-        across_dtype: a half type (torch.bfloat16, torch.float16 or its name) in which wider vectors travel between
-            nodes: half the bytes, each value rounded on its way (2^-9 or 2^-11 of it).
+        across_dtype: torch.bfloat16 or its name: wider vectors travel so between nodes (between all ranks that do not
+            share memory): half the bytes, each value rounded on its way (by 2^-9 of it). float16 would overflow.
 
     Attributes:
         world: communicator of all workers.
@@ -39,7 +37,7 @@ class Topology:
 
     Raises:
         ValueError: on every rank, if `group_size` is not a whole number from 1 to the size of the smallest node, or
-            `across_dtype` no half type, or if ranks run different versions of mpilsgd or of MPI.
+            `across_dtype` not bfloat16, or if ranks run different versions of mpilsgd or of MPI.
 
     Collective over `comm`, as are `free` and the helpers below.
     """
@@ -59,11 +57,10 @@ class Topology:
         try:
             self.agree(_version_error(self.allgather(_versions())))
             self.agree(_group_size_error(group_size, self.node.size))
-            self.across_dtype = HALF_TYPES.get(str(across_dtype).removeprefix("torch."))
-            wrong = across_dtype is not None and self.across_dtype is None
-            self.agree(
-                f"across_dtype must be bfloat16, float16 or None, not {across_dtype!r}" if wrong else None
-            )
+            narrow = across_dtype in (torch.bfloat16, "bfloat16")
+            self.across_dtype = torch.bfloat16 if narrow else None
+            wrong = not (narrow or across_dtype is None)
+            self.agree(f"across_dtype must be bfloat16 or None, not {across_dtype!r}" if wrong else None)
             settings = self.allgather((group_size, shared, str(self.across_dtype)))
             if len(set(settings)) > 1:
                 raise ValueError(

@@ -140,11 +140,7 @@ class Method(Wrapper):
 
         Returns: the loss.
         """
-        self._refuse_if_closed()
-        if self._lent:
-            raise RuntimeError(
-                "step() inside center(): the parameters there are the centre, and go back afterwards"
-            )
+        self._refuse_if_unfit()
         if closure is not None and self._acts_on_gradient():
             with torch.enable_grad():
                 loss = closure()
@@ -157,6 +153,13 @@ class Method(Wrapper):
         with torch.no_grad():
             self._after(loss)
         return loss
+
+    def _refuse_if_unfit(self) -> None:
+        self._refuse_if_closed()
+        if self._lent:
+            raise RuntimeError(
+                "step() inside center(): the parameters there are the centre, and go back afterwards"
+            )
 
     def reached(self, total_steps: int) -> bool:
         """Whether all workers together have taken so many steps. Loops over a total of steps end by it.

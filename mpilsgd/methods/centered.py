@@ -203,7 +203,8 @@ class Centered(Method):
     def _extra(self) -> dict[str, Any]:
         if self._shards is None:
             return {}
-        last = {"last_update": list(self._last_update), "residuals": self._shards.residuals}
+        residuals = {key: vector.clone() for key, vector in self._shards.residuals.items()}
+        last = {"last_update": list(self._last_update), "residuals": residuals}
         if self.fabric.world.local.rank:
             return last
         own = {name: {str(d): w.mine.clone() for d, w in of.items()} for name, of in self._shards.own.items()}

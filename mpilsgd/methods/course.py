@@ -10,7 +10,7 @@ from mpilsgd.comm import Fabric, Topology
 from mpilsgd.comm.onesided import Counter, Progress, progresses_alone, thread_problem
 from mpilsgd.methods.arguments import choice
 
-FORMAT = 1
+FORMAT = 2
 BEYOND = "this run goes on beyond the recorded one: it has taken other steps"
 
 

@@ -97,9 +97,9 @@ class EASGDTree(Method):
         tree: where the nodes are; `tree.parent` lists every rank's parent, -1 at the root.
         workers: the ranks that are leaves; computes: whether this one is.
 
-    The centre is the root. The run ends by `reached(n)`: n steps of all leaves together. A worker found non-finite
-    sends nothing and takes over its parent's next message. Memory: a message for each edge that comes in, and
-    those under way.
+    The centre is the root. The run ends by `reached(n)`: n steps of all leaves together. What is not finite is marked
+    so in a message and not taken; a leaf that is not takes over its parent's next message. Memory: a message for each
+    edge that comes in, and those under way.
 
     Source: thesis 6.1, Algorithm 6.
     """
@@ -135,6 +135,10 @@ class EASGDTree(Method):
         if not any(problems):
             problems.append(Periods(scheme, **periods).problem())
         problems += [choice("inner", inner, INNER), choice("order", order, ("free", "lock-step"))]
+        if buffers == "keep":
+            problems.append(
+                'buffers="keep": inner nodes have no statistics of their own; take average or recalibrate'
+            )
         self.moving_rate = 0.0 if moving_rate is None else moving_rate  # refused below
         self.order, self.asynchronous = order, True
         self.periods = Periods(scheme, **periods)
@@ -167,10 +171,13 @@ class EASGDTree(Method):
         self._own = [self._node(i) for i, host in enumerate(self.tree.host) if host == topology.world.rank]
         assert self._course is not None
         self._course.open(self.fabric)
+        # BatchNorm statistics that are not exchanged, for a leaf that starts anew
+        self._fresh = {d: w.mine[self._n[d] :].clone() for d, w in self._x.items()}
         with torch.no_grad(), self._iterates():
             self._start(init)
             if self.computes:
                 self._pass(self._own[0])
+        self._links.deliver()  # a state saved now holds what was sent
         self.fabric.traffic.group = self.fabric.traffic.across = 0
 
     # The tree nodes of this rank and their edges
@@ -265,11 +272,14 @@ class EASGDTree(Method):
         head, vectors = self._open_message(edge.into.message(), edge.narrow)
         if head[0]:
             broken = edge.above and not all([kernels.check(x) for x in node.x.values()])
-            if broken:
+            leaf = self.tree.is_leaf(node.index)
+            if broken and leaf:
                 self._begin_anew()
             for d, x in node.x.items():
                 if broken:
                     x.copy_(vectors[d])
+                    if leaf:
+                        self._x[d].mine[self._n[d] :].copy_(self._fresh[d])
                 else:
                     kernels.pull(x, vectors[d].to(x.device, x.dtype), self.moving_rate)
         if not (edge.above or self.computes):
@@ -307,7 +317,7 @@ class EASGDTree(Method):
     def step(self, closure: Any = None, *, loss: Any = None) -> Any:
         if self.computes:
             return super().step(closure, loss=loss)
-        self._refuse_if_closed()
+        self._refuse_if_unfit()
         start = time.perf_counter()
         with torch.no_grad():
             (node,) = self._own
@@ -402,6 +412,7 @@ class EASGDTree(Method):
 
     def _free(self) -> None:
         self._links.free()
+        self._own = []
 
 
 _OTHER_TREE = "the state was saved by ranks that lay otherwise on nodes: the tree is another one"

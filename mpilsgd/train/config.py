@@ -47,7 +47,7 @@ class Config:
 
     method: str = _option("LSGD", "Method", "how the workers are kept together: {methods}")
     group_size: int | None = _option(None, "Method", "ranks in a group (null: all ranks of a node)")
-    across_dtype: Literal["bfloat16", "float16"] | None = _option(
+    across_dtype: Literal["bfloat16"] | None = _option(
         None,
         "Method",
         "type in which parameters travel between nodes (null: their own): half the bytes, rounded",

@@ -32,8 +32,8 @@ class Display:
             self.stream.write(text + "\n")
             self.stream.flush()
 
-    def step(self, step: int, loss: float) -> None:
-        """The live line, a few times a second."""
+    def step(self, step: int, loss: float | None) -> None:
+        """The live line, a few times a second; loss: None on a rank that only averages."""
         if not self.live:
             return
         now = time.monotonic()
@@ -43,7 +43,8 @@ class Display:
             return
         self._last = now
         seconds, steps = now - self._start[0], step - self._start[1]
-        text = f"step {step}/{self.total}  epoch {step / self.batches:.2f}  loss {loss:.4f}"
+        text = f"step {step}/{self.total}  epoch {step / self.batches:.2f}"
+        text += "" if loss is None else f"  loss {loss:.4f}"
         if steps and seconds:
             left = max(self.total - step, 0)  # in an asynchronous run a fast rank goes on for the slow ones
             text += f"  {steps / seconds:.3g} steps/s  {duration(left * seconds / steps)} left"

@@ -78,6 +78,11 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     heartbeat = Heartbeat(topology)
     try:
         summary = trainer.run()
+    except Stopped as stop:
+        if stop.status == TO_BE_RESUMED:  # on every rank
+            heartbeat.free()
+            opt.close()
+        raise
     finally:
         heartbeat.stop()
     heartbeat.free()

@@ -108,6 +108,8 @@ class Trainer:
         self._sealed: int | None = None  # the name of the last checkpoint
         self._last_loss = 0.0
         self._signalled = False
+        # in lock-step nobody may leave the others alone between the common events
+        self._prompt = getattr(opt, "order", "free") != "lock-step"
 
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the summary. Collective."""
@@ -131,16 +133,16 @@ class Trainer:
                 self._step(order[at.step % self.sampler.batches], epoch)
             else:
                 self._pass_on()
-            self.display.step(at.step, self._last_loss)
+            self.display.step(at.step if opt.computes else opt.t, self._last_loss if opt.computes else None)
             while events and opt.reached(events[0].step * len(opt.workers)):
-                self._do(events.popleft())
-            if self._signalled:
+                self._do(events)
+            if self._signalled and self._prompt:
                 self._bell.ring()
             if self._bell.listen():
-                self._meet()
-        for event in events:  # others brought the total there since this worker last asked
-            self._do(event)
-        self._meet()
+                self._meet(events)
+        while events:  # others brought the total there since this worker last asked
+            self._do(events)
+        self._meet(events)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -157,13 +159,20 @@ class Trainer:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _meet(self) -> None:
-        """All meet, whatever each has come for; if any was told to end the run, all do. Collective."""
+    def _meet(self, events: collections.deque[Event]) -> None:
+        """All meet, whatever each has come for; if any was told to end the run, all do. Collective.
+
+        events: those still to come, the same on every rank: they come after the run is taken up again.
+        """
         with self._centre():
             stops = any(self.topology.allgather(self._signalled or self._bell.listen()))
         if not stops:
             return
+        if not self.asynchronous:
+            self.progress.step = self.opt.t  # with the steps in which it followed the others
         name = int(self._mean(self.topology.allgather(self.progress.step)))
+        if events:
+            name = min(name, events[0].step - 1)
         if name != self._sealed:
             self._save(name)
         self._bell.free()
@@ -179,8 +188,9 @@ class Trainer:
             self._sealed or 0, self.total, evaluations, steps_of(self.config.checkpoint_every, batches)
         )
 
-    def _do(self, event: Event) -> None:
-        self._meet()
+    def _do(self, events: collections.deque[Event]) -> None:
+        self._meet(events)
+        event = events.popleft()
         if event.what == "evaluate":
             self.evaluate()
         else:

@@ -78,19 +78,15 @@ def test_pieces_change_nothing(
 
 
 @by_method
-@pytest.mark.parametrize(("across", "tolerance"), [(torch.bfloat16, 3e-2), ("float16", 4e-3)], ids=str)
-def test_half_the_bytes_and_a_small_error(
-    method: Any, options: dict[str, Any], across: Any, tolerance: float
-) -> None:
+@pytest.mark.parametrize("across", [torch.bfloat16, "bfloat16"], ids=str)
+def test_half_the_bytes_and_a_small_error(method: Any, options: dict[str, Any], across: Any) -> None:
     exact, whole = trained(method, options, None)
     rounded, half = trained(method, options, across)
     gap = distance(rounded, exact)
     total = [sum(WORLD.allgather(n)) for n in (whole, half)]
     if options.get("global_pull") == 0 and ALONE:
-        return check_together(
-            [] if total == [0, 0] and gap < tolerance else [f"{gap}, {total}"]
-        )  # groups of one
-    errors = [] if 0 < gap < tolerance else [f"differs by {gap:.1e}"]
+        return check_together([] if total == [0, 0] and gap < 3e-2 else [f"{gap}, {total}"])  # groups of one
+    errors = [] if 0 < gap < 3e-2 else [f"differs by {gap:.1e}"]
     errors += (
         [] if total[0] and abs(total[1] / total[0] - 0.5) < 0.01 else [f"{total[1]} of {total[0]} bytes"]
     )
@@ -140,5 +136,5 @@ def test_what_is_rounded_away_comes_back() -> None:
 
 @pytest.mark.parametrize("across", ["float32", "int8", torch.float64, 16])
 def test_other_types_are_refused(across: Any) -> None:
-    with pytest.raises(ValueError, match="across_dtype must be bfloat16, float16 or None"):
+    with pytest.raises(ValueError, match="across_dtype must be bfloat16 or None"):
         Topology(across_dtype=across)

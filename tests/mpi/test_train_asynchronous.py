@@ -135,12 +135,12 @@ ROUND_ROBIN["ADMM-synchronous"] = ("--method", "ADMM", "--rho", "0.5")
 def killed(monkeypatch: pytest.MonkeyPatch, argv: list[str], at: int) -> None:
     """Runs the job until all together come to the evaluation at a mean step, where it ends without a word."""
 
-    def kill(self: loop.Trainer, event: loop.Event) -> None:
-        if event == (at, "evaluate"):
+    def kill(self: loop.Trainer, events: Any) -> None:
+        if events[0] == (at, "evaluate"):
             with self._centre():  # all have come: none is left in a round
                 pass
             raise Stopped("killed", FAILED)
-        do(self, event)
+        do(self, events)
 
     do = loop.Trainer._do
     with monkeypatch.context() as patch:

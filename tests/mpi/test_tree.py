@@ -198,8 +198,10 @@ def test_free_order_stays_in_the_hull_and_meets(periods: Periods, inner: str) ->
         check_together(errors)
 
 
-def test_the_run_ends_by_the_total_of_leaf_steps() -> None:
-    with running(TanhNet(), NESTEROV, SCHEMES[0], same=True) as run:
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_run_ends_by_the_total_of_leaf_steps(shared: bool) -> None:
+    """Not shared: an inner rank alone, where nobody takes steps, learns of the total, too."""
+    with running(TanhNet(), NESTEROV, SCHEMES[0], same=True, shared=shared) as run:
         steps = 0
         while not run.opt.reached(20 * len(run.opt.workers)):
             run.step()
@@ -210,12 +212,13 @@ def test_the_run_ends_by_the_total_of_leaf_steps() -> None:
 
 
 @by_inner
-def test_resumes_bit_for_bit(inner: str) -> None:
+@pytest.mark.parametrize("saved", [0, 7])
+def test_resumes_bit_for_bit(inner: str, saved: int) -> None:
     """Lock-step: a run that is saved and taken up by another equals the one that went on."""
     errors: list[str] = []
     problem = TanhNet()
     with running(problem, NESTEROV, SCHEMES[1], order="lock-step", inner=inner) as run:
-        for _ in range(7):
+        for _ in range(saved):
             run.step()
         run.center()
         buffer = io.BytesIO()
@@ -230,7 +233,7 @@ def test_resumes_bit_for_bit(inner: str) -> None:
         model, state = torch.load(buffer, weights_only=False)
         run.model.load_state_dict(model)
         run.opt.load_state_dict(state)
-        run.t = 7
+        run.t = saved
         for _ in range(6):
             run.step()
         errors += [] if np.array_equal(run.held(), went_on) else ["x differs"]
@@ -276,6 +279,7 @@ def test_uneven_steps_end_well_or_say_so() -> None:
         ({"period": 0}, "period"),
         ({"inner": "guests"}, "inner"),
         ({"order": "round-robin"}, "order"),
+        ({"buffers": "keep"}, "inner nodes have no statistics"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:

@@ -13,6 +13,10 @@ from typing import TypeVar
 
 INNER = ("ranks", "hosted")
 SCHEMES = ("multi-scale", "up-down")
+_PERIODS = {
+    "multi-scale": {"period": 10, "upper_period": 100},
+    "up-down": {"up_period": 8, "down_period": 80},
+}
 Item = TypeVar("Item")
 
 
@@ -54,33 +58,45 @@ class Tree:
 class Periods:
     """Steps between two messages on an edge (thesis, 6.1.1).
 
-    scheme "multi-scale": `period` above a leaf, `upper_period` above an inner node, both ways. "up-down": `up_period`
-    to the parent, `down_period` to the child.
+    scheme "multi-scale": `period` (10) above a leaf, `upper_period` (100) above an inner node, both ways. "up-down":
+    `up_period` (8) to the parent, `down_period` (80) to the child. None: these defaults; those of the other scheme stay
+    None.
     """
 
     scheme: str = "multi-scale"
-    period: int = 10
-    upper_period: int = 100
-    up_period: int = 8
-    down_period: int = 80
+    period: int | None = None
+    upper_period: int | None = None
+    up_period: int | None = None
+    down_period: int | None = None
 
     def problem(self) -> str | None:
         """What is wrong with them."""
-        for name in ("period", "upper_period", "up_period", "down_period"):
-            if getattr(self, name) < 1:
-                return f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}"
-        if self.up_period > self.down_period:
-            return (
-                f"up_period={self.up_period} is larger than down_period={self.down_period}: messages go up at least as "
-                "often as down"
+        found = []
+        for scheme, defaults in _PERIODS.items():
+            for name in defaults:
+                value = getattr(self, name)
+                if value is not None and scheme != self.scheme:
+                    own = " and ".join(_PERIODS[self.scheme])
+                    found.append(f'{name} is of scheme="{scheme}"; "{self.scheme}" has {own}')
+                if value is not None and value < 1:
+                    found.append(f"{name} must be a whole number of at least 1, not {value!r}")
+        up, down = self._value("up_period", "up-down"), self._value("down_period", "up-down")
+        if up > down:
+            found.append(
+                f"up_period={up} is larger than down_period={down}: messages go up at least as often as down"
             )
-        return None
+        return "; ".join(found) or None
 
     def of(self, leaf: bool) -> tuple[int, int]:
         """Up and down on the edge above a leaf, or above an inner node."""
+        lower, upper = (self._value(name, self.scheme) for name in _PERIODS[self.scheme])
         if self.scheme == "up-down":
-            return self.up_period, self.down_period
-        return (self.period,) * 2 if leaf else (self.upper_period,) * 2
+            return lower, upper
+        return (lower, lower) if leaf else (upper, upper)
+
+    def _value(self, name: str, scheme: str) -> int:
+        given = getattr(self, name)
+        return _PERIODS[scheme][name] if given is None else given
 
 
 def tree_problem(ranks: int, degree: int) -> str | None:

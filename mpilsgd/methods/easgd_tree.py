@@ -82,10 +82,10 @@ class EASGDTree(Method):
 
     Args:
         degree: d >= 2: at most so many children.
-        moving_rate: alpha in [0, 1]; default 0.9/(d+1).
-        scheme: "multi-scale": between leaves and their parents both ways every `period` steps, above every
-            `upper_period`. "up-down": to the parent every `up_period`, to the children every `down_period`, which
-            is no smaller.
+        moving_rate: alpha in [0, 1]; default 0.9/(d+1), with d the most children that a node has.
+        scheme: "multi-scale": between leaves and their parents both ways every `period` (10) steps, above every
+            `upper_period` (100). "up-down": to the parent every `up_period` (8), to the children every `down_period`
+            (80), which is no smaller.
         inner: "ranks": inner nodes take ranks of their own, on which `computes` is False; the loop skips the gradient
             there, and `step()` passes messages on for as long as a leaf's step takes. "hosted": inner nodes live on
             leaf ranks, which all compute.
@@ -112,10 +112,10 @@ class EASGDTree(Method):
         degree: int = 16,
         moving_rate: float | None = None,
         scheme: str = "multi-scale",
-        period: int = 10,
-        upper_period: int = 100,
-        up_period: int = 8,
-        down_period: int = 80,
+        period: int | None = None,
+        upper_period: int | None = None,
+        up_period: int | None = None,
+        down_period: int | None = None,
         inner: str = "ranks",
         order: str = "free",
         init: str = "same",
@@ -124,17 +124,18 @@ class EASGDTree(Method):
     ):
         topology, made = (Topology(), True) if topology is None else (topology, False)
         problems = [whole("degree", degree), choice("scheme", scheme, SCHEMES)]
-        if problems[0] is None:
-            problems.append(tree_problem(topology.world.size, degree))
+        problems.append(problems[0] or tree_problem(topology.world.size, degree))
+        problems.append(choice("inner", inner, INNER))
+        tree = None if any(problems) else lay_tree(topology.nodes, degree, inner)
         if moving_rate is not None:
             problems.append(number("moving_rate", moving_rate, 0.0, 1.0))
-        elif problems[0] is None:
-            moving_rate = 0.9 / (degree + 1)
+        elif tree is not None:
+            moving_rate = 0.9 / (1 + max(map(len, tree.children)))
         periods = dict(period=period, upper_period=upper_period, up_period=up_period, down_period=down_period)
-        problems += [whole(name, value) for name, value in periods.items()]
+        problems += [whole(name, value) for name, value in periods.items() if value is not None]
         if not any(problems):
             problems.append(Periods(scheme, **periods).problem())
-        problems += [choice("inner", inner, INNER), choice("order", order, ("free", "lock-step"))]
+        problems.append(choice("order", order, ("free", "lock-step")))
         if buffers == "keep":
             problems.append(
                 'buffers="keep": inner nodes have no statistics of their own; take average or recalibrate'
@@ -161,7 +162,8 @@ class EASGDTree(Method):
             course=("free" if order == "free" else "round-robin", None, None),
         )
         self._owns_topology = made
-        self.tree = lay_tree(topology.nodes, degree, inner)
+        assert tree is not None
+        self.tree = tree
         self.workers = [rank for rank in self.workers if self.tree.is_leaf(rank)]
         self._seconds = _UNKNOWN  # of a leaf's step
         self._last_step: float | None = None
@@ -237,7 +239,7 @@ class EASGDTree(Method):
 
     def _pass(self, node: _Node) -> None:
         """Sends what is due, takes what has come; what is held is x."""
-        self._send(node, [e for e in node.edges if node.t % (e.send_every * e.stride) == 0])
+        self._send(node, [e for e in node.edges if node.t % e.send_every == 0])
         for edge in node.edges:
             if self._came(node, edge):
                 self._take(node, edge)
@@ -246,7 +248,7 @@ class EASGDTree(Method):
         if self.order == "lock-step":
             for edge in due:
                 self._wait(edge.out.ready, edge)
-        free = [edge for edge in due if edge.gets_through()]
+        free = [e for e in due if node.t % (e.send_every * e.stride) == 0 and e.gets_through()]
         self.metrics.skipped += len(due) - len(free)
         for narrow in {edge.narrow for edge in free}:
             memory = self._links.fresh(self._message_bytes(narrow))

@@ -124,7 +124,9 @@ def closing(summary: dict[str, Any], directory: str) -> str:
         lines.append(("staleness", _staleness(summary["staleness"])))
     if "skipped" in summary:
         told = "  ".join(f"{r}: {n}" for r, n in enumerate(summary["skipped"]) if n)
-        lines.append(("messages left out", f"{told}   (rank: how many; the one before was not taken yet)"))
+        lines.append(
+            ("messages left out", f"{told}   (rank: how many of those due; those before were not taken yet)")
+        )
     lines.append(("run directory", directory))
     width = max(len(name) for name, _ in lines)
     return "\n" + "\n".join(f"{name:{width}}  {text}" for name, text in lines)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mpilsgd.comm import Heartbeat, Topology, inquiry
-from mpilsgd.methods import Method
+from mpilsgd.methods import EASGDTree, Method
 from mpilsgd.train import data, models, optimizers
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.command_line import ConfigError, parse
@@ -27,6 +27,7 @@ from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.sampling import Sampler, derived_seed
 from mpilsgd.train.stragglers import parse_slow
 from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, all_here, on_first, together
+from mpilsgd.train.tree_text import summary_line
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,6 +72,8 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     trainer = Trainer(config, topology, model, opt, train, test, sampler, directory, display, total)
     parameters = sum(p.numel() for p in model.parameters())
     display.say(opening(config, size, topology.groups, torch.get_num_threads(), len(train), parameters))
+    if isinstance(opt, EASGDTree):
+        display.say(f"tree: {summary_line(opt.tree)}, moving_rate={opt.moving_rate:.3g}")
     if config.resume:
         _resume(trainer, directory, topology, display)
     if left:

@@ -37,7 +37,7 @@ _HELP = {
     "sequential": "where both pulls are due: the local one first, then the global one",
     "center_rate": "rate at which the centre moves to the mean of the workers",
     "moving_rate": "rate at which a worker moves to the centre (null: center_rate / ranks), or a tree's node to "
-    "its neighbours (null: 0.9 / (degree + 1))",
+    "its neighbours (null: 0.9 / (1 + the most children of a node))",
     "form": "jacobi: workers and centre move at once; gauss-seidel: the centre moves first",
     "until_grad_norm": "each worker steps until its squared gradient norm is at most this, in place of period",
     "average": "what is evaluated; LocalSGD: last (the mean of the workers) or quadratic (their mean over time, "
@@ -55,9 +55,9 @@ _HELP = {
     "degree": "children of a tree node, at most",
     "scheme": "multi-scale: leaves and their parents talk every period steps, inner nodes every upper_period; up-down: "
     "to the parent every up_period, to the children every down_period",
-    "upper_period": "multi-scale: steps between messages of inner nodes",
-    "up_period": "up-down: steps between messages to the parent",
-    "down_period": "up-down: steps between messages to the children, at least up_period",
+    "upper_period": "multi-scale: steps between messages of inner nodes (null: 100)",
+    "up_period": "up-down: steps between messages to the parent (null: 8)",
+    "down_period": "up-down: steps between messages to the children, at least up_period (null: 80)",
     "inner": "inner nodes of the tree: ranks (have ranks of their own, which compute nothing) or hosted (by leaves)",
     "rho": "penalty on the distance to the centre, above 0",
 }

@@ -23,13 +23,16 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     whole("nodes", None, "... in blocks on so many nodes (default 1)")
     whole("degree", 16, "children of a tree node, at most (%(default)s)")
     group.add_argument(
-        "--inner", choices=INNER, default=INNER[0], help="ranks: inner nodes take ranks (default)"
+        "--inner",
+        choices=INNER,
+        default=INNER[0],
+        help="inner nodes take ranks of their own (ranks, the default) or live on leaves (hosted)",
     )
     group.add_argument("--scheme", choices=SCHEMES, default=SCHEMES[0], help="of communication (%(default)s)")
-    whole("period", Periods.period, "multi-scale: steps between messages of leaves and parents (%(default)s)")
-    whole("upper_period", Periods.upper_period, "... and above (%(default)s)")
-    whole("up_period", Periods.up_period, "up-down: steps between messages to the parent (%(default)s)")
-    whole("down_period", Periods.down_period, "... and to the children (%(default)s)")
+    whole("period", None, "multi-scale: steps between messages of leaves and parents (10)")
+    whole("upper_period", None, "... and above (100)")
+    whole("up_period", None, "up-down: steps between messages to the parent (8)")
+    whole("down_period", None, "... and to the children (80)")
     whole("parameters", 1_000_000, "of the model, float32 (%(default)s)")
     group.add_argument(
         "--step_time",
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace, topology: Topology) -> int:
         f"{name} must be above 0" for name in ("parameters", "step_time") if getattr(args, name) <= 0
     ]
     if args.nodes is not None and (args.ranks is None or not 1 <= args.nodes <= args.ranks):
-        problems.append("--nodes goes with --ranks, and is from 1 to as many")
+        problems = ["--nodes goes with --ranks, and is from 1 to as many"]
     if topology.world.rank:
         return 2 if any(problems) else 0
     if any(problems):
@@ -65,6 +68,16 @@ def run(args: argparse.Namespace, topology: Topology) -> int:
     tree = lay_tree(nodes, args.degree, args.inner)
     print(text(tree, nodes, names, periods, 4 * args.parameters, args.step_time))
     return 0
+
+
+def summary_line(tree: Tree) -> str:
+    """How large it is."""
+    leaves = sum(map(tree.is_leaf, range(len(tree.parent))))
+    hosted = " that they host" if max(tree.host) + 1 < len(tree.parent) else ""
+    return (
+        f"{leaves} leaves, {len(tree.parent) - leaves} inner nodes{hosted}, {tree.levels} levels, "
+        f"at most {max(map(len, tree.children))} children"
+    )
 
 
 def text(
@@ -78,13 +91,7 @@ def text(
     """The tree node by node, then its edges by kind, then what each node sends and gets."""
     p = sum(map(len, nodes))
     node_of = {rank: k for k, ranks in enumerate(nodes) for rank in ranks}
-    leaves = sum(map(tree.is_leaf, range(len(tree.parent))))
-    lines = [
-        f"{p} ranks on {len(nodes)} node(s): {leaves} leaves, {len(tree.parent) - leaves} inner nodes"
-        f"{' that they host' if len(tree.parent) > p else ''}, {tree.levels} levels, "
-        f"at most {max(map(len, tree.children))} children",
-        "",
-    ]
+    lines = [f"{p} ranks on {len(nodes)} node(s): {summary_line(tree)}", ""]
     for ranks in nodes:
         lines.append(f"{names[ranks[0]]}: ranks {ranges(ranks)}")
         own = [i for i, children in enumerate(tree.children) if children and tree.host[i] in ranks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 from collections.abc import Iterator
@@ -54,13 +55,7 @@ class Run:
         self.problem, self.t = problem, 0
         self.model = problem.build(dtype, problem.start(WORLD.rank))
         self.inner = optimizer(local, self.model.parameters())
-        settings = {
-            "scheme": periods.scheme,
-            "period": periods.period,
-            "upper_period": periods.upper_period,
-            "up_period": periods.up_period,
-            "down_period": periods.down_period,
-        }
+        settings = dataclasses.asdict(periods)
         self.opt = EASGDTree(
             self.inner,
             self.topology,
@@ -277,6 +272,8 @@ def test_uneven_steps_end_well_or_say_so() -> None:
         ({"scheme": "down-up"}, "scheme"),
         ({"scheme": "up-down", "up_period": 9, "down_period": 3}, "up_period=9 is larger"),
         ({"period": 0}, "period"),
+        ({"scheme": "up-down", "period": 3}, 'period is of scheme="multi-scale"'),
+        ({"up_period": 2}, 'up_period is of scheme="up-down"'),
         ({"inner": "guests"}, "inner"),
         ({"order": "round-robin"}, "order"),
         ({"buffers": "keep"}, "inner nodes have no statistics"),

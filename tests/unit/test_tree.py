@@ -106,7 +106,13 @@ def test_periods() -> None:
     assert Periods(period=3, upper_period=7).of(False) == (7, 7)
     assert Periods("up-down", up_period=2, down_period=9).of(True) == (2, 9)
     assert Periods().problem() is None
-    assert "larger" in str(Periods(up_period=9, down_period=2).problem())
+    assert (
+        Periods("up-down").of(False) == (8, 80)
+        and Periods().of(True) == (10, 10)
+        and Periods().of(False)[0] == 100
+    )
+    assert "larger" in str(Periods("up-down", up_period=9, down_period=2).problem())
+    assert 'is of scheme="up-down"' in str(Periods(up_period=2, down_period=9).problem())
 
 
 def info(*options: str) -> subprocess.CompletedProcess[str]:

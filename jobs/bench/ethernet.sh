@@ -1,28 +1,30 @@
 #!/usr/bin/env bash
 # Training over an Ethernet, emulated between hosts on this machine: seconds to a test error and bytes over the wire, for
 # mpilsgd's methods and for torch's DistributedDataParallel and PostLocalSGDOptimizer, on one model, data, seeds and rates.
-#   bash jobs/bench/ethernet.sh [OPTIONS OF mpilsgd train]        as root (network namespaces)
+#   bash jobs/bench/ethernet.sh [OPTIONS OF mpilsgd train]
+# Needs root, iproute2, util-linux and cores that do nothing else. Prints a table, draws OUTPUT/ethernet.png.
 #
 #   HOSTS    how many (4), RANKS each (1)
 #   SPEEDS   of every host's link, as tc writes them ("1gbit 100mbit")
 #   RATES    learning rates; the best of each method counts ("0.1 0.05")
-#   METHODS  which ("LSGD EASGD LocalSGD AllreduceSGD ddp postlocal"), with options of their own: EASGD:period=128
-#   STEPS    of a worker (800) that talks at every step: AllreduceSGD, ddp; EVERY how many it is evaluated (50)
-#   LOCAL    how many times as many steps, and between evaluations, the others take (3)
+#   METHODS  which ("LSGD EASGD EASGD:asynchronous=true:overlap=true LocalSGD AllreduceSGD ddp postlocal"); options of
+#            their own, as many as wanted, stand behind colons
+#   STEPS    of a worker (600) that talks at every step: AllreduceSGD, ddp; EVERY how many it is evaluated (60)
+#   LOCAL    how many times as many steps, and between evaluations, the others take (2)
 #   PERIOD   of the others: steps between two rounds (64)
 #   ERROR    the test error to come to (the lowest of ddp, or of all if it is left out)
-#   OUTPUT   the folder of the runs (runs/ethernet)
+#   OUTPUT   the folder of the runs (runs/ethernet); runs that lie there already are shown, too
 #
-# Without options the mlp trains on digits; the table of the README is
-#   bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32
+# Without options the mlp trains on digits; the table of the README took an hour:
+#   bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32 --seed 1
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
-hosts=${HOSTS:-4} ranks=${RANKS:-1} output=${OUTPUT:-$ROOT/runs/ethernet} steps=${STEPS:-800} every=${EVERY:-50}
-local=${LOCAL:-3} period=${PERIOD:-64}
+hosts=${HOSTS:-4} ranks=${RANKS:-1} output=${OUTPUT:-$ROOT/runs/ethernet} steps=${STEPS:-600} every=${EVERY:-60}
+local=${LOCAL:-2} period=${PERIOD:-64}
 read -ra speeds <<<"${SPEEDS:-1gbit 100mbit}"
 read -ra rates <<<"${RATES:-0.1 0.05}"
-read -ra methods <<<"${METHODS:-LSGD EASGD LocalSGD AllreduceSGD ddp postlocal}"
+read -ra methods <<<"${METHODS:-LSGD EASGD EASGD:asynchronous=true:overlap=true LocalSGD AllreduceSGD ddp postlocal}"
 set_up report
 find_mpi MPICH
 mkdir -p "$output"

@@ -85,7 +85,7 @@ class Case:
         return f"{self.method.__name__}{'-' + self.name if self.name else ''}"
 
     def simulate(self, problem: Problem, local: Local, layout: Layout, **options: Any) -> Simulation:
-        own = {name: value for name, value in self.options.items() if name != "average"}
+        own = {name: value for name, value in self.options.items() if name not in ("average", "overlap")}
         if self.method is mpilsgd.LSGD:
             own["groups"] = layout.groups
         workers = sum(len(group) for group in layout.groups)

@@ -4,10 +4,11 @@ from mpilsgd.comm.bell import Bell
 from mpilsgd.comm.fabric import Fabric, Level, SharedMemoryWarning, exhaust
 from mpilsgd.comm.heartbeat import Heartbeat
 from mpilsgd.comm.links import Inbox, Links, Outbox, Slot
-from mpilsgd.comm.onesided import Counter, Progress, Turns, thread_problem, wait_until
+from mpilsgd.comm.onesided import Counter, Progress, Turns, thread_problem
 from mpilsgd.comm.shards import Shard, Shards
 from mpilsgd.comm.snapshots import Snapshots
 from mpilsgd.comm.topology import Topology, end_job, exit_status
+from mpilsgd.comm.waiting import wait_until
 from mpilsgd.comm.windows import Window, free_shared_memory
 
 __all__ = [

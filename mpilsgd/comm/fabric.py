@@ -17,6 +17,7 @@ import torch
 from mpi4py import MPI
 
 from mpilsgd.comm.topology import Topology
+from mpilsgd.comm.waiting import wait_until
 from mpilsgd.comm.windows import Window, free_shared_memory
 
 _PIECE = 1 << 22  # bytes a message at most: those of a chunk follow each other, and MPI's counts are C ints
@@ -178,10 +179,16 @@ class Level:
         self.comm.Barrier()
         self._fabric.sync()
 
-    def fence(self) -> None:
-        """Barrier among those of the level on this island; their stores before it are seen after it."""
+    def fence(self, patient: bool = False) -> None:
+        """Barrier among those of the level on this island; their stores before it are seen after it.
+
+        patient: leaves the core to others while it waits; the same on all.
+        """
         self._fabric.sync()
-        self.local.Barrier()
+        if patient:
+            wait_until(self.local.Ibarrier().Test)
+        else:
+            self.local.Barrier()
         self._fabric.sync()
 
     def bring(self, window: Window, owner: int, landing: Window | None) -> torch.Tensor:
@@ -223,11 +230,15 @@ class Level:
                 self.fence()
             yield part
 
-    def allreduce(self, total: Window, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    def allreduce(
+        self, total: Window, start: int, stop: int, patient: bool = False
+    ) -> Iterator[tuple[int, int]]:
         """Sums several islands' common vectors from `start` to `stop`; gives the parts, (start, stop), each when its
         sum can be read here, while the next ones are summed. Collective over the level, to the end of the parts.
+
+        patient: leaves the core to others while it waits, as a thread beside the computing should; the same on all.
         """
-        self.fence()
+        self.fence(patient)
         vector = total.views[0]
         wire, n = self._fabric.wire(vector.dtype), self.n_islands
         parts: Iterator[tuple[int, int]]
@@ -238,9 +249,9 @@ class Level:
                 self._fabric.traffic.across += nbytes
             else:
                 self._fabric.traffic.group += nbytes
-            parts = _sums(self.heads, vector, wire, parts)
+            parts = _sums(self.heads, vector, wire, parts, patient)
         for part in parts:
-            self.fence()
+            self.fence(patient)
             yield part
 
     def count_local(self, nbytes: int) -> None:
@@ -305,7 +316,11 @@ def _pass_along(
 
 
 def _sums(
-    heads: MPI.Comm, vector: torch.Tensor, wire: torch.dtype, parts: Iterator[tuple[int, int]]
+    heads: MPI.Comm,
+    vector: torch.Tensor,
+    wire: torch.dtype,
+    parts: Iterator[tuple[int, int]],
+    patient: bool,
 ) -> Iterator[tuple[int, int]]:
     """vector <- the sum of all ranks' vectors, each value in the type `wire` on its way there and on its way back.
 
@@ -313,6 +328,12 @@ def _sums(
     all: 2 (n-1)/n of the vector go out and come in, and all ranks hold the same bits. The slices of the next part are
     under way while this one is summed, and its sums while the one before is used.
     """
+
+    def wait(request: MPI.Request) -> None:
+        if patient:
+            wait_until(request.Test)
+        else:
+            request.Wait()
 
     def scatter(a: int, b: int) -> tuple[Any, ...]:
         share = -(-(b - a) // heads.size)
@@ -326,7 +347,7 @@ def _sums(
     def gather(
         request: MPI.Request, a: int, b: int, sent: torch.Tensor, received: torch.Tensor
     ) -> tuple[Any, ...]:
-        request.Wait()
+        wait(request)
         own = received[0].to(vector.dtype)
         for other in received[1:]:
             own += other
@@ -335,7 +356,7 @@ def _sums(
         return request, a, b, sent, rounded
 
     def use(request: MPI.Request, a: int, b: int, sent: torch.Tensor, _: torch.Tensor) -> tuple[int, int]:
-        request.Wait()
+        wait(request)
         vector[a:b].copy_(sent.view(-1)[: b - a])
         return a, b
 

@@ -9,7 +9,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpilsgd.comm.fabric import Level
-from mpilsgd.comm.onesided import wait_until
+from mpilsgd.comm.waiting import wait_until
 
 _PIECE = 1 << 30  # bytes a message: MPI counts are C ints
 Memory = np.ndarray  # of bytes

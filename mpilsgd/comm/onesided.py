@@ -6,20 +6,20 @@ import contextlib
 import importlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from mpilsgd.comm.fabric import Level
+from mpilsgd.comm.waiting import wait_until
 
 _core: Any = None
 with contextlib.suppress(ImportError):
     _core = importlib.import_module("mpilsgd._core")
 
 _POLL = 5e-4  # seconds between two looks of the progress thread
-_SLEEP = 2e-5, 1e-3  # seconds between two looks of a waiting rank: at first, at last
 
 
 @contextlib.contextmanager
@@ -125,18 +125,6 @@ class Board:
     def free(self) -> None:
         self._win.Unlock_all()
         self._win.Free()
-
-
-def wait_until(true: Callable[[], bool]) -> float:
-    """Returns when it is true; the seconds that took. Leaves the core to others meanwhile."""
-    start, pause = time.perf_counter(), _SLEEP[0]
-    for _ in range(20):
-        if true():
-            return time.perf_counter() - start
-    while not true():
-        time.sleep(pause)
-        pause = min(2 * pause, _SLEEP[1])
-    return time.perf_counter() - start
 
 
 class Turns:

@@ -10,8 +10,9 @@ import torch
 from mpi4py import MPI
 
 from mpilsgd.comm.fabric import Fabric
-from mpilsgd.comm.onesided import Board, expose, wait_until
+from mpilsgd.comm.onesided import Board, expose
 from mpilsgd.comm.shards import transfer
+from mpilsgd.comm.waiting import wait_until
 
 Vectors = dict[torch.dtype, torch.Tensor]
 

@@ -13,6 +13,7 @@ from mpilsgd import kernels
 from mpilsgd.comm import Shard, Topology, Window, thread_problem
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import accumulation_dtype, share
+from mpilsgd.methods.base import ROUND
 from mpilsgd.methods.centered import Centered
 from mpilsgd.methods.course import course_problems, course_settings
 from mpilsgd.methods.wrapped import gradient_at_x
@@ -38,8 +39,10 @@ class EASGD(Centered):
         asynchronous: True: no worker waits for the others. Each exchanges with the centre by its own clock, alone
             and in one piece, where the synchronous form exchanges with all (Algorithms 1 and 2):
             x <- x - alpha (x - c), c <- c + (beta/p) (x - c), both from the old values (Jacobi).
-        overlap: with asynchronous and Jacobi, section 2.2: at the start of a period a thread exchanges a copy of x,
-            at its end x <- x - alpha D, where D is x - c as it was then. Two vectors more a worker.
+        overlap: with Jacobi: a thread exchanges while the next period computes. Synchronous: the result is the same,
+            since a step needs c_t and not c_{t+1}; within one node there is nothing to hide. Asynchronous, section 2.2:
+            it exchanges a copy of x, and at the end of the period x <- x - alpha D, where D is x - c as it was at the
+            start; two vectors more a worker.
         order: of the workers' exchanges: "free" or "round-robin" (worker 0's whole step, then worker 1's, ...).
         record, replay: a file to write the order of a free run to, one whose run is repeated bit for bit.
         optimizer, topology, init, buffers, model and errors: see `Method`.
@@ -79,8 +82,8 @@ class EASGD(Centered):
             moving_rate = center_rate / p
         problems.append(choice("asynchronous", asynchronous, (False, True)))
         problems.append(choice("overlap", overlap, (False, True)))
-        if overlap and (not asynchronous or form != "jacobi"):
-            problems.append('overlap needs asynchronous=True and form="jacobi"')
+        if overlap and form != "jacobi":
+            problems.append('overlap needs form="jacobi"')
         if overlap:
             problems.append(thread_problem())
         problems += course_problems(asynchronous, order, record, replay)
@@ -112,6 +115,8 @@ class EASGD(Centered):
             course=(order, record, replay) if asynchronous else None,
         )
         self._owns_topology = made
+        if overlap:
+            self._thread = ThreadPoolExecutor(1, "mpilsgd overlap")
         if asynchronous:
             self._open_centre(init)
             self._start_alone(init)
@@ -144,7 +149,6 @@ class EASGD(Centered):
                     x = self._x[d].mine[: self._n[d]]
                     kernels.pull(x, c[: x.numel()].to(x.device), self.moving_rate)
         if self.overlap:
-            self._thread = ThreadPoolExecutor(1, "mpilsgd overlap")
             for d, w in self._x.items():
                 self._difference[d] = torch.zeros_like(w.mine[: self._n[d]], dtype=accumulation_dtype(d))
 
@@ -158,7 +162,11 @@ class EASGD(Centered):
         if not self._due:
             return super()._local_step(closure)
         with torch.no_grad(), gradient_at_x(self.optimizer):
-            self._visit() if self.asynchronous else self._exchange()
+            if self.asynchronous:
+                self._visit()
+            else:
+                self.settle()
+                self._exchange()
             return super()._local_step(closure)
 
     def _after(self, loss: Any) -> None:
@@ -232,33 +240,47 @@ class EASGD(Centered):
         # those that are not finite add nothing to the centre, and start anew from it
         bad = {r for r, row in enumerate(table) if not row[4]}
         self._set_back(bad)
-        for d, window in self._x.items():
-            whole = (0, self._n[d])
+        behind = self.overlap and not bad and table[level.rank, 0] == ROUND
+        # the largest last: its sum may stay under way, the others must give the scratch back
+        *_, largest = order = sorted(self._x, key=self._n.__getitem__)
+        for d in order:
+            window, whole = self._x[d], (0, self._n[d])
             c, peers, broken = self._slices(d, whole, bad)
             level.count_local(c.numel() * window.mine.element_size())
             if level.n_islands == 1:
                 kernels.elastic(c, peers, alpha, rate, gauss_seidel=seidel)
                 for view in broken:
                     view.copy_(c)
+                level.fence()
+                continue
+            total = self._scratch[accumulation_dtype(d)].views[0][slice(*share(level, *whole))]
+            if peers:
+                kernels.elastic_sum(total, c, peers, 0.0 if seidel else alpha)
             else:
-                scratch = self._scratch[accumulation_dtype(d)]
-                total = scratch.views[0][slice(*share(level, *whole))]
-                if peers:
-                    kernels.elastic_sum(total, c, peers, 0.0 if seidel else alpha)
-                else:
-                    total.zero_()
-                for part in level.allreduce(scratch, *whole):  # while the next one is summed
-                    c, peers, broken = self._slices(d, part, bad)
-                    total = scratch.views[0][slice(*share(level, *part))]
-                    kernels.elastic_apply(c, peers if seidel else [], total, alpha if seidel else 0.0, rate)
-                    for view in broken:
-                        view.copy_(c)
-            level.fence()
+                total.zero_()
+            if behind and d is largest:
+                assert self._thread is not None
+                self._exchanging = self._thread.submit(self._add_sum, d, bad)
+            else:
+                self._add_sum(d, bad)
         if level.rank in bad:  # buffers that are not exchanged may be broken, too
             for d, window in self._x.items():
                 window.mine[self._n[d] :].copy_(self._c[d].mine[self._n[d] :])
         level.barrier()
         self.metrics.rounds += 1
+
+    def _add_sum(self, d: torch.dtype, bad: set[int]) -> None:
+        """The centre takes all islands' sum, part by part, while the next part is summed."""
+        level, scratch = self.fabric.world, self._scratch[accumulation_dtype(d)]
+        seidel = self.form == "gauss-seidel"
+        alpha, rate = self.moving_rate if seidel else 0.0, self.center_rate / level.size
+        for part in level.allreduce(scratch, 0, self._n[d], patient=self.overlap):
+            c, peers, broken = self._slices(d, part, bad)
+            total = scratch.views[0][slice(*share(level, *part))]
+            kernels.elastic_apply(c, peers if seidel else [], total, alpha, rate)
+            for view in broken:
+                view.copy_(c)
+        level.fence(patient=self.overlap)
 
     def _slices(
         self, d: torch.dtype, part: tuple[int, int], bad: set[int]

@@ -46,7 +46,7 @@ _HELP = {
     "asynchronous": "true: nobody waits for others to take as many steps (LSGD: rounds go by the steps of all "
     "together); wait-free (LSGD): nobody waits at all, each pulls to what the leader last published; ADMM, false: "
     "the workers take turns",
-    "overlap": "go on computing while the exchange with the centre is under way (asynchronous, form jacobi)",
+    "overlap": "go on computing while the exchange with the centre is under way (form jacobi)",
     "order": "of an asynchronous run: free (as it comes) or the same every time: round-robin (rank 0's step, then rank "
     "1's, ...), of a tree lock-step (all nodes at once)",
     "record": "file for the order of events of an asynchronous run, to replay it",

@@ -26,6 +26,7 @@ METHODS: list[tuple[Any, dict[str, Any]]] = [
     (LSGD, {"period": 2, "global_period": 4}),
     (LSGD, {"period": 2, "global_pull": 0.0, "asynchronous": "wait-free", "order": "round-robin"}),
     (EASGD, {"period": 2}),
+    (EASGD, {"period": 2, "overlap": True}),
     (EASGD, {"period": 2, **TURNS}),
     (Downpour, {"period": 2, "asynchronous": False}),
     (Downpour, {"period": 2, "order": "round-robin"}),

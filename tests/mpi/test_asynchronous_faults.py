@@ -215,7 +215,7 @@ WRONG: list[tuple[Any, str, dict[str, Any]]] = [
     *((method, "record", {**ASYNCHRONOUS, "record": 3}) for method in (EASGD, Downpour, LSGD)),
     (EASGD, "record|replay", {**ASYNCHRONOUS, "record": "file", "replay": "file"}),
     (EASGD, "replay", {**ASYNCHRONOUS, "order": "round-robin", "replay": "file"}),
-    (EASGD, "overlap", {"overlap": True}),
+    (EASGD, "overlap", {"overlap": True, "form": "gauss-seidel"}),
     (EASGD, "overlap", {**ASYNCHRONOUS, "overlap": True, "form": "gauss-seidel"}),
     *((EASGD, "asynchronous", {"asynchronous": value}) for value in ("wait-free", None, 2)),
     *((LSGD, "asynchronous", {"asynchronous": value}) for value in ("sometimes", None, 2)),

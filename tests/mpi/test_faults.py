@@ -24,6 +24,7 @@ METHODS: dict[str, Callable[[Any, Any], Any]] = {
     "LSGD-with": lambda o, t: mpilsgd.LSGD(o, t, period=1, when="with_step"),
     "LSGD-every": lambda o, t: mpilsgd.LSGD(o, t, period=1, when="every_step"),
     "EASGD-jacobi": lambda o, t: mpilsgd.EASGD(o, t, period=1),
+    "EASGD-overlap": lambda o, t: mpilsgd.EASGD(o, t, period=1, overlap=True),
     "EASGD-seidel": lambda o, t: mpilsgd.EASGD(o, t, period=1, form="gauss-seidel"),
 }
 by_method = pytest.mark.parametrize("name", METHODS)

@@ -30,6 +30,7 @@ METHODS = [
     Case(LSGD, {**TWO_PULLS, "when": "with_step"}, "with-step"),
     Case(LSGD, {**TWO_PULLS, "period": 3, "global_period": 6, "when": "every_step"}, "every-step"),
     Case(EASGD, {"period": 3}, "jacobi"),
+    Case(EASGD, {"period": 3, "overlap": True}, "overlap"),
     Case(EASGD, {"period": 3, "form": "gauss-seidel"}, "gauss-seidel"),
 ]
 LOCALS = {

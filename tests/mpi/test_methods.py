@@ -25,7 +25,7 @@ from simulation import LSGD as SimulatedLSGD
 from simulation import Local
 from simulation import LocalSGD as SimulatedLocalSGD
 
-from mpilsgd import EASGD, LSGD, AllreduceSGD, LocalSGD
+from mpilsgd import EASGD, LSGD, AllreduceSGD, LocalSGD, Topology
 
 pytestmark = pytest.mark.mpi
 
@@ -47,6 +47,7 @@ CASES = [
     Case(LSGD, {**TWO_PULLS, "when": "every_step"}, "every-step"),
     Case(EASGD, {"period": 3}, "jacobi"),
     Case(EASGD, {"period": 2, "center_rate": 0.5, "moving_rate": 0.2}, "jacobi-rates"),
+    Case(EASGD, {"period": 2, "overlap": True}, "overlap"),
     Case(EASGD, {"period": 3, "form": "gauss-seidel"}, "gauss-seidel"),
     Case(
         EASGD,
@@ -94,6 +95,36 @@ def test_local_optimizers(case: Case, name: str) -> None:
         simulated = case.simulate(TanhNet(), LOCALS[name], LAYOUTS[0], same=False)
         errors = compare(run, simulated, 6, 1e-12)
     check_together(errors)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_overlap_changes_nothing() -> None:
+    """EASGD's sum goes on while the next period computes: bit for bit the same, and under way in fact."""
+
+    def final(overlap: bool) -> tuple[list[torch.Tensor], int]:
+        torch.manual_seed(WORLD.rank)
+        narrow, wide, half = (
+            torch.nn.Linear(7, 5).to(d) for d in (torch.float32, torch.float64, torch.bfloat16)
+        )
+        layers, behind = (narrow, wide, half), 0
+        topology = Topology(shared=False)
+        inner = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=0.1)
+        opt = EASGD(inner, topology, period=3, overlap=overlap, init="different")
+        for _ in range(10):
+            for p in opt.flat.parameters:
+                p.grad = torch.randn_like(p)
+            opt.step()
+            behind += opt._exchanging is not None
+        with opt.center():
+            found = [p.detach().clone() for p in opt.flat.parameters]
+        found += [p.detach().clone() for p in opt.flat.parameters]
+        opt.close()
+        topology.free()
+        return found, behind
+
+    (plain, _), (overlapped, behind) = final(False), final(True)
+    errors = [] if all(torch.equal(a, b) for a, b in zip(plain, overlapped, strict=True)) else ["it differs"]
+    check_together(errors + ([] if behind else ["nothing was under way"]))
 
 
 @by_layout

@@ -102,12 +102,17 @@ class Heartbeat:
             self._thread = None
 
     def free(self) -> None:
+        """Waits for the last beats of the others, as patiently as before."""
         self.stop()
         buffer = np.zeros(1, np.uint8)
         for k in self._unfinished:
-            buffer[0] = _BEAT
             while buffer[0] != _LAST:
-                self._comm.Recv([buffer, MPI.BYTE], k)
+                coming, deadline = self._comm.Irecv([buffer, MPI.BYTE], k), time.monotonic() + self._patience
+                while not coming.Test():
+                    if time.monotonic() > deadline:
+                        self._give_up(k)
+                    time.sleep(0.001)
+            buffer[0] = _BEAT
         self._comm.Free()
 
 

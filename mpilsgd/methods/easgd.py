@@ -240,7 +240,7 @@ class EASGD(Centered):
         # those that are not finite add nothing to the centre, and start anew from it
         bad = {r for r, row in enumerate(table) if not row[4]}
         self._set_back(bad)
-        behind = self.overlap and not bad and table[level.rank, 0] == ROUND
+        behind = self.overlap and level.n_islands > 1 and not bad
         # the largest last: its sum may stay under way, the others must give the scratch back
         *_, largest = order = sorted(self._x, key=self._n.__getitem__)
         for d in order:
@@ -258,15 +258,19 @@ class EASGD(Centered):
                 kernels.elastic_sum(total, c, peers, 0.0 if seidel else alpha)
             else:
                 total.zero_()
-            if behind and d is largest:
-                assert self._thread is not None
-                self._exchanging = self._thread.submit(self._add_sum, d, bad)
-            else:
+            if not (behind and d is largest):
                 self._add_sum(d, bad)
         if level.rank in bad:  # buffers that are not exchanged may be broken, too
             for d, window in self._x.items():
                 window.mine[self._n[d] :].copy_(self._c[d].mine[self._n[d] :])
-        level.barrier()
+        if behind:  # no messages here: they would stand behind those of the sum
+            level.fence()
+            if table[level.rank, 0] == ROUND and self._thread is not None:
+                self._exchanging = self._thread.submit(self._add_sum, largest, bad)
+            else:  # this worker rests
+                self._add_sum(largest, bad)
+        else:
+            level.barrier()
         self.metrics.rounds += 1
 
     def _add_sum(self, d: torch.dtype, bad: set[int]) -> None:

@@ -153,16 +153,20 @@ class Level:
     def size(self) -> int:
         return self.comm.size
 
-    def table(self, row: Sequence[float]) -> np.ndarray:
+    def table(self, row: Sequence[float], patient: bool = False) -> np.ndarray:
         """Every rank's row of numbers, the same (size, len(row)) table on every rank.
 
         Doubles as the barrier between accesses to each other's windows. Numbers are compared after they
         have been gathered, by the same code on every rank: MPI's MIN and MINLOC disagree about a NaN.
+        patient: as `fence`.
         """
         send = np.asarray(row, dtype=np.float64)
         receive = np.empty((self.size, send.size))
         self._fabric.sync()
-        self.comm.Allgather(send, receive)
+        if patient:
+            wait_until(self.comm.Iallgather(send, receive).Test)
+        else:
+            self.comm.Allgather(send, receive)
         self._fabric.sync()
         return receive
 

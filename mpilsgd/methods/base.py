@@ -8,14 +8,14 @@ import copy
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Fabric, Topology, Window, end_job, exit_status
+from mpilsgd.comm import Fabric, Level, Topology, Window, end_job, exit_status
 from mpilsgd.flat import FlatParameters, find_modules, float_buffers
 from mpilsgd.methods.arguments import choice
 from mpilsgd.methods.averaging import Span, accumulation_dtype, average, recalibrate
@@ -197,16 +197,18 @@ class Method(Wrapper):
 
         A row is (purpose, stamp, score, own note, whether what is exchanged is finite). Collective over the world.
         """
-        table = self._gate(self.fabric.world, purpose)
-        if not _wants_round(table):
+        table = self._gate(self.fabric.world, self._row(purpose))
+        if not wants_round(table):
             return table
         self._round(table)
         return None
 
-    def _gate(self, level: Any, purpose: float) -> np.ndarray:
-        row = [purpose, self._stamp(), self._score(), self._note(), self._is_finite(purpose)]
+    def _row(self, purpose: float) -> list[float]:
+        return [purpose, self._stamp(), self._score(), self._note(), self._is_finite(purpose)]
+
+    def _gate(self, level: Level, row: Sequence[float], patient: bool = False) -> np.ndarray:
         start = time.perf_counter()
-        table = level.table(row)
+        table = level.table(row, patient)
         self._waited += time.perf_counter() - start
         stamps = {int(row[1]) for row in table if row[0] == ROUND}
         if len(stamps) > 1:
@@ -486,5 +488,5 @@ def _rest_at_exit() -> None:
         end_job(type(failure), failure, failure.__traceback__)
 
 
-def _wants_round(table: np.ndarray) -> bool:
+def wants_round(table: np.ndarray) -> bool:
     return bool((table[:, 0] == ROUND).any())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +14,7 @@ from mpilsgd import kernels
 from mpilsgd.comm import Shard, Topology, Window, thread_problem
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import accumulation_dtype, share
-from mpilsgd.methods.base import ROUND
+from mpilsgd.methods.base import ROUND, wants_round
 from mpilsgd.methods.centered import Centered
 from mpilsgd.methods.course import course_problems, course_settings
 from mpilsgd.methods.wrapped import gradient_at_x
@@ -94,6 +95,7 @@ class EASGD(Centered):
         self._difference: dict[torch.dtype, torch.Tensor] = {}  # ... and its D
         self._pending = False
         self._c: dict[torch.dtype, Window] = {}
+        self._d: dict[torch.dtype, Window] = {}  # "overlap", synchronous: each worker's D
         self.moving_rate = 0.0 if moving_rate is None else moving_rate  # refused below
         super().__init__(
             optimizer,
@@ -111,7 +113,9 @@ class EASGD(Centered):
                 overlap=overlap,
                 **course_settings(order, record, replay),
             ),
-            vectors=1.0,
+            vectors=1.0
+            if asynchronous or not overlap
+            else 1.0 + 2.0 * topology.node.size,  # wider than a half type
             course=(order, record, replay) if asynchronous else None,
         )
         self._owns_topology = made
@@ -124,6 +128,8 @@ class EASGD(Centered):
         device = self.flat.parameters[0].device
         world = self.fabric.world
         self._c = {d: self.fabric.common(world, d, w.mine.numel(), device) for d, w in self._x.items()}
+        for d in self._x if overlap else ():
+            self._d[d] = self.fabric.window(accumulation_dtype(d), self._n[d], device)
         with torch.no_grad():
             self._start_centre(init)
         self.fabric.traffic.group = self.fabric.traffic.across = 0
@@ -164,8 +170,9 @@ class EASGD(Centered):
         with torch.no_grad(), gradient_at_x(self.optimizer):
             if self.asynchronous:
                 self._visit()
+            elif self.overlap:
+                self._open_round()
             else:
-                self.settle()
                 self._exchange()
             return super()._local_step(closure)
 
@@ -217,19 +224,25 @@ class EASGD(Centered):
 
     def settle(self) -> None:
         if self._exchanging is not None:
-            start = time.perf_counter()
-            self._exchanging.result()
+            start, exchanging = time.perf_counter(), self._exchanging
             self._exchanging = None
+            exchanging.result()
             waited = time.perf_counter() - start
-            self.metrics.t_comm += waited
-            self.metrics.t_wait += waited
+            m, traffic = self.metrics, self.fabric.traffic
+            m.t_comm += waited
+            m.t_wait += waited
+            m.bytes_group, m.bytes_across = traffic.group, traffic.across
 
     def _apply_difference(self) -> None:
         self.settle()
         self._pending = False
         with self._iterates():
-            for d, w in self._x.items():  # x <- x - alpha D
-                kernels.elastic_apply(w.mine[: self._n[d]], [], self._difference[d], 0.0, -self.moving_rate)
+            self._pull_by_difference(self._difference)
+
+    def _pull_by_difference(self, differences: dict[torch.dtype, torch.Tensor]) -> None:
+        """x <- x - alpha D"""
+        for d, w in self._x.items():
+            kernels.elastic_apply(w.mine[: self._n[d]], [], differences[d], 0.0, -self.moving_rate)
 
     # Synchronous
 
@@ -240,37 +253,26 @@ class EASGD(Centered):
         # those that are not finite add nothing to the centre, and start anew from it
         bad = {r for r, row in enumerate(table) if not row[4]}
         self._set_back(bad)
-        behind = self.overlap and level.n_islands > 1 and not bad
-        # the largest last: its sum may stay under way, the others must give the scratch back
-        *_, largest = order = sorted(self._x, key=self._n.__getitem__)
-        for d in order:
-            window, whole = self._x[d], (0, self._n[d])
+        for d, window in self._x.items():
+            whole = (0, self._n[d])
             c, peers, broken = self._slices(d, whole, bad)
             level.count_local(c.numel() * window.mine.element_size())
             if level.n_islands == 1:
                 kernels.elastic(c, peers, alpha, rate, gauss_seidel=seidel)
                 for view in broken:
                     view.copy_(c)
-                level.fence()
-                continue
-            total = self._scratch[accumulation_dtype(d)].views[0][slice(*share(level, *whole))]
-            if peers:
-                kernels.elastic_sum(total, c, peers, 0.0 if seidel else alpha)
             else:
-                total.zero_()
-            if not (behind and d is largest):
+                total = self._scratch[accumulation_dtype(d)].views[0][slice(*share(level, *whole))]
+                if peers:
+                    kernels.elastic_sum(total, c, peers, 0.0 if seidel else alpha)
+                else:
+                    total.zero_()
                 self._add_sum(d, bad)
+            level.fence()
         if level.rank in bad:  # buffers that are not exchanged may be broken, too
             for d, window in self._x.items():
                 window.mine[self._n[d] :].copy_(self._c[d].mine[self._n[d] :])
-        if behind:  # no messages here: they would stand behind those of the sum
-            level.fence()
-            if table[level.rank, 0] == ROUND and self._thread is not None:
-                self._exchanging = self._thread.submit(self._add_sum, largest, bad)
-            else:  # this worker rests
-                self._add_sum(largest, bad)
-        else:
-            level.barrier()
+        level.barrier()
         self.metrics.rounds += 1
 
     def _add_sum(self, d: torch.dtype, bad: set[int]) -> None:
@@ -284,7 +286,6 @@ class EASGD(Centered):
             kernels.elastic_apply(c, peers if seidel else [], total, alpha, rate)
             for view in broken:
                 view.copy_(c)
-        level.fence(patient=self.overlap)
 
     def _slices(
         self, d: torch.dtype, part: tuple[int, int], bad: set[int]
@@ -295,6 +296,77 @@ class EASGD(Centered):
         every = {r: views[level.seats[r]][a:b] for r in level.local_ranks}
         finite = [view for r, view in every.items() if r not in bad]
         return self._c[d].mine[a:b], finite, [every[r] for r in every if r in bad]
+
+    # Synchronous, with overlap: a round begins with each worker's own part, and is finished by threads
+
+    def _open_round(self) -> None:
+        """D <- x - c, x <- x - alpha D; no worker waits for the others' D, only for those of the round before."""
+        self.settle()
+        start = time.perf_counter()
+        with self._iterates():
+            row = self._row(ROUND)
+            if fit := row[4]:
+                self._take_difference(self.moving_rate)
+            assert self._thread is not None
+            self._exchanging = self._thread.submit(self._finish_round, row)
+            self.metrics.t_comm += time.perf_counter() - start
+            if not fit:
+                self.settle()
+                self._take_centre()
+        self.metrics.rounds += 1
+
+    def _take_difference(self, alpha: float) -> None:
+        for d, w in self._d.items():
+            n = self._n[d]
+            kernels.elastic_sum(w.mine, self._c[d].mine[:n], [self._x[d].mine[:n]], alpha)
+
+    def _take_centre(self) -> None:
+        self._begin_anew()
+        for d, w in self._x.items():
+            w.mine.copy_(self._c[d].mine)
+
+    def _finish_round(self, row: Sequence[float]) -> None:
+        self._add_differences(self._gate(self.fabric.world, row, patient=True))
+
+    def _add_differences(self, table: np.ndarray) -> None:
+        """c <- c + (beta/p) sum_i D^i, over the workers that are finite."""
+        level = self.fabric.world
+        self._refuse_if_all({r for r, row in enumerate(table) if not row[4]})
+        for d, window in self._d.items():
+            a, b = share(level, 0, self._n[d])
+            level.count_local((b - a) * self._x[d].mine.element_size())
+            differences = [window.views[level.seats[r]][a:b] for r in level.local_ranks if table[r][4]]
+            if level.n_islands == 1:
+                for difference in differences:
+                    kernels.elastic_apply(
+                        self._c[d].mine[a:b], [], difference, 0.0, self.center_rate / level.size
+                    )
+            else:
+                total = self._scratch[accumulation_dtype(d)].views[0][a:b]
+                if differences:
+                    kernels.total(total, differences)
+                else:
+                    total.zero_()
+                self._add_sum(d, set())
+            level.fence(patient=True)
+
+    def _meet(self, purpose: float) -> np.ndarray | None:
+        """With overlap only those come here who rest."""
+        if not self._d:
+            return super()._meet(purpose)
+        row = self._row(purpose)
+        if row[4]:
+            self._take_difference(0.0)
+        table = self._gate(self.fabric.world, row, patient=True)
+        if not wants_round(table):
+            return table
+        self._add_differences(table)
+        if row[4]:
+            self._pull_by_difference({d: w.mine for d, w in self._d.items()})
+        else:
+            self._take_centre()
+        self.metrics.rounds += 1
+        return None
 
     def _set_centre(self) -> None:
         if self.asynchronous:
@@ -322,10 +394,12 @@ class EASGD(Centered):
             return
         for d, c in self._c.items():
             a, b = share(self.fabric.world, 0, c.mine.numel())
+            if self.overlap:  # the next round reads all of it before anyone is waited for
+                a, b = 0, c.mine.numel()
             c.mine[a:b].copy_(own["center"][str(d)][a:b])
 
     def _free(self) -> None:
         super()._free()
-        self._c = {}
+        self._c, self._d = {}, {}
         if self._thread is not None:
             self._thread.shutdown()

@@ -287,14 +287,14 @@ class LSGD(Method):
         self._now = self._measure()
         mates = None
         if self.topology.n_groups > 1:
-            mates = self._gate(self.fabric.group, purpose)
+            mates = self._gate(self.fabric.group, self._row(purpose))
             stamp = _stamp_of_round(mates)
             if stamp is not None:
                 self._joined = stamp
-                world = self._gate(self.fabric.world, purpose) if self._due(stamp)[1] else None
+                world = self._gate(self.fabric.world, self._row(purpose)) if self._due(stamp)[1] else None
                 self._lead(mates if self._due(stamp)[0] else None, world)
                 return None
-        everyone = self._gate(self.fabric.world, purpose)
+        everyone = self._gate(self.fabric.world, self._row(purpose))
         stamp = _stamp_of_round(everyone)
         if stamp is None:
             return everyone

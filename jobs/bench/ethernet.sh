@@ -7,10 +7,10 @@
 #   HOSTS    how many (4), RANKS each (1)
 #   SPEEDS   of every host's link, as tc writes them ("1gbit 100mbit")
 #   RATES    learning rates; the best of each method counts ("0.1 0.05")
-#   METHODS  which ("LSGD EASGD EASGD:asynchronous=true:overlap=true LocalSGD AllreduceSGD ddp postlocal"); options of
-#            their own, as many as wanted, stand behind colons
-#   STEPS    of a worker (600) that talks at every step: AllreduceSGD, ddp; EVERY how many it is evaluated (60)
-#   LOCAL    how many times as many steps, and between evaluations, the others take (2)
+#   METHODS  which ("LSGD:global_period=64:across_dtype=bfloat16 EASGD:overlap=true:period=16 LocalSGD AllreduceSGD ddp
+#            postlocal"); options of their own, as many as wanted, stand behind colons
+#   STEPS    of a worker (600) that talks at every step: AllreduceSGD, ddp; EVERY how many it is evaluated (40)
+#   LOCAL    how many times as many steps, and between evaluations, the others take (3)
 #   PERIOD   of the others: steps between two rounds (64)
 #   ERROR    the test error to come to (the lowest of ddp, or of all if it is left out)
 #   OUTPUT   the folder of the runs (runs/ethernet); runs that lie there already are shown, too
@@ -20,11 +20,12 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
-hosts=${HOSTS:-4} ranks=${RANKS:-1} output=${OUTPUT:-$ROOT/runs/ethernet} steps=${STEPS:-600} every=${EVERY:-60}
-local=${LOCAL:-2} period=${PERIOD:-64}
+hosts=${HOSTS:-4} ranks=${RANKS:-1} output=${OUTPUT:-$ROOT/runs/ethernet} steps=${STEPS:-600} every=${EVERY:-40}
+local=${LOCAL:-3} period=${PERIOD:-64}
 read -ra speeds <<<"${SPEEDS:-1gbit 100mbit}"
 read -ra rates <<<"${RATES:-0.1 0.05}"
-read -ra methods <<<"${METHODS:-LSGD EASGD EASGD:asynchronous=true:overlap=true LocalSGD AllreduceSGD ddp postlocal}"
+methods=(LSGD:global_period=64:across_dtype=bfloat16 EASGD:overlap=true:period=16 LocalSGD AllreduceSGD ddp postlocal)
+[[ -z ${METHODS:-} ]] || read -ra methods <<<"$METHODS"
 set_up report
 find_mpi MPICH
 mkdir -p "$output"

@@ -36,10 +36,7 @@ def read(path: Path) -> dict[str, Any] | None:
     interfaces = [line.split() for line in (path / "interfaces").read_text().splitlines()]
     name, _, rate = path.name.rpartition("-")
     method, *options = name.split(":")
-    label = ", ".join(
-        [PEERS.get(method, method), *(option.partition("=")[2] for option in options if "true" not in option)]
-    )
-    label += "".join(f", {option.partition('=')[0]}" for option in options if option.endswith("=true"))
+    label = ", ".join([PEERS.get(method, method), *(option.removesuffix("=true") for option in options)])
     return {
         "label": label,
         "rate": rate,

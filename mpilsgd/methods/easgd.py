@@ -40,10 +40,10 @@ class EASGD(Centered):
         asynchronous: True: no worker waits for the others. Each exchanges with the centre by its own clock, alone
             and in one piece, where the synchronous form exchanges with all (Algorithms 1 and 2):
             x <- x - alpha (x - c), c <- c + (beta/p) (x - c), both from the old values (Jacobi).
-        overlap: with Jacobi: a thread exchanges while the next period computes. Synchronous: the result is the same,
-            since a step needs c_t and not c_{t+1}; within one node there is nothing to hide. Asynchronous, section 2.2:
-            it exchanges a copy of x, and at the end of the period x <- x - alpha D, where D is x - c as it was at the
-            start; two vectors more a worker.
+        overlap: with Jacobi: a thread exchanges while the next period computes. Synchronous: by the same equations, as
+            a step needs c_t, not c_{t+1}; no worker waits for the network, nor for one that is less than a period
+            behind. Takes a vector more a worker, D = x - c. Asynchronous, section 2.2: at the end of the period
+            x <- x - alpha D, with D as it was at the start; two vectors more a worker.
         order: of the workers' exchanges: "free" or "round-robin" (worker 0's whole step, then worker 1's, ...).
         record, replay: a file to write the order of a free run to, one whose run is repeated bit for bit.
         optimizer, topology, init, buffers, model and errors: see `Method`.

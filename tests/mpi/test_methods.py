@@ -127,6 +127,25 @@ def test_overlap_changes_nothing() -> None:
     check_together(errors + ([] if behind else ["nothing was under way"]))
 
 
+@pytest.mark.mpi(min_size=2)
+@by_layout
+def test_overlap_waits_for_nobody_within_a_period(layout: Layout) -> None:
+    """The others take their first step when rank 0 has taken all of its first period."""
+    case = Case(EASGD, {"period": 3, "overlap": True})
+    with running(case, Quadratic(), SGD, layout) as run:
+        if WORLD.rank == 0:
+            run.run(3)
+            for other in range(1, WORLD.size):
+                WORLD.send(None, other)
+        else:
+            WORLD.recv(source=0)
+            run.run(3)
+        run.run(3)
+        simulated = case.simulate(Quadratic(), SGD, layout).run(6)
+        gap = distance(run.x(), simulated.x[run.rank])
+    check_together([f"differs by {gap:.1e}"] if gap > 1e-12 else [])
+
+
 @by_layout
 def test_until_grad_norm(layout: Layout) -> None:
     """T = ∞: a worker below the threshold waits for the others; when all are below, they average.

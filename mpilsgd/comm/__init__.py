@@ -8,10 +8,11 @@ from mpilsgd.comm.onesided import Counter, Progress, Turns, thread_problem
 from mpilsgd.comm.shards import Shard, Shards
 from mpilsgd.comm.snapshots import Snapshots
 from mpilsgd.comm.topology import Topology, end_job, exit_status
-from mpilsgd.comm.waiting import wait_until
+from mpilsgd.comm.waiting import Background, wait_until
 from mpilsgd.comm.windows import Window, free_shared_memory
 
 __all__ = [
+    "Background",
     "Bell",
     "Counter",
     "Fabric",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Shard, Topology, Window, thread_problem
+from mpilsgd.comm import Background, Shard, Topology, Window, thread_problem
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import accumulation_dtype, share
 from mpilsgd.methods.base import ROUND, wants_round
@@ -41,9 +41,9 @@ class EASGD(Centered):
             and in one piece, where the synchronous form exchanges with all (Algorithms 1 and 2):
             x <- x - alpha (x - c), c <- c + (beta/p) (x - c), both from the old values (Jacobi).
         overlap: with Jacobi: a thread exchanges while the next period computes. Synchronous: by the same equations, as
-            a step needs c_t, not c_{t+1}; no worker waits for the network, nor for one that is less than a period
-            behind. Takes a vector more a worker, D = x - c. Asynchronous, section 2.2: at the end of the period
-            x <- x - alpha D, with D as it was at the start; two vectors more a worker.
+            a step needs c_t, not c_{t+1}; no worker waits for a round that takes less than a period, or for a worker
+            that is less than a period behind. Takes a vector more a worker, D = x - c. Asynchronous, section 2.2: at
+            the end of the period x <- x - alpha D, with D as it was at the start; two vectors more a worker.
         order: of the workers' exchanges: "free" or "round-robin" (worker 0's whole step, then worker 1's, ...).
         record, replay: a file to write the order of a free run to, one whose run is repeated bit for bit.
         optimizer, topology, init, buffers, model and errors: see `Method`.
@@ -90,7 +90,7 @@ class EASGD(Centered):
         problems += course_problems(asynchronous, order, record, replay)
         self.center_rate, self.period, self.form = center_rate, period, form
         self.asynchronous, self.overlap = asynchronous, overlap
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread: Background | None = None
         self._exchanging: Future[None] | None = None  # "overlap": the exchange under way
         self._difference: dict[torch.dtype, torch.Tensor] = {}  # ... and its D
         self._pending = False
@@ -113,14 +113,13 @@ class EASGD(Centered):
                 overlap=overlap,
                 **course_settings(order, record, replay),
             ),
-            vectors=1.0
-            if asynchronous or not overlap
-            else 1.0 + 2.0 * topology.node.size,  # wider than a half type
+            # a rank's D is wider than a half type
+            vectors=1.0 + 2.0 * topology.node.size * (overlap and not asynchronous),
             course=(order, record, replay) if asynchronous else None,
         )
         self._owns_topology = made
         if overlap:
-            self._thread = ThreadPoolExecutor(1, "mpilsgd overlap")
+            self._thread = Background("mpilsgd overlap")
         if asynchronous:
             self._open_centre(init)
             self._start_alone(init)
@@ -224,9 +223,12 @@ class EASGD(Centered):
 
     def settle(self) -> None:
         if self._exchanging is not None:
-            start, exchanging = time.perf_counter(), self._exchanging
-            self._exchanging = None
-            exchanging.result()
+            start = time.perf_counter()
+            try:
+                self._exchanging.result()
+            finally:
+                if self._exchanging.done():  # and not this wait interrupted
+                    self._exchanging = None
             waited = time.perf_counter() - start
             m, traffic = self.metrics, self.fabric.traffic
             m.t_comm += waited
@@ -334,19 +336,21 @@ class EASGD(Centered):
         self._refuse_if_all({r for r, row in enumerate(table) if not row[4]})
         for d, window in self._d.items():
             a, b = share(level, 0, self._n[d])
-            level.count_local((b - a) * self._x[d].mine.element_size())
+            level.count_local((b - a) * window.mine.element_size())
             differences = [window.views[level.seats[r]][a:b] for r in level.local_ranks if table[r][4]]
-            if level.n_islands == 1:
-                for difference in differences:
-                    kernels.elastic_apply(
-                        self._c[d].mine[a:b], [], difference, 0.0, self.center_rate / level.size
-                    )
+            alone = level.n_islands == 1
+            kind, device = window.mine.dtype, window.mine.device
+            total = (
+                torch.empty(b - a, dtype=kind, device=device) if alone else self._scratch[kind].views[0][a:b]
+            )
+            if differences:
+                kernels.total(total, differences)
             else:
-                total = self._scratch[accumulation_dtype(d)].views[0][a:b]
-                if differences:
-                    kernels.total(total, differences)
-                else:
-                    total.zero_()
+                total.zero_()
+            if alone:
+                c = self._c[d].mine[a:b]
+                kernels.elastic_apply(c, [], total, 0.0, self.center_rate / level.size)
+            else:
                 self._add_sum(d, set())
             level.fence(patient=True)
 
@@ -402,4 +406,4 @@ class EASGD(Centered):
         super()._free()
         self._c, self._d = {}, {}
         if self._thread is not None:
-            self._thread.shutdown()
+            self._thread.end()

@@ -164,6 +164,10 @@ class Trainer:
 
         events: those still to come, the same on every rank: they come after the run is taken up again.
         """
+        at, start = self.progress, time.perf_counter()
+        self.opt.settle()  # an exchange behind the last steps is a part of training
+        waited = time.perf_counter() - start
+        at.wall, at.comm, at.wait = at.wall + waited, at.comm + waited, at.wait + waited
         with self._centre():
             stops = any(self.topology.allgather(self._signalled or self._bell.listen()))
         if not stops:

@@ -62,7 +62,7 @@ def test_a_tree_of_many() -> None:
     if not opt.computes:
         parameter.detach().zero_()
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and min(WORLD.allgather(opt.metrics.rounds)) < 3:
+    while min(WORLD.allgather(opt.metrics.rounds if time.monotonic() < deadline else 3)) < 3:
         opt.step()  # no gradient: the leaf stays but for what it takes
     low, high = (float(v) for v in parameter.detach().aminmax())
     errors = [] if low == high and 0 < low < 1 else [f"between {low} and {high}"]

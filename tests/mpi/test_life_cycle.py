@@ -131,6 +131,7 @@ NAN_CASES = [
         for w in ("after_step", "with_step", "every_step")
     ),
     Case(EASGD, {"period": 1, "center_rate": 0.6}, "jacobi"),
+    Case(EASGD, {"period": 1, "center_rate": 0.6, "overlap": True}, "overlap"),
     Case(EASGD, {"period": 1, "center_rate": 0.6, "form": "gauss-seidel"}, "gauss-seidel"),
 ]
 

@@ -20,6 +20,7 @@ WAYS: list[tuple[Any, dict[str, Any]]] = [
     (mpilsgd.LSGD, {"asynchronous": "wait-free", "period": 2}),
     (mpilsgd.EASGD, {"asynchronous": True, "period": 1}),
     (mpilsgd.EASGD, {"asynchronous": True, "period": 2, "overlap": True}),
+    (mpilsgd.EASGD, {"period": 2, "overlap": True}),
     (mpilsgd.Downpour, {"momentum": 0.5}),
     (mpilsgd.Downpour, {"order": "round-robin", "average": "running"}),
     (mpilsgd.ADMM, {"rho": 0.5, "asynchronous": True}),
@@ -35,7 +36,7 @@ def open_files() -> int:
 
 
 def test_a_thousand_cycles_leave_nothing_behind() -> None:
-    """Short asynchronous runs, started and ended: no hang, no leak of shared memory, files, communicators or memory."""
+    """Short runs, started and ended: no hang, no leak of shared memory, files, communicators or memory."""
     errors, marks = [], []
     for cycle in range(CYCLES):
         kind, options = WAYS[cycle % len(WAYS)]

@@ -31,7 +31,8 @@ class Background:
         self._todo: queue.SimpleQueue[tuple[Future[None], Callable[..., None], Any] | None] = (
             queue.SimpleQueue()
         )
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
 
     def _work(self) -> None:
         while (job := self._todo.get()) is not None:
@@ -47,5 +48,6 @@ class Background:
         return future
 
     def end(self) -> None:
-        """After what it was given."""
+        """After what it was given. Joined: a daemon that the interpreter's end kills in C++ would abort the process."""
         self._todo.put(None)
+        self._thread.join()

@@ -112,8 +112,8 @@ cluster() {
 # What a run leaves out for time: the job's tests and the asynchronous ones need not run on every layout.
 emulated_nodes() {
   without="train asynchronous" cliques 3 2
-  without="train asynchronous" cliques 3 3
-  without="train" cliques 4 2
+  without="" paths=tests/mpi/test_tree.py cliques 3 3 # one rank a node is also what every run does by messages
+  without="train life_cycle" cliques 4 2
 }
 without="" paths=tests/mpi
 
@@ -123,7 +123,7 @@ if [[ " ${parts[*]} " == *" mpi "* && -n $slow ]]; then
 elif [[ " ${parts[*]} " == *" mpi "* ]]; then
   LIMIT=1200
   all_ranks 1 2
-  without="train" all_ranks 3
+  without="train asynchronous" all_ranks 3
   all_ranks 4
   trees
   [[ $MPI != MPICH ]] || emulated_nodes
@@ -133,7 +133,7 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
     say "now $MPI, started by $MPIEXEC"
     export MPILSGD_MPIEXEC=$MPIEXEC
     all_ranks 2
-    without="train" all_ranks 4
+    without="train asynchronous" all_ranks 4
     [[ $MPI != MPICH ]] || emulated_nodes
   else
     say "$other: none here and none to be had, so not tested"

@@ -33,7 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     with _told_once():
         parsed = parser.parse_args(rest)
-    return module.run(parsed)
+    try:
+        status = module.run(parsed)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; nor shall Python's own flush at the end complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    return status
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:

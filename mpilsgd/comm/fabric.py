@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,7 +119,11 @@ class Level:
             heads_ranks: their ranks in `comm`; island: the index of this one among the islands.
         world_ranks: their ranks in the world; n_islands; local_ranks: the ranks in `comm` of those on this island.
         seats: their rank in their own island, the index into `Window.views`.
+        patient: table, fence and allreduce leave the core to others while they wait, as a thread beside the computing
+            should; the same on all ranks, as MPI does not match blocking and nonblocking collectives.
     """
+
+    patient = False
 
     def __init__(
         self,
@@ -153,17 +157,16 @@ class Level:
     def size(self) -> int:
         return self.comm.size
 
-    def table(self, row: Sequence[float], patient: bool = False) -> np.ndarray:
+    def table(self, row: Sequence[float]) -> np.ndarray:
         """Every rank's row of numbers, the same (size, len(row)) table on every rank.
 
         Doubles as the barrier between accesses to each other's windows. Numbers are compared after they
         have been gathered, by the same code on every rank: MPI's MIN and MINLOC disagree about a NaN.
-        patient: as `fence`.
         """
         send = np.asarray(row, dtype=np.float64)
         receive = np.empty((self.size, send.size))
         self._fabric.sync()
-        if patient:
+        if self.patient:
             wait_until(self.comm.Iallgather(send, receive).Test)
         else:
             self.comm.Allgather(send, receive)
@@ -183,13 +186,10 @@ class Level:
         self.comm.Barrier()
         self._fabric.sync()
 
-    def fence(self, patient: bool = False) -> None:
-        """Barrier among those of the level on this island; their stores before it are seen after it.
-
-        patient: leaves the core to others while it waits; the same on all.
-        """
+    def fence(self) -> None:
+        """Barrier among those of the level on this island; their stores before it are seen after it."""
         self._fabric.sync()
-        if patient:
+        if self.patient:
             wait_until(self.local.Ibarrier().Test)
         else:
             self.local.Barrier()
@@ -234,15 +234,11 @@ class Level:
                 self.fence()
             yield part
 
-    def allreduce(
-        self, total: Window, start: int, stop: int, patient: bool = False
-    ) -> Iterator[tuple[int, int]]:
+    def allreduce(self, total: Window, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Sums several islands' common vectors from `start` to `stop`; gives the parts, (start, stop), each when its
         sum can be read here, while the next ones are summed. Collective over the level, to the end of the parts.
-
-        patient: leaves the core to others while it waits, as a thread beside the computing should; the same on all.
         """
-        self.fence(patient)
+        self.fence()
         vector = total.views[0]
         wire, n = self._fabric.wire(vector.dtype), self.n_islands
         parts: Iterator[tuple[int, int]]
@@ -253,10 +249,16 @@ class Level:
                 self._fabric.traffic.across += nbytes
             else:
                 self._fabric.traffic.group += nbytes
-            parts = _sums(self.heads, vector, wire, parts, patient)
+            parts = _sums(self.heads, vector, wire, parts, self._wait)
         for part in parts:
-            self.fence(patient)
+            self.fence()
             yield part
+
+    def _wait(self, request: MPI.Request) -> None:
+        if self.patient:
+            wait_until(request.Test)
+        else:
+            request.Wait()
 
     def count_local(self, nbytes: int) -> None:
         """Notes that this rank read `nbytes` of every other vector of the level on this island."""
@@ -324,7 +326,7 @@ def _sums(
     vector: torch.Tensor,
     wire: torch.dtype,
     parts: Iterator[tuple[int, int]],
-    patient: bool,
+    wait: Callable[[MPI.Request], None],
 ) -> Iterator[tuple[int, int]]:
     """vector <- the sum of all ranks' vectors, each value in the type `wire` on its way there and on its way back.
 
@@ -332,12 +334,6 @@ def _sums(
     all: 2 (n-1)/n of the vector go out and come in, and all ranks hold the same bits. The slices of the next part are
     under way while this one is summed, and its sums while the one before is used.
     """
-
-    def wait(request: MPI.Request) -> None:
-        if patient:
-            wait_until(request.Test)
-        else:
-            request.Wait()
 
     def scatter(a: int, b: int) -> tuple[Any, ...]:
         share = -(-(b - a) // heads.size)

@@ -198,7 +198,7 @@ class Method(Wrapper):
         A row is (purpose, stamp, score, own note, whether what is exchanged is finite). Collective over the world.
         """
         table = self._gate(self.fabric.world, self._row(purpose))
-        if not wants_round(table):
+        if not _wants_round(table):
             return table
         self._round(table)
         return None
@@ -206,9 +206,9 @@ class Method(Wrapper):
     def _row(self, purpose: float) -> list[float]:
         return [purpose, self._stamp(), self._score(), self._note(), self._is_finite(purpose)]
 
-    def _gate(self, level: Level, row: Sequence[float], patient: bool = False) -> np.ndarray:
+    def _gate(self, level: Level, row: Sequence[float]) -> np.ndarray:
         start = time.perf_counter()
-        table = level.table(row, patient)
+        table = level.table(row)
         self._waited += time.perf_counter() - start
         stamps = {int(row[1]) for row in table if row[0] == ROUND}
         if len(stamps) > 1:
@@ -488,5 +488,5 @@ def _rest_at_exit() -> None:
         end_job(type(failure), failure, failure.__traceback__)
 
 
-def wants_round(table: np.ndarray) -> bool:
+def _wants_round(table: np.ndarray) -> bool:
     return bool((table[:, 0] == ROUND).any())

@@ -14,7 +14,7 @@ from mpilsgd import kernels
 from mpilsgd.comm import Background, Shard, Topology, Window, thread_problem
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import accumulation_dtype, share
-from mpilsgd.methods.base import ROUND, wants_round
+from mpilsgd.methods.base import ROUND
 from mpilsgd.methods.centered import Centered
 from mpilsgd.methods.course import course_problems, course_settings
 from mpilsgd.methods.wrapped import gradient_at_x
@@ -92,10 +92,10 @@ class EASGD(Centered):
         self.asynchronous, self.overlap = asynchronous, overlap
         self._thread: Background | None = None
         self._exchanging: Future[None] | None = None  # "overlap": the exchange under way
-        self._difference: dict[torch.dtype, torch.Tensor] = {}  # ... and its D
+        self._difference: dict[torch.dtype, torch.Tensor] = {}  # ... and its D, in a half type's wider one
         self._pending = False
         self._c: dict[torch.dtype, Window] = {}
-        self._d: dict[torch.dtype, Window] = {}  # "overlap", synchronous: each worker's D
+        self._d: dict[torch.dtype, Window] = {}  # ... where the synchronous form's node sees it
         self.moving_rate = 0.0 if moving_rate is None else moving_rate  # refused below
         super().__init__(
             optimizer,
@@ -129,6 +129,8 @@ class EASGD(Centered):
         self._c = {d: self.fabric.common(world, d, w.mine.numel(), device) for d, w in self._x.items()}
         for d in self._x if overlap else ():
             self._d[d] = self.fabric.window(accumulation_dtype(d), self._n[d], device)
+            self._difference[d] = self._d[d].mine
+        world.patient = overlap
         with torch.no_grad():
             self._start_centre(init)
         self.fabric.traffic.group = self.fabric.traffic.across = 0
@@ -239,16 +241,19 @@ class EASGD(Centered):
         self.settle()
         self._pending = False
         with self._iterates():
-            self._pull_by_difference(self._difference)
+            self._pull_by_difference()
 
-    def _pull_by_difference(self, differences: dict[torch.dtype, torch.Tensor]) -> None:
+    def _pull_by_difference(self) -> None:
         """x <- x - alpha D"""
         for d, w in self._x.items():
-            kernels.elastic_apply(w.mine[: self._n[d]], [], differences[d], 0.0, -self.moving_rate)
+            kernels.elastic_apply(w.mine[: self._n[d]], [], self._difference[d], 0.0, -self.moving_rate)
 
     # Synchronous
 
     def _round(self, table: np.ndarray) -> None:
+        if self.overlap:
+            self._follow_round(table)
+            return
         level = self.fabric.world
         seidel = self.form == "gauss-seidel"
         alpha, rate = self.moving_rate, self.center_rate / level.size
@@ -282,7 +287,7 @@ class EASGD(Centered):
         level, scratch = self.fabric.world, self._scratch[accumulation_dtype(d)]
         seidel = self.form == "gauss-seidel"
         alpha, rate = self.moving_rate if seidel else 0.0, self.center_rate / level.size
-        for part in level.allreduce(scratch, 0, self._n[d], patient=self.overlap):
+        for part in level.allreduce(scratch, 0, self._n[d]):
             c, peers, broken = self._slices(d, part, bad)
             total = scratch.views[0][slice(*share(level, *part))]
             kernels.elastic_apply(c, peers if seidel else [], total, alpha, rate)
@@ -307,20 +312,21 @@ class EASGD(Centered):
         start = time.perf_counter()
         with self._iterates():
             row = self._row(ROUND)
-            if fit := row[4]:
-                self._take_difference(self.moving_rate)
             assert self._thread is not None
             self._exchanging = self._thread.submit(self._finish_round, row)
             self.metrics.t_comm += time.perf_counter() - start
-            if not fit:
+            if not row[4]:
                 self.settle()
                 self._take_centre()
         self.metrics.rounds += 1
 
-    def _take_difference(self, alpha: float) -> None:
-        for d, w in self._d.items():
-            n = self._n[d]
+    def _row(self, purpose: float) -> list[float]:
+        """With overlap D is taken before the worker is announced; one that rests is pulled only if a round comes."""
+        row = super()._row(purpose)
+        for d, w in self._d.items() if row[4] else ():
+            n, alpha = self._n[d], self.moving_rate if purpose == ROUND else 0.0
             kernels.elastic_sum(w.mine, self._c[d].mine[:n], [self._x[d].mine[:n]], alpha)
+        return row
 
     def _take_centre(self) -> None:
         self._begin_anew()
@@ -328,7 +334,7 @@ class EASGD(Centered):
             w.mine.copy_(self._c[d].mine)
 
     def _finish_round(self, row: Sequence[float]) -> None:
-        self._add_differences(self._gate(self.fabric.world, row, patient=True))
+        self._add_differences(self._gate(self.fabric.world, row))
 
     def _add_differences(self, table: np.ndarray) -> None:
         """c <- c + (beta/p) sum_i D^i, over the workers that are finite."""
@@ -352,25 +358,16 @@ class EASGD(Centered):
                 kernels.elastic_apply(c, [], total, 0.0, self.center_rate / level.size)
             else:
                 self._add_sum(d, set())
-            level.fence(patient=True)
+            level.fence()
 
-    def _meet(self, purpose: float) -> np.ndarray | None:
-        """With overlap only those come here who rest."""
-        if not self._d:
-            return super()._meet(purpose)
-        row = self._row(purpose)
-        if row[4]:
-            self._take_difference(0.0)
-        table = self._gate(self.fabric.world, row, patient=True)
-        if not wants_round(table):
-            return table
+    def _follow_round(self, table: np.ndarray) -> None:
+        """Of a worker that rests."""
         self._add_differences(table)
-        if row[4]:
-            self._pull_by_difference({d: w.mine for d, w in self._d.items()})
+        if table[self.fabric.world.rank][4]:
+            self._pull_by_difference()
         else:
             self._take_centre()
         self.metrics.rounds += 1
-        return None
 
     def _set_centre(self) -> None:
         if self.asynchronous:
@@ -404,6 +401,6 @@ class EASGD(Centered):
 
     def _free(self) -> None:
         super()._free()
-        self._c, self._d = {}, {}
+        self._c, self._d, self._difference = {}, {}, {}
         if self._thread is not None:
             self._thread.end()

@@ -23,13 +23,16 @@ METHODS: dict[str, Callable[..., Any]] = {
         optimizer, topology, pull=PULL, when="every_step"
     ),
     "EASGD": lambda optimizer, topology: EASGD(optimizer, topology, center_rate=CENTER_RATE, period=1),
+    "EASGD overlap": lambda optimizer, topology: EASGD(
+        optimizer, topology, center_rate=CENTER_RATE, period=1, overlap=True
+    ),
     "LocalSGD": lambda optimizer, topology: LocalSGD(optimizer, topology, period=1),
     'LocalSGD average="quadratic"': lambda optimizer, topology: LocalSGD(
         optimizer, topology, period=1, average="quadratic", a=1.0
     ),
     "AllreduceSGD": lambda optimizer, topology: AllreduceSGD(optimizer, topology),
     "EASGD asynchronous": lambda optimizer, topology: EASGD(optimizer, topology, period=1, asynchronous=True),
-    "EASGD overlap": lambda optimizer, topology: EASGD(
+    "EASGD asynchronous, overlap": lambda optimizer, topology: EASGD(
         optimizer, topology, period=2, asynchronous=True, overlap=True
     ),
     "Downpour": lambda optimizer, topology: Downpour(optimizer, topology),

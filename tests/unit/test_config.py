@@ -406,6 +406,21 @@ def test_only_the_first_rank_complains() -> None:
         assert bool(done.stderr) == told
 
 
+def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
+    gone, pipe = os.pipe()
+    os.close(gone)  # as `mpilsgd info | head` may leave it
+    done = subprocess.run(
+        [sys.executable, "-m", "mpilsgd.cli", "info"],
+        env=clean_environment(),
+        stdout=pipe,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def clean_environment() -> dict[str, str]:
     """Without what a launcher has set."""
     prefixes = ("PMI", "OMPI", "PRTE", "SLURM", "MPI_", "HYDI", "HYDRA")

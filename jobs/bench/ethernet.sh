@@ -7,7 +7,8 @@
 #   HOSTS    how many (4), RANKS each (1)
 #   SPEEDS   of every host's link, as tc writes them ("1gbit 100mbit")
 #   RATES    learning rates; the best of each method counts ("0.1 0.05")
-#   METHODS  which ("LSGD:global_period=64:across_dtype=bfloat16 EASGD:overlap=true:period=16 LocalSGD AllreduceSGD ddp
+#   SEEDS    a run for each ("1"); the mean of their curves counts
+#   METHODS  which ("LSGD:global_period=64:across_dtype=bfloat16 EASGD:overlap=true:period=8 LocalSGD AllreduceSGD ddp
 #            postlocal"); options of their own, as many as wanted, stand behind colons
 #   STEPS    of a worker (600) that talks at every step: AllreduceSGD, ddp; EVERY how many it is evaluated (40)
 #   LOCAL    how many times as many steps, and between evaluations, the others take (3)
@@ -16,7 +17,7 @@
 #   OUTPUT   the folder of the runs (runs/ethernet); runs that lie there already are shown, too
 #
 # Without options the mlp trains on digits; the table of the README took an hour:
-#   bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32 --seed 1
+#   bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
@@ -24,7 +25,8 @@ hosts=${HOSTS:-4} ranks=${RANKS:-1} output=${OUTPUT:-$ROOT/runs/ethernet} steps=
 local=${LOCAL:-3} period=${PERIOD:-64}
 read -ra speeds <<<"${SPEEDS:-1gbit 100mbit}"
 read -ra rates <<<"${RATES:-0.1 0.05}"
-methods=(LSGD:global_period=64:across_dtype=bfloat16 EASGD:overlap=true:period=16 LocalSGD AllreduceSGD ddp postlocal)
+read -ra seeds <<<"${SEEDS:-1}"
+methods=(LSGD:global_period=64:across_dtype=bfloat16 EASGD:overlap=true:period=8 LocalSGD AllreduceSGD ddp postlocal)
 [[ -z ${METHODS:-} ]] || read -ra methods <<<"$METHODS"
 set_up report
 find_mpi MPICH
@@ -35,8 +37,8 @@ list=$(for ((i = 0; i < hosts; ++i)); do printf '%snode%d:%d' "${comma-}" "$i" "
 
 on_hosts() { # on_hosts COMMAND...: on all ranks of all hosts
   local command
-  command=$(printf '%q ' env MPI4PY_LIBMPI="${MPI4PY_LIBMPI:-}" OMP_NUM_THREADS=1 PEERS_INTERFACE=eth0 PATH="$PATH" \
-    "$MPIEXEC" -launcher rsh -launcher-exec "$emulated/rsh" -hosts "$list" -n $((hosts * ranks)) "$@")
+  command=$(printf '%q ' env OMP_NUM_THREADS=1 PEERS_INTERFACE=eth0 "$MPIEXEC" -launcher rsh -launcher-exec "$emulated/rsh" \
+    -hosts "$list" -n $((hosts * ranks)) "$@")
   timeout 36000 "$emulated/hosts.sh" sh node0 "cd $(printf %q "$PWD") && $command" </dev/null
 }
 
@@ -55,16 +57,17 @@ for speed in "${speeds[@]}"; do
     esac
     common=(--steps $((steps * factor)) --eval_every "$((every * factor)) steps")
     for rate in "${rates[@]}"; do
-      run=$output/$speed/$entry-$rate
-      mkdir -p "$output/$speed"
-      say "$speed, $entry, learning rate $rate"
-      command=(mpilsgd train --checkpoint_every null --overwrite true)
-      case $method in ddp | postlocal) command=(python -m mpi4py "$ROOT/jobs/bench/peers.py" "$method") ;; esac
-      "$emulated/hosts.sh" up "$hosts" "$speed"
-      "$emulated/hosts.sh" bytes >"$output/before"
-      on_hosts "${command[@]}" --output "$run" --lr "$rate" "${own[@]}" "${common[@]}" "$@" >"$run.log" 2>&1 ||
-        grep -q diverged "$run.log" || { tail -n 20 "$run.log" >&2; die "$run failed"; }
-      "$emulated/hosts.sh" bytes >"$run/interfaces"
+      for seed in "${seeds[@]}"; do
+        run=$output/$speed/$entry-$rate-$seed
+        mkdir -p "$output/$speed"
+        say "$speed, $entry, learning rate $rate, seed $seed"
+        command=(mpilsgd train --checkpoint_every null --overwrite true)
+        case $method in ddp | postlocal) command=(python -m mpi4py "$ROOT/jobs/bench/peers.py" "$method") ;; esac
+        "$emulated/hosts.sh" up "$hosts" "$speed"
+        on_hosts "${command[@]}" --output "$run" --lr "$rate" --seed "$seed" "${own[@]}" "${common[@]}" "$@" >"$run.log" 2>&1 ||
+          grep -q diverged "$run.log" || { tail -n 20 "$run.log" >&2; die "$run failed"; }
+        "$emulated/hosts.sh" bytes >"$run/interfaces"
+      done
     done
   done
 done

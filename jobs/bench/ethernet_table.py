@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from matplotlib import rc_context
@@ -22,7 +23,7 @@ def main(folder: Path, error: float | None) -> None:
     for path in sorted(folder.iterdir()):
         runs = [read(run) for run in sorted(path.iterdir())] if path.is_dir() else []
         if found := [run for run in runs if run is not None]:
-            speeds[path.name] = best_of(found, error)
+            speeds[path.name] = best_of(over_seeds(found), error)
     for speed, (target, runs) in speeds.items():
         print_table(speed, target, runs)
     draw(speeds, folder / "ethernet.png")
@@ -34,16 +35,31 @@ def read(path: Path) -> dict[str, Any] | None:
         return None
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     interfaces = [line.split() for line in (path / "interfaces").read_text().splitlines()]
-    name, _, rate = path.name.rpartition("-")
+    name, rate, _ = path.name.rsplit("-", 2)
     method, *options = name.split(":")
     label = ", ".join([PEERS.get(method, method), *(option.removesuffix("=true") for option in options)])
     return {
         "label": label,
         "rate": rate,
         "rows": rows,
-        "lowest": min(row["test_error"] for row in rows),
         "sent": sum(int(line[2]) for line in interfaces),
     }
+
+
+def over_seeds(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of one method and rate as one: the means over its seeds at every evaluation that all of them came to."""
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        kinds.setdefault((run["label"], run["rate"]), []).append(run)
+    means = []
+    for same in kinds.values():
+        rows = [
+            {key: mean(row[key] for row in every) for key in ("step", "wall_s", "t_comm", "test_error")}
+            for every in zip(*(run["rows"] for run in same), strict=False)
+        ]
+        lowest, sent = min(row["test_error"] for row in rows), mean(run["sent"] for run in same)
+        means.append({**same[0], "seeds": len(same), "rows": rows, "lowest": lowest, "sent": sent})
+    return means
 
 
 def best_of(runs: list[dict[str, Any]], error: float | None) -> tuple[float, list[dict[str, Any]]]:
@@ -61,14 +77,14 @@ def best_of(runs: list[dict[str, Any]], error: float | None) -> tuple[float, lis
 def print_table(speed: str, target: float, runs: list[dict[str, Any]]) -> None:
     width = max(len(run["label"]) for run in runs)
     print(f"\n{speed}: seconds to a test error of {100 * target:.1f} %")
-    print(f"{'method':{width}}  rate  seconds  lowest error  s a step  communicating  MB sent a step")
+    print(f"{'method':{width}}  rate  seeds  seconds  lowest error  s a step  communicating  MB sent a step")
     for run in runs:
         last = run["rows"][-1]
         step, wall = last["step"], last["wall_s"]
         seconds = "never" if run["seconds"] == NEVER else f"{run['seconds']:.0f}"
         print(
-            f"{run['label']:{width}}{run['rate']:>6}{seconds:>9}{run['lowest']:14.2%}{wall / step:10.3f}"
-            f"{last['t_comm'] / wall:15.1%}{run['sent'] / step / 1e6:16.3f}"
+            f"{run['label']:{width}}{run['rate']:>6}{run['seeds']:>7}{seconds:>9}{run['lowest']:14.2%}"
+            f"{wall / step:10.3f}{last['t_comm'] / wall:15.1%}{run['sent'] / step / 1e6:16.3f}"
         )
 
 

@@ -58,15 +58,23 @@ for speed in "${speeds[@]}"; do
     common=(--steps $((steps * factor)) --eval_every "$((every * factor)) steps")
     for rate in "${rates[@]}"; do
       for seed in "${seeds[@]}"; do
-        run=$output/$speed/$entry-$rate-$seed
+        run=$output/$speed/$entry,lr=$rate,seed=$seed
         mkdir -p "$output/$speed"
         say "$speed, $entry, learning rate $rate, seed $seed"
         command=(mpilsgd train --checkpoint_every null --overwrite true)
         case $method in ddp | postlocal) command=(python -m mpi4py "$ROOT/jobs/bench/peers.py" "$method") ;; esac
         "$emulated/hosts.sh" up "$hosts" "$speed"
-        on_hosts "${command[@]}" --output "$run" --lr "$rate" --seed "$seed" "${own[@]}" "${common[@]}" "$@" >"$run.log" 2>&1 ||
-          grep -q diverged "$run.log" || { tail -n 20 "$run.log" >&2; die "$run failed"; }
-        "$emulated/hosts.sh" bytes >"$run/interfaces"
+        options=("${own[@]}" "${common[@]}" "$@" --output "$run" --lr "$rate" --seed "$seed")
+        rm -f "$run/interfaces" "$run/diverged"
+        if on_hosts "${command[@]}" "${options[@]}" >"$run.log" 2>&1; then
+          "$emulated/hosts.sh" bytes >"$run/interfaces"
+        elif grep -q diverged "$run.log"; then
+          mkdir -p "$run"
+          touch "$run/diverged"
+        else
+          tail -n 20 "$run.log" >&2
+          die "$run failed"
+        fi
       done
     done
   done

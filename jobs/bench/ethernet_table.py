@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from statistics import mean
@@ -22,8 +23,10 @@ def main(folder: Path, error: float | None) -> None:
     speeds = {}
     for path in sorted(folder.iterdir()):
         runs = [read(run) for run in sorted(path.iterdir())] if path.is_dir() else []
-        if found := [run for run in runs if run is not None]:
-            speeds[path.name] = best_of(over_seeds(found), error)
+        if means := over_seeds([run for run in runs if run is not None], path.name):
+            speeds[path.name] = best_of(means, error)
+    if not speeds:
+        sys.exit(f"no run in {folder} has come to its end")
     for speed, (target, runs) in speeds.items():
         print_table(speed, target, runs)
     draw(speeds, folder / "ethernet.png")
@@ -31,31 +34,34 @@ def main(folder: Path, error: float | None) -> None:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    if not (path / "interfaces").is_file():
+    named = re.fullmatch("(.*),lr=(.*),seed=.*", path.name)
+    diverged = (path / "diverged").is_file()
+    if named is None or not (diverged or (path / "interfaces").is_file()):
         return None
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    interfaces = [line.split() for line in (path / "interfaces").read_text().splitlines()]
-    name, rate, _ = path.name.rsplit("-", 2)
-    method, *options = name.split(":")
+    method, *options = named[1].split(":")
     label = ", ".join([PEERS.get(method, method), *(option.removesuffix("=true") for option in options)])
-    return {
-        "label": label,
-        "rate": rate,
-        "rows": rows,
-        "sent": sum(int(line[2]) for line in interfaces),
-    }
+    run = {"label": label, "rate": named[2], "diverged": diverged}
+    if not diverged:
+        run["rows"] = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        run["sent"] = sum(int(line.split()[2]) for line in (path / "interfaces").read_text().splitlines())
+    return run
 
 
-def over_seeds(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs of one method and rate as one: the means over its seeds at every evaluation that all of them came to."""
+def over_seeds(runs: list[dict[str, Any]], speed: str) -> list[dict[str, Any]]:
+    """The runs of one method and rate as one: the means over its seeds. Where a seed diverged, that is said instead."""
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
         kinds.setdefault((run["label"], run["rate"]), []).append(run)
     means = []
     for same in kinds.values():
+        if lost := sum(run["diverged"] for run in same):
+            print(
+                f"{speed}, {same[0]['label']}, rate {same[0]['rate']}: {lost} of {len(same)} seeds diverged"
+            )
+            continue
         rows = [
             {key: mean(row[key] for row in every) for key in ("step", "wall_s", "t_comm", "test_error")}
-            for every in zip(*(run["rows"] for run in same), strict=False)
+            for every in zip(*(run["rows"] for run in same), strict=True)
         ]
         lowest, sent = min(row["test_error"] for row in rows), mean(run["sent"] for run in same)
         means.append({**same[0], "seeds": len(same), "rows": rows, "lowest": lowest, "sent": sent})

@@ -17,7 +17,7 @@ import torch
 from mpi4py import MPI
 
 from mpilsgd.comm.topology import Topology
-from mpilsgd.comm.waiting import wait_until
+from mpilsgd.comm.waiting import complete
 from mpilsgd.comm.windows import Window, free_shared_memory
 
 _PIECE = 1 << 22  # bytes a message at most: those of a chunk follow each other, and MPI's counts are C ints
@@ -167,7 +167,7 @@ class Level:
         receive = np.empty((self.size, send.size))
         self._fabric.sync()
         if self.patient:
-            wait_until(self.comm.Iallgather(send, receive).Test)
+            complete(self.comm.Iallgather(send, receive))
         else:
             self.comm.Allgather(send, receive)
         self._fabric.sync()
@@ -190,7 +190,7 @@ class Level:
         """Barrier among those of the level on this island; their stores before it are seen after it."""
         self._fabric.sync()
         if self.patient:
-            wait_until(self.local.Ibarrier().Test)
+            complete(self.local.Ibarrier())
         else:
             self.local.Barrier()
         self._fabric.sync()
@@ -256,7 +256,7 @@ class Level:
 
     def _wait(self, request: MPI.Request) -> None:
         if self.patient:
-            wait_until(request.Test)
+            complete(request)
         else:
             request.Wait()
 

@@ -66,6 +66,7 @@ class Method(Wrapper):
         problems: Iterable[str | None],
         settings: dict[str, Any],
         vectors: float = 0.0,
+        wide: int = 0,
         gradients: bool = False,
         course: tuple[str, Any, Any] | None = None,
     ):
@@ -100,11 +101,15 @@ class Method(Wrapper):
         if course is not None:  # order, record, replay of an asynchronous run
             self._course = Course(self.topology, *course, {**self._about, "optimizer": described(optimizer)})
         device = parameters[0].device
-        nbytes = sum(-(-t.numel() * t.element_size() // 64) * 64 for t in [*parameters, *held])
+        # of a vector, and of one in the types that sums are taken in
+        nbytes, wide_nbytes = (
+            sum(-(-t.numel() * kind(t.dtype).itemsize // 64) * 64 for t in [*parameters, *held])
+            for kind in (lambda dtype: dtype, accumulation_dtype)
+        )
         node = self.topology.node
-        if node.size < self.topology.world.size:
-            vectors += 3.0  # the scratch below, which is wider than a half type
-        shared = int(nbytes * (1 + gradients + vectors / node.size)) + 4096
+        shared = int(nbytes * (1 + gradients + vectors / node.size)) + wide * wide_nbytes + 4096
+        if node.size < self.topology.world.size:  # the scratch below
+            shared += (nbytes + (wide_nbytes if wide_nbytes > nbytes else 0)) // node.size
         self.fabric = Fabric(self.topology, shared, shareable=device.type == "cpu")
         self._x: dict[torch.dtype, Window] = {}
         self._g: dict[torch.dtype, Window] = {}

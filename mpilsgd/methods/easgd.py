@@ -42,8 +42,9 @@ class EASGD(Centered):
             x <- x - alpha (x - c), c <- c + (beta/p) (x - c), both from the old values (Jacobi).
         overlap: with Jacobi: a thread exchanges while the next period computes. Synchronous: by the same equations, as
             a step needs c_t, not c_{t+1}; no worker waits for a round that takes less than a period, or for a worker
-            that is less than a period behind. Takes a vector more a worker, D = x - c. Asynchronous, section 2.2: at
-            the end of the period x <- x - alpha D, with D as it was at the start; two vectors more a worker.
+            that is less than a period behind; one set back to the centre waits for that. `metrics.rounds` counts
+            those begun. Takes a vector more a worker, D = x - c. Asynchronous, section 2.2: at the end of the period
+            x <- x - alpha D, with D as it was at the start; two vectors more a worker. D is float32 for half types.
         order: of the workers' exchanges: "free" or "round-robin" (worker 0's whole step, then worker 1's, ...).
         record, replay: a file to write the order of a free run to, one whose run is repeated bit for bit.
         optimizer, topology, init, buffers, model and errors: see `Method`.
@@ -113,13 +114,13 @@ class EASGD(Centered):
                 overlap=overlap,
                 **course_settings(order, record, replay),
             ),
-            # a rank's D is wider than a half type
-            vectors=1.0 + 2.0 * topology.node.size * (overlap and not asynchronous),
+            vectors=1.0,
+            wide=1 if overlap and not asynchronous else 0,
             course=(order, record, replay) if asynchronous else None,
         )
         self._owns_topology = made
         if overlap:
-            self._thread = Background("mpilsgd overlap")
+            self._thread = Background("mpilsgd overlap", self.flat.parameters[0].device)
         if asynchronous:
             self._open_centre(init)
             self._start_alone(init)

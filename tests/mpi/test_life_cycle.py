@@ -381,6 +381,7 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
         for options in ({"center_rate": -0.1}, {"center_rate": math.nan}, {"moving_rate": math.inf})
     ),
     (EASGD, {"form": "sor"}),
+    *((EASGD, {"overlap": value}) for value in (None, "")),
     *(
         (m, o)
         for m in (AllreduceSGD, LocalSGD, LSGD, EASGD)

@@ -93,8 +93,13 @@ def test_a_signal_saves_and_the_job_goes_on(slurm: None, tmp_path: Path) -> None
     call("scancel", "--signal=USR1", job)
     until(lambda: "ended by a signal at step" in log.read_text(), log)
     until(lambda: fields(job).get("Restarts") == "1", log)
-    call("scontrol", "update", f"JobId={job}", "StartTime=now")
-    until(lambda: "resumed at step" in log.read_text(), log)
+
+    def resumed() -> bool:
+        if fields(job).get("JobState") == "PENDING":  # it would wait two minutes, and an update may come too early
+            call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return "resumed at step" in log.read_text()
+
+    until(resumed, log)
     call("scancel", job)
     wait_for(job, ENDED)
 

@@ -13,7 +13,7 @@
 #   STEPS    of a worker (600) that talks at every step: AllreduceSGD, ddp; EVERY how many it is evaluated (40)
 #   LOCAL    how many times as many steps, and between evaluations, the others take (3)
 #   PERIOD   of the others: steps between two rounds (64)
-#   ERROR    the test error to come to (the lowest of ddp, or of all if it is left out)
+#   ERROR    the test error to come to (the lowest of ddp, or of all if it is left out); between evaluations curves are straight
 #   OUTPUT   the folder of the runs (runs/ethernet); runs that lie there already are shown, too
 #
 # Without options the mlp trains on digits; the table of the README took an hour:

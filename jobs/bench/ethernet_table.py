@@ -108,7 +108,7 @@ def print_table(speed: str, target: float, runs: list[dict[str, Any]]) -> None:
 def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], path: Path) -> None:
     labels = sorted({run["label"] for _, runs in speeds.values() for run in runs})
     with rc_context(STYLE):
-        figure = Figure(figsize=(5.6 * len(speeds), 4.9), layout="constrained")
+        figure = Figure(figsize=(5.6 * len(speeds), 5.4), layout="constrained")
         axes = figure.subplots(1, len(speeds), sharey=True, squeeze=False)[0]
         lines: dict[str, Any] = {}
         for axis, (speed, (target, runs)) in zip(axes, speeds.items(), strict=True):
@@ -132,7 +132,7 @@ def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], path: Path) -> N
             axis.set_xlabel("training time [s]")
         axes[0].set_ylabel("test error [%]")
         figure.legend(
-            [lines[label] for label in labels], labels, loc="outside upper center", ncols=2 * len(speeds)
+            [lines[label] for label in labels], labels, loc="outside upper center", ncols=len(speeds)
         )
         figure.savefig(path)
 

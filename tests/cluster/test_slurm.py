@@ -95,7 +95,8 @@ def test_a_signal_saves_and_the_job_goes_on(slurm: None, tmp_path: Path) -> None
     until(lambda: fields(job).get("Restarts") == "1", log)
 
     def resumed() -> bool:
-        if fields(job).get("JobState") == "PENDING":  # it would wait two minutes, and an update may come too early
+        # It would wait two minutes, and an update may come too early.
+        if fields(job).get("JobState") == "PENDING":
             call("scontrol", "update", f"JobId={job}", "StartTime=now")
         return "resumed at step" in log.read_text()
 

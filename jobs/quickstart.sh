@@ -33,6 +33,6 @@ To try next, another method and both in one picture:
 
   cd '$ROOT'; source '$VENV/bin/activate'$needs
   $start -n $ranks mpilsgd train jobs/quickstart.yaml --method EASGD --output runs/easgd
-  mpilsgd report runs/quickstart runs/easgd
+  mpilsgd report runs/quickstart runs/easgd --output runs/report
   mpilsgd train --help
 END

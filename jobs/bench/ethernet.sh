@@ -10,14 +10,16 @@
 #   SEEDS    a run for each ("1"); the mean of their curves counts
 #   METHODS  which ("LSGD:global_period=64:across_dtype=bfloat16 EASGD:overlap=true:period=8 LocalSGD AllreduceSGD ddp
 #            postlocal"); options of their own, as many as wanted, stand behind colons
-#   STEPS    of a worker (600) that talks at every step: AllreduceSGD, ddp; EVERY how many it is evaluated (40)
-#   LOCAL    how many times as many steps, and between evaluations, the others take (3)
-#   PERIOD   of the others: steps between two rounds (64)
+#   STEPS    a worker takes (600) and EVERY how many it is evaluated (40): AllreduceSGD and ddp, which talk at every step
+#   LOCAL    the other methods take so many times as many of both (3)
+#   PERIOD   of the other methods: steps between two rounds (64)
 #   ERROR    the test error to come to (the lowest of ddp, or of all if it is left out); between evaluations curves are straight
 #   OUTPUT   the folder of the runs (runs/ethernet); runs that lie there already are shown, too
 #
-# Without options the mlp trains on digits; the table of the README took an hour:
-#   bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32
+# Without options the mlp trains on digits, some seconds a run; a row of the README's took two minutes a seed and rate:
+#   SEEDS="1 2" SPEEDS=100mbit bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32
+#   LOCAL=2 SPEEDS=1gbit bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32
+# --lr, --seed and --output are RATES, SEEDS and OUTPUT here.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 

@@ -93,14 +93,15 @@ def test_a_signal_saves_and_the_job_goes_on(slurm: None, tmp_path: Path) -> None
     call("scancel", "--signal=USR1", job)
     until(lambda: "ended by a signal at step" in log.read_text(), log)
     until(lambda: fields(job).get("Restarts") == "1", log)
+    requeued = time.monotonic()
 
     def resumed() -> bool:
-        # It would wait two minutes, and an update may come too early.
-        if fields(job).get("JobState") == "PENDING":
+        # It would wait two minutes, so that the first run's end is not taken for its own: seconds are enough here.
+        if time.monotonic() > requeued + 10 and fields(job).get("JobState") == "PENDING":
             call("scontrol", "update", f"JobId={job}", "StartTime=now")
         return "resumed at step" in log.read_text()
 
-    until(resumed, log)
+    until(resumed, log, 240)
     call("scancel", job)
     wait_for(job, ENDED)
 

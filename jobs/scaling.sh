@@ -21,10 +21,12 @@ else
   source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
   set_up report
   find_mpi
-  ranks=${MPILSGD_RANKS:-$(nproc)} output=${OUTPUT:-$ROOT/runs/scaling}
+  ranks=${MPILSGD_RANKS:-$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)} output=${OUTPUT:-$ROOT/runs/scaling}
   start() { LIMIT=36000 run_ranks "$@"; }
 fi
 
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} # the same for few ranks and many
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 steps=${STEPS:-200}
 mkdir -p "$output"
 names=()
@@ -34,7 +36,7 @@ for ((n = 2; n <= ranks; n *= 2)); do
     --output "$output/ranks-$n" --overwrite true >"$output/ranks-$n.log" 2>&1 || { tail -n 20 "$output/ranks-$n.log" >&2; exit 1; }
   names+=("$output/ranks-$n")
 done
-((${#names[@]})) || { echo "error: it takes 2 ranks at least, not $ranks" >&2; exit 2; }
+((${#names[@]})) || { echo "error: it takes 2 ranks at least, not $ranks: see MPILSGD_RANKS" >&2; exit 2; }
 python3 - "${names[@]}" <<'END'
 import json, pathlib, sys
 

@@ -49,7 +49,7 @@ set_up() {
     TORCH=as-found # the user's own environment, made with MPILSGD_VENV
   fi
   if [[ $TORCH != as-found && $(cat "$VENV/torch" 2>/dev/null) != "$TORCH" ]]; then
-    say "installing $TORCH"
+    say "installing $TORCH (up to some minutes)"
     quietly "pip install $TORCH" "$PY" -m pip install "$TORCH" numpy
     printf '%s' "$TORCH" >"$VENV/torch"
   fi
@@ -58,7 +58,7 @@ set_up() {
   have=$(cat "$VENV/built" 2>/dev/null || true)
   if [[ $have != "$sources "* ]] || ! has_extras "${have#* }" "$extras"; then
     [[ -z $have ]] || extras=$(printf '%s' "${have#* },$extras" | tr ',' '\n' | sort -u | paste -sd, -)
-    say "building mpilsgd and installing what it needs (${extras//,/, })"
+    say "building mpilsgd and installing what it needs: ${extras//,/, } (up to some minutes)"
     rm -f "$VENV/built"
     # An editable build knows only the modules it saw: a new one counts as a change of sources.
     quietly "building mpilsgd" "$PY" -m pip install -e "$ROOT[$extras]"

@@ -187,6 +187,17 @@ def lay_tree(nodes: Sequence[Sequence[int]], degree: int, inner: str = "ranks") 
             adopt(rank, children[full][-half:])
             del children[full][-half:]
         adopt(full, [rank])
+    for i in range(p):  # over a single leaf, where another of its node has room for both: it is a leaf, too
+        above = parent[i]
+        if hosted or len(children[i]) != 1 or children[children[i][0]] or above < 0:
+            continue
+        room = {
+            k: degree - 2 + (k == above) - len(below) for k, below in enumerate(children) if below and k != i
+        }
+        near = [k for k, free in room.items() if free >= 0 and node_of[k] == node_of[i]]
+        if near and (above in near or len(children[above]) > 2):
+            children[above].remove(i)
+            adopt(above if above in near else near[0], [i, children[i].pop()])
     return Tree(parent, [sorted(below) for below in children], host)
 
 

@@ -3,7 +3,7 @@
 from mpilsgd.comm.bell import Bell
 from mpilsgd.comm.fabric import Fabric, Level, SharedMemoryWarning, exhaust
 from mpilsgd.comm.heartbeat import Heartbeat
-from mpilsgd.comm.links import Inbox, Links, Outbox, Slot
+from mpilsgd.comm.links import Inbox, Links, Outbox, Slot, tag_problem
 from mpilsgd.comm.onesided import Counter, Progress, Turns, thread_problem
 from mpilsgd.comm.shards import Shard, Shards
 from mpilsgd.comm.snapshots import Snapshots
@@ -34,6 +34,7 @@ __all__ = [
     "exhaust",
     "exit_status",
     "free_shared_memory",
+    "tag_problem",
     "thread_problem",
     "wait_until",
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import socket
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -85,6 +87,20 @@ def launched_processes(environment: Mapping[str, str]) -> int | None:
         if environment.get(name, "").isdigit():
             return int(environment[name])
     return None
+
+
+@functools.cache
+def warn_if_apart() -> None:
+    """Says once in this process that a launcher of another MPI started more processes than MPI sees."""
+    launched = launched_processes(os.environ)
+    if launched is not None and launched > MPI.COMM_WORLD.size:
+        warnings.warn(
+            f"the launcher started {launched} processes, but MPI sees {MPI.COMM_WORLD.size}, so they do not train "
+            "together: start them with the mpiexec that lies beside this python, or under Slurm with "
+            "srun --mpi=pmi2 (MPICH) or srun --mpi=pmix (Open MPI)",
+            RuntimeWarning,
+            stacklevel=4,  # who wraps an optimizer
+        )
 
 
 def cuda_support() -> CudaSupport:

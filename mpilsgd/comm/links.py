@@ -15,19 +15,26 @@ _PIECE = 1 << 30  # bytes a message: MPI counts are C ints
 Memory = np.ndarray  # of bytes
 
 
+def tag_problem(comm: MPI.Comm, tags: int) -> str | None:
+    """Why `Links` cannot have so many."""
+    most = comm.Get_attr(MPI.TAG_UB) or tags
+    return None if tags <= most else f"{tags // 2} tree nodes take {tags} message tags; this MPI has {most}"
+
+
 class Links:
     """This rank's ends of a tree's edges, and the memory of the messages under way.
 
     Args:
-        level: all ranks; room: how many messages may lie at a receiver before they are taken.
+        level: all ranks; newest: of the messages that have come the newest is taken, else all in their order, of which
+            two may lie at a receiver.
         tags: how many there are in the tree, one for each direction of each edge.
 
     Collective: `deliver`, `free`.
     """
 
-    def __init__(self, level: Level, room: int, tags: int):
+    def __init__(self, level: Level, newest: bool, tags: int):
         self._level, self._comm = level, level.comm
-        self._room, self._last_tag = room, tags
+        self._newest, self._last_tag = newest, tags
         self._outboxes: list[Outbox] = []
         self._inboxes: list[Inbox] = []
         self._slots: dict[int, Slot] = {}
@@ -43,11 +50,11 @@ class Links:
     def into(self, rank: int, tag: int, nbytes: int) -> Inbox | Slot:
         if rank == self._comm.rank:
             return self._slot(tag)
-        self._inboxes.append(Inbox(self._comm, rank, tag, nbytes, self._room))
+        self._inboxes.append(Inbox(self._comm, rank, tag, nbytes, self._newest))
         return self._inboxes[-1]
 
     def _slot(self, tag: int) -> Slot:
-        return self._slots.setdefault(tag, Slot(self._room))
+        return self._slots.setdefault(tag, Slot(1 if self._newest else 2))
 
     def fresh(self, nbytes: int) -> Memory:
         """Memory for a message, which may go to several: none that is under way."""
@@ -112,11 +119,15 @@ class Outbox:
 
 
 class Inbox:
-    """One direction of an edge, at its receiver: room for so many messages, and a receive that waits for the next."""
+    """One direction of an edge, at its receiver: room for a message that lies here and the next, which is received.
 
-    def __init__(self, comm: MPI.Comm, rank: int, tag: int, nbytes: int, room: int):
+    newest: the next one takes the place of the one that lies here; else both lie here, and none is received.
+    """
+
+    def __init__(self, comm: MPI.Comm, rank: int, tag: int, nbytes: int, newest: bool):
         self._comm, self.rank, self.tag = comm, rank, tag
-        self._free = [np.empty(nbytes, np.uint8) for _ in range(room)]
+        self._newest = newest
+        self._free = [np.empty(nbytes, np.uint8) for _ in range(2)]
         self._lies: collections.deque[Memory] = collections.deque()
         self._requests: list[MPI.Request] = []
         self._coming: Memory | None = None
@@ -131,7 +142,9 @@ class Inbox:
 
     def has(self) -> bool:
         """Whether a message lies here."""
-        if self._coming is not None and MPI.Request.Testall(self._requests):
+        while self._coming is not None and MPI.Request.Testall(self._requests):
+            if self._newest and self._lies:
+                self._free.append(self._lies.popleft())
             self._lies.append(self._coming)
             self._coming = None
             self.received += 1
@@ -139,7 +152,7 @@ class Inbox:
         return bool(self._lies)
 
     def message(self) -> Memory:
-        """The oldest that lies here; good until `release`."""
+        """The oldest that lies here; good until `release` or `has`."""
         return self._lies[0]
 
     def release(self) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Fabric, Level, Topology, Window, end_job, exit_status
+from mpilsgd.comm import Fabric, Level, Topology, Window, end_job, exit_status, inquiry
 from mpilsgd.flat import FlatParameters, find_modules, float_buffers
 from mpilsgd.methods.arguments import choice
 from mpilsgd.methods.averaging import Span, accumulation_dtype, average, recalibrate
@@ -71,6 +71,7 @@ class Method(Wrapper):
         course: tuple[str, Any, Any] | None = None,
     ):
         super().__setstate__({})  # step hooks, without a copy of the parameter groups
+        inquiry.warn_if_apart()
         self.topology = Topology() if topology is None else topology
         self._owns_topology = topology is None
         found = list(problems)

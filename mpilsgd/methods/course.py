@@ -217,9 +217,10 @@ class Course:
                     raise ValueError(_difference(found["of"], self._about))
             except FileNotFoundError:
                 error = f"replay={os.fspath(path)}: there is no such file"
-            except (OSError, ValueError, KeyError, TypeError) as problem:
-                what = "not a recording" if isinstance(problem, (KeyError, TypeError)) else str(problem)
-                error = f"replay={os.fspath(path)}: {what}"
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+                error = f"replay={os.fspath(path)}: it is not a recording"
+            except (OSError, ValueError) as problem:
+                error = f"replay={os.fspath(path)}: {problem}"
         error = self._topology.broadcast(error)
         if error is not None:
             raise ValueError(error)

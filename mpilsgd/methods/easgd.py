@@ -84,8 +84,8 @@ class EASGD(Centered):
             moving_rate = center_rate / p
         problems.append(choice("asynchronous", asynchronous, (False, True)))
         problems.append(choice("overlap", overlap, (False, True)))
-        if overlap and form != "jacobi":
-            problems.append('overlap needs form="jacobi"')
+        if overlap and form == "gauss-seidel":
+            problems.append('overlap needs form="jacobi", not "gauss-seidel"')
         if overlap:
             problems.append(thread_problem())
         problems += course_problems(asynchronous, order, record, replay)

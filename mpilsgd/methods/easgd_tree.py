@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Inbox, Links, Outbox, Slot, Topology, wait_until
+from mpilsgd.comm import Inbox, Links, Outbox, Slot, Topology, tag_problem, wait_until
 from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.base import Method
 from mpilsgd.methods.course import course_settings
@@ -25,7 +25,7 @@ _UNKNOWN = 0.05  # seconds of a pass as long as no leaf has told of its step
 _MEMORY = 0.9  # of the mean of a step's seconds
 _PATIENCE = 10.0  # seconds that lock-step waits for a rank which has ended its steps
 _LONGEST = 64  # a sender whose messages are not taken waits so many periods at most
-_TRUST = 4  # messages that must get through before it sends twice as often again
+_MISSES = 3  # times in a row that the last message was not taken, before it sends half as often
 
 
 @dataclasses.dataclass
@@ -44,17 +44,17 @@ class _Edge:
     send_every: int
     take_every: int
     stride: int = 1
-    through: int = 0  # messages since the stride last changed
+    misses: int = 0  # in a row
 
     def gets_through(self) -> bool:
-        """Whether a message that is due can be sent; else the next ones will be further apart."""
-        free = self.out.ready()
-        self.through = self.through + 1 if free else 0
-        if not free:
+        """Whether a message that is due can be sent. Where several cannot, the next ones will be further apart."""
+        if self.out.ready():
+            self.stride, self.misses = max(1, self.stride // 2), 0
+            return True
+        self.misses += 1
+        if self.misses % _MISSES == 0:
             self.stride = min(2 * self.stride, _LONGEST)
-        elif self.stride > 1 and self.through == _TRUST:
-            self.stride, self.through = self.stride // 2, 0
-        return free
+        return False
 
 
 @dataclasses.dataclass
@@ -77,8 +77,9 @@ class EASGDTree(Method):
         a leaf: x^i <- x^i - eta g^i(x^i); an inner node lets as much time pass.
 
     The gradient is taken at x^i as it is after what has come. So a leaf does the sending and taking of a step at the
-    end of the one before. On each edge at most one message is under way; where the last one is still not taken, the
-    next is left out (`metrics.skipped`), and the sender sends half as often until messages get through again.
+    end of the one before. Of the messages that have come on an edge since its last step a node takes the newest. At
+    most one is under way: where the last one has still not come, the next is left out (`metrics.skipped`), and after
+    three of them the sender sends half as often, until messages get through again.
 
     Args:
         degree: d >= 2: at most so many children.
@@ -98,8 +99,8 @@ class EASGDTree(Method):
         workers: the ranks that are leaves; computes: whether this one is.
 
     The centre is the root. The run ends by `reached(n)`: n steps of all leaves together. What is not finite is marked
-    so in a message and not taken; a leaf that is not takes over its parent's next message. Memory: a message for each
-    edge that comes in, and those under way.
+    so in a message and not taken; a node that is not takes over its parent's next message, the root a child's. Memory:
+    two messages for each edge that comes in, and those under way.
 
     Source: thesis 6.1, Algorithm 6.
     """
@@ -124,9 +125,12 @@ class EASGDTree(Method):
     ):
         topology, made = (Topology(), True) if topology is None else (topology, False)
         problems = [whole("degree", degree), choice("scheme", scheme, SCHEMES)]
-        problems.append(problems[0] or tree_problem(topology.world.size, degree))
+        if problems[0] is None:
+            problems.append(tree_problem(topology.world.size, degree))
         problems.append(choice("inner", inner, INNER))
         tree = None if any(problems) else lay_tree(topology.nodes, degree, inner)
+        if tree is not None:
+            problems.append(tag_problem(topology.world, 2 * len(tree.parent)))
         if moving_rate is not None:
             problems.append(number("moving_rate", moving_rate, 0.0, 1.0))
         elif tree is not None:
@@ -168,8 +172,7 @@ class EASGDTree(Method):
         self._seconds = _UNKNOWN  # of a leaf's step
         self._last_step: float | None = None
         # lock-step: a leaf's next message may come before its last one is taken
-        room = 2 if order == "lock-step" else 1
-        self._links = Links(self.fabric.world, room, 2 * len(self.tree.parent))
+        self._links = Links(self.fabric.world, newest=order == "free", tags=2 * len(self.tree.parent))
         self._own = [self._node(i) for i, host in enumerate(self.tree.host) if host == topology.world.rank]
         assert self._course is not None
         self._course.open(self.fabric)
@@ -270,10 +273,11 @@ class EASGDTree(Method):
         return True
 
     def _take(self, node: _Node, edge: _Edge) -> None:
-        """x <- x + alpha (message - x); a node that is not finite takes over its parent's message."""
+        """x <- x + alpha (message - x); a node that is not finite takes over its parent's message, the root any."""
         head, vectors = self._open_message(edge.into.message(), edge.narrow)
         if head[0]:
-            broken = edge.above and not all([kernels.check(x) for x in node.x.values()])
+            mends = edge.above or node.index == self.tree.root
+            broken = mends and not all([kernels.check(x) for x in node.x.values()])
             leaf = self.tree.is_leaf(node.index)
             if broken and leaf:
                 self._begin_anew()
@@ -395,11 +399,16 @@ class EASGDTree(Method):
             lying = [[torch.from_numpy(memory.copy()) for memory in edge.into.lying()] for edge in node.edges]
             inner = node.index >= self.topology.world.size
             nodes.append((node.t, {str(d): x.clone() for d, x in node.x.items()} if inner else {}, lying))
-        return {"nodes": nodes, "seconds": self._seconds}
+        return {"nodes": nodes, "seconds": self._seconds, "layout": self._layout()}
+
+    def _layout(self) -> list[Any]:
+        """What a state is bound to."""
+        sizes = [self._message_bytes(edge.narrow) for node in self._own for edge in node.edges]
+        return [self.tree.parent, self.tree.host, sizes]
 
     def _load_extra(self, own: dict[str, Any]) -> None:
         self.fabric.world.table([0.0])  # nobody sends
-        self.topology.agree(None if len(own["nodes"]) == len(self._own) else _OTHER_TREE)
+        self.topology.agree(None if own.get("layout") == self._layout() else _OTHER_TREE)
         self._links.deliver()
         self._seconds = own["seconds"]
         for node, (t, x, lying) in zip(self._own, own["nodes"], strict=True):

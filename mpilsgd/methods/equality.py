@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,21 +25,43 @@ def check_equal(
         error = str(wrong)
     topology.agree(error)
     told = {k: "a callable" if callable(v) else v for k, v in settings.items()}
-    rows = topology.allgather((model, str(sum(p.numel() for p in parameters)), method, told))
-    for r, row in enumerate(rows):
-        if row[0] != rows[0][0]:
-            raise ValueError(
-                f"the models differ: rank {r} has {row[1]} parameters in another number, shape, dtype or "
-                f"order than rank 0 with {rows[0][1]}"
-            )
-        if row[2:] != rows[0][2:]:
-            raise ValueError(f"the settings differ: rank 0 has {rows[0][2:]}, rank {r} has {row[2:]}")
+    rows = topology.allgather((model, {"method": method, **told}))
+    models = [row[0] for row in rows]
+    if len(set(models)) > 1:
+        every = topology.allgather((_listed("parameter", parameters), _listed("buffer", buffers)))
+        other = next(r for r, model in enumerate(models) if model != models[0])
+        raise ValueError(f"the models differ: {_first_difference(every[0], every[other], other)}")
+    first = rows[0][1]
+    for r, (_, settings) in enumerate(rows):
+        if settings != first:
+            unequal = [
+                f"{k} is {first.get(k)!r} on rank 0 and {settings.get(k)!r} on rank {r}"
+                for k in {**first, **settings}
+                if first.get(k) != settings.get(k)
+            ]
+            raise ValueError("the settings differ: " + ", ".join(unequal))
     layout = {
         "nodes": topology.allgather(topology.node.rank),
         "groups": topology.groups,
         "shared": topology.shared,
     }
     return {"method": method, "workers": len(rows), "layout": layout, "model": model, "settings": told}
+
+
+def _listed(kind: str, tensors: list[Any]) -> dict[str, str]:
+    """Shape and dtype of each, and its strides where they are not the usual ones."""
+    return {
+        f"{kind} {i}": f"{tuple(t.shape)} {t.dtype}" + ("" if t.is_contiguous() else f" strides {t.stride()}")
+        for i, t in enumerate(tensors)
+    }
+
+
+def _first_difference(here: Sequence[dict[str, str]], there: Sequence[dict[str, str]], rank: int) -> str:
+    for a, b in zip(here, there, strict=True):
+        for name in {**a, **b}:
+            if a.get(name) != b.get(name):
+                return f"{name} is {a.get(name, 'missing')} on rank 0 and {b.get(name, 'missing')} on rank {rank}"
+    return f"other tensors share their memory on rank {rank} than on rank 0"
 
 
 def broadcast_rest(topology: Topology, modules: list[torch.nn.Module], flat: FlatParameters) -> None:

@@ -42,7 +42,7 @@ PART_NAMES = {
     "wait": "waiting",
     "other": "other",
 }
-_ASYNCHRONY = ("steps of each rank", "centre updates by others between a worker's read and its write")
+_ASYNCHRONY = ("steps of each worker", "centre updates by others between a worker's read and its write")
 STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
@@ -129,19 +129,19 @@ def draw_leaders(runs: Sequence[Run], path: Path) -> Path | None:
 
 
 def draw_time(runs: Sequence[Run], path: Path) -> Path:
-    """Time computing, loading, communicating, waiting (thesis Table 4.4): a bar a rank of one run, or a bar a run."""
+    """Time computing, loading, communicating, waiting (thesis Table 4.4): a bar a worker of one run, or a bar a run."""
     if len(runs) == 1:
         parts = _times(runs[0])
         count = max(map(len, parts.values()))
-        labels = [f"rank {rank}" for rank in range(count)]
+        labels = [f"rank {rank}" for rank in runs[0].ranks(count)]
         bars = {part: np.resize(values, count) for part, values in parts.items()}
-        title = f"{runs[0].label}: time of each rank"
+        title = f"{runs[0].label}: time of each worker"
         wall = np.full(count, runs[0].total("wall_s"))
     else:
         labels = [run.label for run in runs]
         means = [{part: float(np.mean(values)) for part, values in _times(run).items()} for run in runs]
         bars = {part: np.array([mean[part] for mean in means]) for part in means[0]}
-        title = "time of a run, mean over its ranks"
+        title = "time of a run, mean over its workers"
         wall = np.array([run.total("wall_s") for run in runs])
     # The rest of the training time: the loop itself, metrics; left out where it is too little to see.
     rest = np.nan_to_num(wall - sum(bars.values()))
@@ -206,8 +206,9 @@ def draw_asynchrony(runs: Sequence[Run], path: Path) -> Path | None:
             _draw_steps(row[0], run, colors[id(run)], most)
             for axis in row[1:]:
                 _draw_staleness(axis, run, colors[id(run)], highest)
-        for axis, text in zip(axes[-1], _ASYNCHRONY, strict=False):
-            axis.set_xlabel(text)
+        for column, text in zip(axes.T, _ASYNCHRONY, strict=False):
+            for axis in [axis for axis in column if axis.axison][-1:]:
+                axis.set_xlabel(text)
         return _save(figure, path)
 
 
@@ -244,14 +245,12 @@ def _draw_steps(axis: Axes, run: Run, color: str, most: int) -> None:
         return
     axis.barh(range(len(steps)), steps, height=0.72, color=color, alpha=0.8)
     if len(steps) <= 16:
-        for rank, count in enumerate(steps):
-            axis.annotate(f" {count}", (count, rank), va="center", fontsize=9)
+        for i, count in enumerate(steps):
+            axis.annotate(f" {count}", (count, i), va="center", fontsize=9)
     axis.set_xlim(0, most * 1.2)
     axis.set_ylim(len(steps) - 0.45, -0.55)
-    axis.yaxis.set_major_locator(
-        FixedLocator([float(rank) for rank in range(0, len(steps), max(1, len(steps) // 16))])
-    )
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda rank, _: f"{rank:.0f}"))
+    shown, ranks = range(0, len(steps), max(1, len(steps) // 16)), run.ranks(len(steps))
+    axis.set_yticks(shown, [str(ranks[i]) for i in shown])
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axis.set_ylabel("rank")
@@ -260,7 +259,7 @@ def _draw_steps(axis: Axes, run: Run, color: str, most: int) -> None:
 
 
 def _times(run: Run) -> dict[str, np.ndarray]:
-    """Seconds of each rank by what was done; waiting taken out of communicating."""
+    """Seconds of each worker by what was done; waiting taken out of communicating."""
     parts = {part: np.array(values) for part, values in run.seconds().items()}
     waited = np.array(run.waiting())
     known = waited.shape == parts["comm"].shape

@@ -75,7 +75,7 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     if isinstance(opt, EASGDTree):
         display.say(f"tree: {summary_line(opt.tree)}, moving_rate={opt.moving_rate:.3g}")
     if config.resume:
-        _resume(trainer, directory, topology, display)
+        _resume(config, trainer, directory, topology, display)
     if left:
         display.say(f"resumed without {' and '.join(left)}, which are of whole runs")
     heartbeat = Heartbeat(topology)
@@ -245,10 +245,21 @@ def _directory(config: Config, topology: Topology, model: torch.nn.Module) -> Ru
     return directory
 
 
-def _resume(trainer: Trainer, directory: RunDirectory, topology: Topology, display: Display) -> None:
+def _resume(
+    config: Config, trainer: Trainer, directory: RunDirectory, topology: Topology, display: Display
+) -> None:
     """Goes back to the last finished checkpoint, or to the start if there is none."""
     step = together(topology, directory.sealed_step, topology.world.size)
     if step is not None:
-        trainer.restore(together(topology, directory.load, topology.world.rank, step), step)
+        state = together(topology, directory.load, topology.world.rank, step)
+        try:
+            trainer.restore(state, step)
+        except ValueError as error:  # raised on every rank
+            raise Stopped(f"{directory.path}: {error}") from None
     on_first(topology, directory.cut, trainer.mean_step())
-    display.say(f"resumed at step {step}" if step is not None else "no finished checkpoint: starting anew")
+    on_first(topology, directory.begin, config.text())
+    done = step is not None and step >= trainer.total
+    left = ", which is its end: nothing is left to do" if done else ""
+    display.say(
+        f"resumed at step {step}{left}" if step is not None else "no finished checkpoint: starting anew"
+    )

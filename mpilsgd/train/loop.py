@@ -179,6 +179,7 @@ class Trainer:
             name = min(name, events[0].step - 1)
         if name != self._sealed:
             self._save(name)
+        on_first(self.topology, self.directory.interrupted.touch, status=FAILED)
         self._bell.free()
         raise Stopped(
             f"ended by a signal at step {name}; it goes on with: mpilsgd train --resume {self.directory.path}",

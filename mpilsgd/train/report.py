@@ -33,13 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table, draws the figures; exit status 2: a run cannot be read or a figure not be written."""
+    """Prints the table, draws the figures; exit status 2: a path is no run directory, no run has an evaluation, or a
+    figure cannot be written.
+    """
     try:
-        runs = read_runs(args.runs)
+        found = read_runs(args.runs)
+        for notice in (notice for one in found for notice in one.notices):
+            print(f"mpilsgd report: {notice}", file=sys.stderr)
+        runs = [one for one in found if one.metrics]
+        if not runs:
+            raise RunError("no run is left to report on")
         folder = (
             Path(args.output)
             if args.output
-            else (runs[0].path / "report" if len(runs) == 1 else Path("report"))
+            else (found[0].path / "report" if len(found) == 1 else Path("report"))
         )
         folder.mkdir(parents=True, exist_ok=True)
     except RunError as error:
@@ -48,8 +55,6 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"mpilsgd report: the folder for the figures cannot be made: {error}", file=sys.stderr)
         return 2
-    for notice in (notice for one in runs for notice in one.notices):
-        print(f"mpilsgd report: {notice}", file=sys.stderr)
     print(table(runs))
     for one in runs:
         if one.leaders:
@@ -131,7 +136,7 @@ def _row(one: Run) -> list[str]:
     return [
         one.name,
         one.method,
-        f"{one.world_size}{groups}",
+        f"{_workers(one)}{groups}",
         _steps(one),
         percent(final),
         percent(float(errors[best])) if best >= 0 else "-",
@@ -144,6 +149,12 @@ def _row(one: Run) -> list[str]:
         in_bytes(one.total("bytes_across")),
         _resets(one),
     ]
+
+
+def _workers(one: Run) -> str:
+    """How many ranks compute, and of how many if some do not."""
+    computing = len(one.workers)
+    return f"{computing} of {one.world_size}" if computing < one.world_size else str(computing)
 
 
 def _steps(one: Run) -> str:

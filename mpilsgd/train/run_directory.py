@@ -30,18 +30,20 @@ class RunDirectory:
 
     Rank 0 writes all of them but the checkpoints, of which every rank writes its own file. A checkpoint counts once
     its manifest names its files; the manifest is written when all files are there, and every file is renamed into
-    place whole, so that there is always either the old checkpoint or the new one.
+    place whole, so that there is always either the old checkpoint or the new one. The file "interrupted" says
+    that a signal has ended the run, until it is resumed.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.checkpoint = self.path / "checkpoint"
         self.manifest = self.checkpoint / "manifest.json"
+        self.interrupted = self.path / "interrupted"
 
     # Rank 0, before training
 
     def claim(self, config_text: str, overwrite: bool = False, resume: bool = False, need: int = 0) -> None:
-        """Makes the directory and writes config.yaml.
+        """Makes the directory, and begins a new run.
 
         Args:
             need: bytes that the run's checkpoints will take.
@@ -62,13 +64,19 @@ class RunDirectory:
             if overwrite and not resume:
                 self._clear()
             self._make_room(need)
-            _replace(self.path / "config.yaml", lambda file: file.write(config_text.encode()))
+            if not resume:
+                self.begin(config_text)
         except OSError as error:
             self._leave()
             raise InputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
         except InputError:
             self._leave()
             raise
+
+    def begin(self, config_text: str) -> None:
+        """Writes config.yaml: a run begins or has been taken up."""
+        _replace(self.path / "config.yaml", lambda file: file.write(config_text.encode()))
+        self.interrupted.unlink(missing_ok=True)
 
     def probe(self, size: int = 1) -> None:
         """Writes and removes a file, to find out before training what would fail after it."""

@@ -14,7 +14,7 @@ import numpy as np
 
 
 class RunError(ValueError):
-    """A run directory that cannot be reported on; the text says which one and why."""
+    """A path that is no run directory, or one that cannot be read; the text says which one and why."""
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Run:
 
     Attributes:
         path, name: the directory, and the shortest ending of its path that tells the runs of a report apart.
-        metrics: the lines of metrics.jsonl, by rising step.
+        metrics: the lines of metrics.jsonl, by rising step (empty where a run ended before its first evaluation).
         leaders: the lines of leaders.jsonl, by rising step (empty where no method elects one).
         summary, config: summary.json and config.yaml (empty where a run was ended before it wrote them).
         notices: what was odd in the files, for the reader of the report.
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def worker_steps(self) -> list[int]:
-        """The steps of each rank of an asynchronous run; empty for others."""
+        """The steps of each worker of an asynchronous run; empty for others."""
         steps = self.summary.get("worker_steps")
         return [int(step) for step in steps] if _is_numbers(steps) else []
 
@@ -93,7 +93,7 @@ class Run:
 
     @property
     def world_size(self) -> int:
-        """The number of workers: the summary's, or one more than the highest rank that ever led."""
+        """The number of ranks: the summary's, or one more than the highest rank that ever led."""
         named = [
             rank
             for line in self.leaders
@@ -101,6 +101,16 @@ class Run:
             if rank is not None
         ]
         return max(int(_number(self.summary.get("world_size", 1))), 1 + max(named, default=0))
+
+    @property
+    def workers(self) -> list[int]:
+        """The ranks that compute; the summary names them where not all do."""
+        named = self.summary.get("workers")
+        return [int(rank) for rank in named] if _is_numbers(named) else list(range(self.world_size))
+
+    def ranks(self, count: int) -> list[int]:
+        """The ranks of a list with a value a worker; 0, 1, ... where it is longer or shorter than it should be."""
+        return self.workers if len(self.workers) == count else list(range(count))
 
     @property
     def n_groups(self) -> int:
@@ -134,7 +144,7 @@ class Run:
         return local, overall
 
     def seconds(self) -> dict[str, list[float]]:
-        """Seconds of computing, loading, communication: a value a rank (without a summary rank 0's alone)."""
+        """Seconds of computing, loading, communication: a value a worker (without a summary rank 0's alone)."""
         parts = {}
         for part in ("compute", "data", "comm"):
             per_rank = self.summary.get(f"t_{part}")
@@ -146,16 +156,16 @@ class Run:
         return parts
 
     def waiting(self) -> list[float]:
-        """Of the seconds of communication, those in which each rank waited for others; empty if it is not known."""
+        """Of the seconds of communication, those in which each worker waited for others; empty if it is not known."""
         waits = self.summary.get("t_wait")
         return [float(value) for value in waits] if _is_numbers(waits) else []
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """Reads several run directories.
+    """Reads several run directories; a run that ended before its first evaluation has no `metrics`, and a notice.
 
     Raises:
-        RunError: for all directories at once that are missing, no run directories, or without measurement.
+        RunError: for all paths at once that are missing, no run directories, or cannot be read.
     """
     runs, errors = [], []
     folders = list(dict.fromkeys(Path(path) for path in paths))
@@ -182,13 +192,13 @@ def _read_run(folder: Path, name: str) -> Run:
         config = _read_document(folder / "config.yaml", notices)
     except OSError as error:
         raise RunError(f"{folder}: {error.strerror or error}: {error.filename}") from error
-    if not metrics:
-        if (folder / "metrics.jsonl").exists():
-            raise RunError(
-                f"{folder}: metrics.jsonl holds no readable line: the run ended before its first evaluation"
-            )
+    if not any((folder / file).exists() for file in ("config.yaml", "metrics.jsonl")):
         raise RunError(f"{folder}: holds no metrics.jsonl; is it a run directory (`mpilsgd train --output`)?")
-    if not summary:
+    if not metrics:
+        notices.append(
+            "left out: no readable line in metrics.jsonl: the run ended, or still is, before its first evaluation"
+        )
+    elif not summary:
         notices.append(
             "no summary.json: the run is not finished, or was ended; figures are those of its last line"
         )

@@ -17,7 +17,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
     def whole(name: str, default: int | None, help: str) -> None:
         spelled = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
-        group.add_argument(*spelled, type=int, default=default, metavar="N", help=help)
+        group.add_argument(*spelled, type=whole_number, default=default, metavar="N", help=help)
 
     whole("ranks", None, "lay it over so many ranks, which need not be started (default: those that are)")
     whole("nodes", None, "... in blocks on so many nodes (default 1)")
@@ -44,6 +44,13 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def whole_number(text: str) -> int:
+    """A whole number; 1e6 is one."""
+    if not float(text).is_integer():
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text}")
+    return int(float(text))
+
+
 def run(args: argparse.Namespace, topology: Topology) -> int:
     """Rank 0 prints the tree. Exit status 2: there is none."""
     if args.ranks is None:
@@ -58,7 +65,9 @@ def run(args: argparse.Namespace, topology: Topology) -> int:
     problems += [
         f"{name} must be above 0" for name in ("parameters", "step_time") if getattr(args, name) <= 0
     ]
-    if args.nodes is not None and (args.ranks is None or not 1 <= args.nodes <= args.ranks):
+    if args.ranks is not None and args.ranks < 2:
+        problems = [f"ranks must be at least 2, not {args.ranks}: a tree has two levels, parents and leaves"]
+    elif args.nodes is not None and (args.ranks is None or not 1 <= args.nodes <= args.ranks):
         problems = ["--nodes goes with --ranks, and is from 1 to as many"]
     if topology.world.rank:
         return 2 if any(problems) else 0

@@ -81,6 +81,12 @@ def until(true: Callable[[], object], log: Path, seconds: float = 120) -> None:
         time.sleep(0.5)
 
 
+LATE = """
+import ctypes, os
+if os.environ.get("SLURM_PROCID") == "3":  # C's sleep(3), after Python and MPI
+    c = ctypes.CDLL(None)
+    getattr(c, "__cxa_atexit")(ctypes.cast(c.sleep, ctypes.c_void_p), ctypes.c_void_p(3), None)
+"""
 LONG = ("--epochs", 2000, "--eval_every", "20 steps")
 
 
@@ -106,6 +112,17 @@ def test_a_signal_saves_and_the_job_goes_on(slurm: None, tmp_path: Path) -> None
     wait_for(job, ENDED)
 
 
+def test_a_rank_that_leaves_late_does_not_hide_the_status(slurm: None, tmp_path: Path) -> None:
+    """srun ends what still runs when the first rank has left with 75."""
+    (tmp_path / "sitecustomize.py").write_text(LATE)
+    log, run = tmp_path / "log", tmp_path / "run"
+    export = f"--export=ALL,REQUEUE=0,OUTPUT={run},PYTHONPATH={tmp_path}"
+    job = submit(f"--output={log}", export, "jobs/train.sbatch", *LONG)
+    until((run / "metrics.jsonl").is_file, log)
+    assert call("scancel", "--signal=USR1", job).returncode == 0
+    assert wait_for(job, ENDED)["ExitCode"] == "75:0", log.read_text()
+
+
 def test_without_requeueing_the_status_is_75(slurm: None, tmp_path: Path) -> None:
     log, run = tmp_path / "log", tmp_path / "run"
     export = f"--export=ALL,REQUEUE=0,OUTPUT={run}"
@@ -118,20 +135,19 @@ def test_without_requeueing_the_status_is_75(slurm: None, tmp_path: Path) -> Non
 
 
 def test_a_sweep_gives_one_report(slurm: None, tmp_path: Path) -> None:
+    """Also where a run diverges at once, a task of the array has no pair, and another sweep lies there already."""
     output = tmp_path / "sweep"
-    job = submit(
-        "--array=0-3",
-        "--ntasks-per-node=2",
-        f"--output={tmp_path}/log-%a",
-        f"--export=ALL,OUTPUT={output}",
-        "jobs/sweep.sbatch",
-        "--epochs",
-        3,
-    )
+    (output / "ended" / "1" / "drawn").mkdir(parents=True)
+    export = f"--export=ALL,OUTPUT={output},RATES=0.1 1e30,PULLS=0.1 0.5"
+    options = ("--array=0-4", "--ntasks-per-node=2", f"--output={tmp_path}/log-%a", export)
+    job = submit(*options, "jobs/sweep.sbatch", "--epochs", 3)
     until(lambda: not call("squeue", "-h", "-j", job).stdout.strip(), tmp_path / "log-0", 180)
     logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("log-*")))
-    assert len(list(output.glob("lr-*/summary.json"))) == 4, logs
+    assert len(list(output.glob("lr-0.1-*/summary.json"))) == 2, logs
+    assert not list(output.glob("lr-1e30-*/summary.json")), logs
     assert (output / "report" / "curves.png").is_file(), logs
+    assert logs.count("mpilsgd report: ") >= 1 and "no report was drawn" not in logs, logs
+    assert "task 4 of the array, but 2 rates and 2 pulls make 4 pairs" in logs
 
 
 def test_scaling_gives_a_table_and_one_report(slurm: None, tmp_path: Path) -> None:

@@ -252,6 +252,15 @@ def test_settings_that_differ_are_refused() -> None:
     refused(ADMM, "differ", rho=1.0 + mine)
 
 
+def test_a_replay_of_what_is_no_recording(folder: Path) -> None:
+    file = folder / "mine.py"
+    for content in (b"import torch\n", b"\x89PNG", b"", b"3", b"[]", b'{"step": 3}'):
+        if WORLD.rank == 0:
+            file.write_bytes(content)
+        WORLD.Barrier()
+        refused(EASGD, r"mine.py: it is not a recording$", asynchronous=True, replay=file)
+
+
 def test_admm_has_one_rate() -> None:
     """η stands in the centre's pull, for all parameters alike."""
     topo = Topology()

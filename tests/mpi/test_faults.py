@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -227,6 +228,75 @@ def test_settings_of_a_topology_that_differ() -> None:
         mpilsgd.Topology(shared=WORLD.rank == 0)
     with pytest.raises(ValueError, match="same on every rank"):
         mpilsgd.Topology(group_size=1 if WORLD.rank == 0 else None)
+
+
+def linear(*sizes: int, **options: Any) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(a, b, **options) for a, b in itertools.pairwise(sizes)))
+
+
+def tied() -> nn.Module:
+    model = linear(3, 3, 3, 3)
+    model[2].weight.data = model[0].weight.data
+    return model
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "difference"),
+    [
+        (
+            lambda: linear(4, 5, 3),
+            lambda: linear(4, 5, 2),
+            r"parameter 2 is (3, 5) torch.float32 on rank 0 and (2, 5) torch.float32 on rank {}",
+        ),
+        (
+            lambda: linear(4, 5),
+            lambda: linear(4, 5, dtype=torch.float64),
+            r"parameter 0 is (5, 4) torch.float32 on rank 0 and (5, 4) torch.float64 on rank {}",
+        ),
+        (
+            lambda: linear(4, 5),
+            lambda: linear(4, 5, 3),
+            r"parameter 2 is missing on rank 0 and (3, 5) torch.float32 on rank {}",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False)),
+            lambda: linear(4, 5),
+            r"buffer 0 is (5,) torch.float32 on rank 0 and missing on rank {}",
+        ),
+        (
+            lambda: nn.Conv2d(2, 3, 3),
+            lambda: nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last),
+            r"parameter 0 is (3, 2, 3, 3) torch.float32 on rank 0 and (3, 2, 3, 3) torch.float32 strides "
+            r"(18, 1, 6, 2) on rank {}",
+        ),
+        (lambda: linear(3, 3, 3, 3), tied, r"other tensors share their memory on rank {} than on rank 0"),
+    ],
+    ids=["shape", "dtype", "number", "buffers", "strides", "ties"],
+)
+def test_models_that_differ_are_told_apart(first: Any, last: Any, difference: str) -> None:
+    topo = mpilsgd.Topology()
+    model = (last if WORLD.rank == WORLD.size - 1 else first)()
+    with pytest.raises(ValueError) as told:
+        mpilsgd.LSGD(torch.optim.SGD(model.parameters(), lr=0.1), topo)
+    assert str(told.value) == f"the models differ: {difference.format(WORLD.size - 1)}"
+    topo.free()
+
+
+def test_settings_that_differ_are_named() -> None:
+    topo = mpilsgd.Topology()
+    last = WORLD.rank == WORLD.size - 1
+    with pytest.raises(ValueError) as told:
+        inner = torch.optim.SGD(nn.Linear(4, 1).parameters(), lr=0.1)
+        mpilsgd.LSGD(inner, topo, pull=0.3 if last else 0.1, global_pull=0.1, period=16 if last else 64)
+    r = WORLD.size - 1
+    assert str(told.value).startswith("the settings differ: ")
+    assert f"pull is 0.1 on rank 0 and 0.3 on rank {r}" in str(told.value)
+    assert f"period is 64 on rank 0 and 16 on rank {r}" in str(told.value)
+    assert "loss_window" not in str(told.value) and "{" not in str(told.value)
+    with pytest.raises(ValueError, match=rf"differ: method is 'LocalSGD' on rank 0 and 'LSGD' on rank {r}"):
+        inner = torch.optim.SGD(nn.Linear(4, 1).parameters(), lr=0.1)
+        (mpilsgd.LSGD if last else mpilsgd.LocalSGD)(inner, topo)
+    topo.free()
 
 
 def test_recalibration_without_any_batch() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
+import warnings
 
 import pytest
+import torch
 from mpi4py import MPI
 
+import mpilsgd
 from mpilsgd.comm import inquiry
-from mpilsgd.train import bench, info
+from mpilsgd.train import bench, info, job
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
@@ -50,6 +53,57 @@ def test_facts_are_the_same_on_every_rank() -> None:
     assert len(facts["hosts"]) == facts["size"] == WORLD.size
     assert sorted(rank for ranks in facts["nodes"] for rank in ranks) == list(range(WORLD.size))
     assert WORLD.allgather(facts) == [facts] * WORLD.size
+
+
+@pytest.mark.parametrize("name", ["PMI_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_a_launcher_of_another_mpi_is_told_of_once(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a script as a warning; `mpilsgd info` and `mpilsgd train` say it themselves."""
+    for other in inquiry.LAUNCHER_SIZES:
+        monkeypatch.delenv(other, raising=False)
+    inquiry.warn_if_apart.cache_clear()
+    try:
+        assert warnings_of_a_script() == []
+        inquiry.warn_if_apart.cache_clear()
+        monkeypatch.setenv(name, str(WORLD.size + 3))
+        assert call(info) == 0
+        assert capsys.readouterr().out.count("the launcher started") == (WORLD.rank == 0)
+        assert job.main([]) == 2
+        assert capsys.readouterr().err.count("the launcher started") == (WORLD.rank == 0)
+        (told,) = warnings_of_a_script()
+    finally:
+        inquiry.warn_if_apart.cache_clear()
+    assert told.category is RuntimeWarning and told.filename == __file__
+    sizes = f"the launcher started {WORLD.size + 3} processes, but MPI sees {WORLD.size}"
+    assert all(part in str(told.message) for part in (sizes, "beside this python", "--mpi=pmi2"))
+
+
+def warnings_of_a_script() -> list[warnings.WarningMessage]:
+    model = torch.nn.Linear(2, 1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for method in (mpilsgd.LSGD, mpilsgd.EASGD, mpilsgd.LocalSGD):
+            method(torch.optim.SGD(model.parameters(), lr=0.1)).close()
+    return told
+
+
+def test_a_tree_of_too_few_ranks_blames_the_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    for ranks in ("-1", "0", "1"):
+        for more in ([], ["--nodes", "1"], ["--nodes", "3"]):
+            assert call(info, "--tree", "--ranks", ranks, *more) == 2
+            err = capsys.readouterr().err
+            assert (f"ranks must be at least 2, not {ranks}" in err) == (WORLD.rank == 0)
+            assert "--nodes" not in err
+
+
+def test_whole_numbers_of_a_tree(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(info, "--tree", "--ranks", "9", "--parameters", "1e6") == 0
+    assert ("a model of 4 MB" in capsys.readouterr().out) == (WORLD.rank == 0)
+    for wrong in ("1.5", "inf", "many"):
+        with pytest.raises(SystemExit):
+            call(info, "--tree", "--parameters", wrong)
+        assert wrong in capsys.readouterr().err
 
 
 def test_bench_exchange(capsys: pytest.CaptureFixture[str]) -> None:

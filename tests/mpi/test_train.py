@@ -171,6 +171,7 @@ def test_a_run_without_a_checkpoint_starts_anew_and_a_finished_one_goes_on(folde
     assert [row["epoch"] for row in lines(output / "metrics.jsonl")] == [1, 2]
     before = (output / "summary.json").read_text()
     everyone_got(job.main(["--resume", str(output)]), 0)
+    assert ("nothing is left to do" in capsys.readouterr().out) == (WORLD.rank == 0)
     assert [row["epoch"] for row in lines(output / "metrics.jsonl")] == [1, 2]
     assert json.loads((output / "summary.json").read_text())["test_error"] == json.loads(before)["test_error"]
     everyone_got(job.main(["--resume", str(output), "--epochs", "3"]), 0)
@@ -187,9 +188,11 @@ def test_resuming_on_another_number_of_ranks_is_refused(
         run.claim(parse([*QUICK, "--epochs", "1"]).text())
         run.save(0, 5, {})
         run.seal(5, 1)
+        before = (output / "config.yaml").read_text()
     WORLD.Barrier()
-    everyone_got(job.main(["--resume", str(output)]), 2)
+    everyone_got(job.main(["--resume", str(output), "--epochs", "7"]), 2)
     if WORLD.rank == 0:
+        assert (output / "config.yaml").read_text() == before  # nothing is lost
         assert f"is a run of 1 rank(s); it cannot be resumed on {WORLD.size}" in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import io
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from simulation import Local
 from tree_simulation import Tree as Oracle
 
 from mpilsgd import EASGDTree, Topology
+from mpilsgd.comm import Fabric, Inbox, Links, Outbox, wait_until
+from mpilsgd.methods.easgd_tree import _Edge
 from mpilsgd.tree import Periods
 
 pytestmark = [pytest.mark.mpi(min_size=2)]
@@ -255,6 +258,69 @@ def test_a_broken_leaf_never_reaches_the_root() -> None:
             resets = sum(WORLD.allgather(run.opt.metrics.resets))
             errors += [] if resets >= 1 else [f"{order} {inner}: not set back"]
     check_together(errors)
+
+
+def test_a_broken_root_takes_a_finite_message() -> None:
+    """Two finite leaves may overflow what they pull: the root has no parent to begin anew from."""
+    with running(TanhNet(), SGD, SCHEMES[0], order="lock-step", inner="hosted") as run:
+        for node in run.opt._own:
+            if node.index == run.opt.tree.root:
+                for x in node.x.values():
+                    x.fill_(float("nan"))
+        for _ in range(12):
+            run.step()
+        check_together([] if np.isfinite(run.center()).all() else ["not finite"])
+
+
+def test_the_newest_message_is_taken() -> None:
+    """What came while the receiver looked away gives way to what came last."""
+    topology = Topology()
+    fabric = Fabric(topology, 4096)
+    links = Links(fabric.world, newest=True, tags=2)
+    out = links.out(1, 0) if WORLD.rank == 0 else None
+    into = links.into(0, 0, 8) if WORLD.rank == 1 else None
+    errors: list[str] = []
+    for value in range(1, 4):
+        if isinstance(out, Outbox):
+            wait_until(out.ready)
+            memory = links.fresh(8)
+            memory[:] = value
+            out.send(memory)
+            wait_until(out.ready)
+        elif isinstance(into, Inbox):
+            while into.received < value:
+                into.has()
+    if isinstance(into, Inbox):
+        taken = int(into.message()[0])
+        into.release()
+        errors += [] if taken == 3 and not into.has() else [f"took {taken}"]
+    links.deliver()
+    links.free()
+    fabric.free()
+    topology.free()
+    check_together(errors)
+
+
+def test_a_sender_backs_off_and_comes_back() -> None:
+    """A message left out now and then changes nothing; many in a row do, and once they get through it is over."""
+    taken: list[bool] = []
+    edge = _Edge(SimpleNamespace(ready=lambda: taken.pop(0)), None, True, 0, False, 1, 1)  # type: ignore[arg-type]
+    strides = []
+    for free in [True, False, True, False, False, True] + 9 * [False] + 3 * [True]:
+        taken.append(free)
+        edge.gets_through()
+        strides.append(edge.stride)
+    assert strides == 6 * [1] + [1, 1, 2, 2, 2, 4, 4, 4, 8] + [4, 2, 1]
+
+
+@pytest.mark.mpi(min_size=4)
+def test_a_state_of_another_tree_is_refused() -> None:
+    with running(TanhNet(), SGD, SCHEMES[0], degree=2, order="lock-step") as run:
+        run.center()
+        state = run.opt.state_dict()
+    other = running(TanhNet(), SGD, SCHEMES[0], degree=3, order="lock-step")
+    with other as run, pytest.raises(ValueError, match="the tree is another one"):
+        run.opt.load_state_dict(state)
 
 
 def test_uneven_steps_end_well_or_say_so() -> None:

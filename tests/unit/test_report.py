@@ -168,6 +168,40 @@ def test_one_asynchronous_run(tmp_path: Path) -> None:
     assert run.worker_steps == list(range(100, 120)) and run.staleness[39] == 40
 
 
+def drawn(draw: Any, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The figure that is drawn of some runs."""
+    kept: list[Any] = []
+    monkeypatch.setattr("mpilsgd.train.figures._save", lambda figure, path: kept.append(figure))
+    draw(read_runs(folders), Path())
+    return kept[0]
+
+
+def test_ranks_that_only_average(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tree of five ranks the leaves 2, 3, 4 compute: the summary's lists of workers are theirs."""
+    from mpilsgd.train.figures import draw_asynchrony, draw_time
+
+    folder = asynchronous_run(tmp_path / "tree", [700, 800, 900], {}, method="EASGDTree")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"world_size": 5, "workers": [2, 3, 4]}))
+    assert call(folder) == 0
+    assert "  3 of 5  " in capsys.readouterr().out
+    steps = drawn(draw_asynchrony, [folder], monkeypatch).axes[0]
+    assert [label.get_text() for label in steps.get_yticklabels()] == ["2", "3", "4"]
+    time = drawn(draw_time, [folder], monkeypatch).axes[0]
+    assert [label.get_text() for label in time.get_yticklabels()] == ["rank 2", "rank 3", "rank 4"]
+
+
+def test_the_last_histogram_of_a_column_has_the_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpilsgd.train.figures import draw_asynchrony
+
+    runs = {"first": {"1": 7}, "second": {"0": 3}, "no-centre": {}}
+    folders = [asynchronous_run(tmp_path / name, [3, 4], found) for name, found in runs.items()]
+    labels = [axis.get_xlabel() for axis in drawn(draw_asynchrony, folders, monkeypatch).axes]
+    assert [bool(label) for label in labels] == [False, False, False, True, True, False]
+
+
 def test_synchronous_runs_have_no_picture_of_asynchrony(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "asynchrony.png").write_bytes(b"of an earlier report")
@@ -176,7 +210,10 @@ def test_synchronous_runs_have_no_picture_of_asynchrony(tmp_path: Path, capsys: 
     assert "staleness" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", [{"staleness": [1]}, {"staleness": {"x": 1}}, {"worker_steps": [None]}])
+@pytest.mark.parametrize(
+    "damage",
+    [{"staleness": [1]}, {"staleness": {"x": 1}}, {"worker_steps": [None]}, {"workers": [1]}, {"workers": 2}],
+)
 def test_damaged_figures_of_an_asynchronous_run(tmp_path: Path, damage: dict[str, Any]) -> None:
     folder = asynchronous_run(tmp_path / "run", [3, 4], {"1": 7})
     summary = json.loads((folder / "summary.json").read_text())
@@ -295,17 +332,34 @@ def test_lines_without_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_bad_directories_are_named_all_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "started").mkdir()
-    (tmp_path / "started" / "metrics.jsonl").write_text("")
-    names = ["missing", "file", "empty", "started"]
-    assert call(*(tmp_path / name for name in names)) == 2
+    reasons = {
+        "missing": "no such run directory",
+        "file": "is a file",
+        "empty": "holds no metrics.jsonl",
+    }
+    assert call(made_up_run(tmp_path / "good"), *(tmp_path / name for name in reasons)) == 2
     err = capsys.readouterr().err
-    for name, reason in zip(
-        names,
-        ["no such run directory", "is a file", "holds no metrics.jsonl", "before its first evaluation"],
-        strict=True,
-    ):
+    for name, reason in reasons.items():
         assert any(f"{tmp_path / name}:" in line and reason in line for line in err.splitlines())
+
+
+@pytest.mark.parametrize("metrics", [None, "", '{"step": 40, "wal'], ids=["missing", "empty", "half a line"])
+def test_a_run_without_an_evaluation_is_left_out(tmp_path: Path, capsys: Any, metrics: str | None) -> None:
+    bad, good = tmp_path / "bad", made_up_run(tmp_path / "good")
+    bad.mkdir()
+    (bad / "config.yaml").write_text("method: EASGD\n")
+    if metrics is not None:
+        (bad / "metrics.jsonl").write_text(metrics)
+    assert call(bad, good, "-o", tmp_path / "out") == 0
+    out, err = capsys.readouterr()
+    assert "mpilsgd report: bad: left out: " in err and "good: left out" not in err
+    assert "\ngood  " in out and "\nbad  " not in out
+    assert is_png(tmp_path / "out" / "curves.png")
+
+    assert call(bad, "-o", tmp_path / "none") == 2
+    out, err = capsys.readouterr()
+    assert "mpilsgd report: bad: left out: " in err and out == ""
+    assert not (tmp_path / "none").exists()
 
 
 def test_unwritable_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,6 +89,17 @@ def test_few_ranks_are_lost_to_averaging() -> None:
         assert inner <= least + len(nodes) + 2, (nodes, degree)
 
 
+def test_nobody_averages_for_a_single_leaf_beside_a_parent_with_room() -> None:
+    assert lay_tree([[0, 1, 2], [3, 4]], 3).parent == [-1, 0, 0, 0, 3]
+    for nodes, degree in layouts():
+        tree = lay_tree(nodes, degree)
+        node_of = {rank: k for k, ranks in enumerate(nodes) for rank in ranks}
+        for i, below in enumerate(tree.children):
+            above = tree.parent[i]
+            if above >= 0 and len(below) == 1 and tree.is_leaf(below[0]) and node_of[above] == node_of[i]:
+                assert len(tree.children[above]) == degree, (nodes, degree)
+
+
 def test_hosted_inner_nodes_are_spread() -> None:
     tree = lay_tree([list(range(k, k + 4)) for k in (0, 4, 8, 12)], 4, "hosted")
     hosts = tree.host[16:]

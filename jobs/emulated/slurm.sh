@@ -7,6 +7,7 @@ set -euo pipefail
 
 up() {
   local folder=$1 nodes=$2 host port i
+  # Jobs of an earlier Slurm are not these: what MPICH leaves of a killed one bears the job's number.
   host=$(hostname -s) port=$((20000 + RANDOM % 20000))
   mkdir -p "$folder/state" "$folder/log" "$folder/munge"
   folder=$(readlink -f "$folder")
@@ -25,6 +26,7 @@ SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket=$folder/munge/socket
 SlurmctldPort=$port
+FirstJobId=$((RANDOM + 1000))
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool.%n
 SlurmctldPidFile=$folder/slurmctld.pid

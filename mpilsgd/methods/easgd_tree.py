@@ -99,8 +99,8 @@ class EASGDTree(Method):
         workers: the ranks that are leaves; computes: whether this one is.
 
     The centre is the root. The run ends by `reached(n)`: n steps of all leaves together. What is not finite is marked
-    so in a message and not taken; a node that is not takes over its parent's next message, the root a child's. Memory:
-    two messages for each edge that comes in, and those under way.
+    so in a message and not taken; a node that is not takes over the next one. Memory: two messages for each edge that
+    comes in, and those under way.
 
     Source: thesis 6.1, Algorithm 6.
     """
@@ -273,11 +273,10 @@ class EASGDTree(Method):
         return True
 
     def _take(self, node: _Node, edge: _Edge) -> None:
-        """x <- x + alpha (message - x); a node that is not finite takes over its parent's message, the root any."""
+        """x <- x + alpha (message - x); a node that is not finite takes over the message."""
         head, vectors = self._open_message(edge.into.message(), edge.narrow)
         if head[0]:
-            mends = edge.above or node.index == self.tree.root
-            broken = mends and not all([kernels.check(x) for x in node.x.values()])
+            broken = not all([kernels.check(x) for x in node.x.values()])
             leaf = self.tree.is_leaf(node.index)
             if broken and leaf:
                 self._begin_anew()
@@ -426,7 +425,9 @@ class EASGDTree(Method):
         self._own = []
 
 
-_OTHER_TREE = "the state was saved by ranks that lay otherwise on nodes: the tree is another one"
+_OTHER_TREE = (
+    "the state is of another tree: another degree, inner, across_dtype, or ranks that lay otherwise on nodes"
+)
 
 
 def _room(nbytes: int) -> int:

@@ -31,7 +31,7 @@ class RunDirectory:
     Rank 0 writes all of them but the checkpoints, of which every rank writes its own file. A checkpoint counts once
     its manifest names its files; the manifest is written when all files are there, and every file is renamed into
     place whole, so that there is always either the old checkpoint or the new one. The file "interrupted" says
-    that a signal has ended the run, until it is resumed.
+    that a signal has ended the run, until the next start.
     """
 
     def __init__(self, path: str | Path):
@@ -60,6 +60,7 @@ class RunDirectory:
             )
         try:
             self.checkpoint.mkdir(parents=True, exist_ok=True)
+            self.interrupted.unlink(missing_ok=True)
             self.probe(_PROBE_BYTES)
             if overwrite and not resume:
                 self._clear()
@@ -76,7 +77,6 @@ class RunDirectory:
     def begin(self, config_text: str) -> None:
         """Writes config.yaml: a run begins or has been taken up."""
         _replace(self.path / "config.yaml", lambda file: file.write(config_text.encode()))
-        self.interrupted.unlink(missing_ok=True)
 
     def probe(self, size: int = 1) -> None:
         """Writes and removes a file, to find out before training what would fail after it."""

@@ -90,14 +90,35 @@ if os.environ.get("SLURM_PROCID") == "3":  # C's sleep(3), after Python and MPI
 LONG = ("--epochs", 2000, "--eval_every", "20 steps")
 
 
+def evaluated(run: Path) -> bool:
+    """Whether the run has got so far that it heeds signals."""
+    metrics = run / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0
+
+
 def test_a_signal_saves_and_the_job_goes_on(slurm: None, tmp_path: Path) -> None:
     """USR1: all save and end with status 75; the job requeues itself and goes on from there."""
     log, run = tmp_path / "log", tmp_path / "run"
     export = f"--export=ALL,OUTPUT={run}"
     job = submit(f"--output={log}", export, "jobs/train.sbatch", *LONG, "--method", "EASGD")
-    until((run / "metrics.jsonl").is_file, log)
+    until(lambda: evaluated(run), log)
     call("scancel", "--signal=USR1", job)
     until(lambda: "ended by a signal at step" in log.read_text(), log)
+    until_resumed(job, log)
+
+
+def test_a_job_whose_ranks_were_killed_can_be_requeued(slurm: None, tmp_path: Path) -> None:
+    """Whatever MPI's dead ranks have left on the node."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    job = submit(f"--output={log}", f"--export=ALL,OUTPUT={run}", "jobs/train.sbatch", *LONG)
+    until(lambda: evaluated(run), log)
+    assert call("pkill", "-KILL", "-f", f"bin/mpilsgd train .*{run}").returncode == 0
+    assert wait_for(job, ENDED)["JobState"] == "FAILED", log.read_text()
+    call("scontrol", "requeue", job)
+    until_resumed(job, log)
+
+
+def until_resumed(job: str, log: Path) -> None:
     until(lambda: fields(job).get("Restarts") == "1", log)
     requeued = time.monotonic()
 
@@ -108,6 +129,8 @@ def test_a_signal_saves_and_the_job_goes_on(slurm: None, tmp_path: Path) -> None
         return "resumed at step" in log.read_text()
 
     until(resumed, log, 240)
+    steps = call("squeue", "-s", "-h", "-j", job, "-o", "%i").stdout.split()
+    assert f"{job}.1" in steps, steps  # not 0, whose shared memory may still lie there
     call("scancel", job)
     wait_for(job, ENDED)
 
@@ -118,7 +141,7 @@ def test_a_rank_that_leaves_late_does_not_hide_the_status(slurm: None, tmp_path:
     log, run = tmp_path / "log", tmp_path / "run"
     export = f"--export=ALL,REQUEUE=0,OUTPUT={run},PYTHONPATH={tmp_path}"
     job = submit(f"--output={log}", export, "jobs/train.sbatch", *LONG)
-    until((run / "metrics.jsonl").is_file, log)
+    until(lambda: evaluated(run), log)
     assert call("scancel", "--signal=USR1", job).returncode == 0
     assert wait_for(job, ENDED)["ExitCode"] == "75:0", log.read_text()
 
@@ -127,7 +150,7 @@ def test_without_requeueing_the_status_is_75(slurm: None, tmp_path: Path) -> Non
     log, run = tmp_path / "log", tmp_path / "run"
     export = f"--export=ALL,REQUEUE=0,OUTPUT={run}"
     job = submit(f"--output={log}", export, "jobs/train.sbatch", *LONG)
-    until((run / "metrics.jsonl").is_file, log)
+    until(lambda: evaluated(run), log)
     call("scancel", "--signal=USR1", job)
     found = wait_for(job, ENDED)
     assert found["JobState"] == "FAILED", found
@@ -137,7 +160,7 @@ def test_without_requeueing_the_status_is_75(slurm: None, tmp_path: Path) -> Non
 def test_a_sweep_gives_one_report(slurm: None, tmp_path: Path) -> None:
     """Also where a run diverges at once, a task of the array has no pair, and another sweep lies there already."""
     output = tmp_path / "sweep"
-    (output / "ended" / "1" / "drawn").mkdir(parents=True)
+    (output / "ended" / "0" / "drawn").mkdir(parents=True)
     export = f"--export=ALL,OUTPUT={output},RATES=0.1 1e30,PULLS=0.1 0.5"
     options = ("--array=0-4", "--ntasks-per-node=2", f"--output={tmp_path}/log-%a", export)
     job = submit(*options, "jobs/sweep.sbatch", "--epochs", 3)

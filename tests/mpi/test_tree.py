@@ -260,11 +260,11 @@ def test_a_broken_leaf_never_reaches_the_root() -> None:
     check_together(errors)
 
 
-def test_a_broken_root_takes_a_finite_message() -> None:
-    """Two finite leaves may overflow what they pull: the root has no parent to begin anew from."""
+def test_broken_inner_nodes_take_over_finite_messages() -> None:
+    """Finite leaves may overflow what they pull; the root has no parent to begin anew from."""
     with running(TanhNet(), SGD, SCHEMES[0], order="lock-step", inner="hosted") as run:
         for node in run.opt._own:
-            if node.index == run.opt.tree.root:
+            if not run.opt.tree.is_leaf(node.index):
                 for x in node.x.values():
                     x.fill_(float("nan"))
         for _ in range(12):
@@ -319,7 +319,7 @@ def test_a_state_of_another_tree_is_refused() -> None:
         run.center()
         state = run.opt.state_dict()
     other = running(TanhNet(), SGD, SCHEMES[0], degree=3, order="lock-step")
-    with other as run, pytest.raises(ValueError, match="the tree is another one"):
+    with other as run, pytest.raises(ValueError, match="the state is of another tree"):
         run.opt.load_state_dict(state)
 
 

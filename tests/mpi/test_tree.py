@@ -313,12 +313,11 @@ def test_a_sender_backs_off_and_comes_back() -> None:
     assert strides == 6 * [1] + [1, 1, 2, 2, 2, 4, 4, 4, 8] + [4, 2, 1]
 
 
-@pytest.mark.mpi(min_size=4)
 def test_a_state_of_another_tree_is_refused() -> None:
-    with running(TanhNet(), SGD, SCHEMES[0], degree=2, order="lock-step") as run:
+    with running(TanhNet(), SGD, SCHEMES[0], order="lock-step") as run:
         run.center()
         state = run.opt.state_dict()
-    other = running(TanhNet(), SGD, SCHEMES[0], degree=3, order="lock-step")
+    other = running(TanhNet(), SGD, SCHEMES[0], inner="hosted", order="lock-step")
     with other as run, pytest.raises(ValueError, match="the state is of another tree"):
         run.opt.load_state_dict(state)
 

@@ -460,9 +460,9 @@ class Method(Wrapper):
     def _release(self) -> None:
         self._open = False
         _living.remove(self)
+        self._free()  # before the parameters need memory of their own
         self.flat.release()
         self._x, self._g, self._scratch = {}, {}, {}
-        self._free()
         if self._course is not None:
             self._course.free()
         self.fabric.free()

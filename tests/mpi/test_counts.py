@@ -1,6 +1,6 @@
 """Vectors of more than 2^31 bytes, by messages. Run by name: bash tests/run.sh mpi --slow counts, with MPILSGD_RANKS=2.
 
-Two ranks take 14 GB, those of the tree 20.
+Two ranks take 14 GB, those of the tree 21.
 """
 
 from __future__ import annotations

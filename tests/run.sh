@@ -123,7 +123,7 @@ if [[ " ${parts[*]} " == *" mpi "* && -n $slow ]]; then
 elif [[ " ${parts[*]} " == *" mpi "* ]]; then
   LIMIT=1200
   all_ranks 1 2
-  without="train asynchronous" all_ranks 3
+  without="train asynchronous life_cycle" all_ranks 3
   all_ranks 4
   trees
   [[ $MPI != MPICH ]] || emulated_nodes
@@ -133,7 +133,7 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
     say "now $MPI, started by $MPIEXEC"
     export MPILSGD_MPIEXEC=$MPIEXEC
     all_ranks 2
-    without="train asynchronous" all_ranks 4
+    without="train asynchronous life_cycle" all_ranks 4
     [[ $MPI != MPICH ]] || emulated_nodes
   else
     say "$other: none here and none to be had, so not tested"

@@ -109,7 +109,7 @@ cluster() {
   run "cluster" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/cluster
 }
 
-# What a run leaves out for time: the job's tests and the asynchronous ones need not run on every layout.
+# What a run leaves out for time: the tests of jobs, asynchrony and life cycles need not run on every layout.
 emulated_nodes() {
   without="train asynchronous" cliques 3 2
   without="" paths=tests/mpi/test_tree.py cliques 3 3 # one rank a node is also what every run does by messages

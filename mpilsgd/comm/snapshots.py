@@ -122,7 +122,7 @@ class Snapshots:
                 win.Unlock_all()
                 win.Free()
         self.board.free()
-        self._windows, self._remote = [], []
+        self._windows, self._remote, self._narrow = [], [], []
 
 
 def _bits(number: float) -> int:

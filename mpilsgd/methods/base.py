@@ -460,8 +460,10 @@ class Method(Wrapper):
     def _release(self) -> None:
         self._open = False
         _living.remove(self)
-        self._free()  # before the parameters need memory of their own
-        self.flat.release()
+        try:
+            self._free()  # before the parameters need memory of their own
+        finally:
+            self.flat.release()
         self._x, self._g, self._scratch = {}, {}, {}
         if self._course is not None:
             self._course.free()

@@ -8,27 +8,28 @@
 #   SPEEDS   of every host's link, as tc writes them ("1gbit 100mbit")
 #   RATES    learning rates; the best of each method counts ("0.1 0.05")
 #   SEEDS    a run for each ("1"); the mean of their curves counts
-#   METHODS  which ("LSGD:global_period=64:across_dtype=bfloat16 EASGD:overlap=true:period=8 LocalSGD AllreduceSGD ddp
-#            postlocal"); options of their own, as many as wanted, stand behind colons
-#   STEPS    a worker takes (600) and EVERY how many it is evaluated (40): AllreduceSGD and ddp, which talk at every step
+#   METHODS  which ("LSGD:across_dtype=bfloat16 EASGD:overlap=true:period=12 LocalSGD AllreduceSGD ddp postlocal");
+#            options of their own, as many as wanted, stand behind colons
+#   STEPS    a worker takes (600) and EVERY how many it is evaluated (24): AllreduceSGD and ddp, which talk at every step
 #   LOCAL    the other methods take so many times as many of both (3)
-#   PERIOD   of the other methods: steps between two rounds (64)
+#   PERIOD   of the other methods: steps between two rounds (72). Where EVERY times LOCAL is a multiple of it, workers
+#            that have just met for a round need not wait for each other once more to be evaluated.
 #   ERROR    the test error to come to (the lowest of ddp, or of all if it is left out); between evaluations curves are straight
 #   OUTPUT   the folder of the runs (runs/ethernet); runs that lie there already are shown, too
 #
 # Without options the mlp trains on digits, some seconds a run; a row of the README's took three minutes a seed and rate:
-#   EVERY=25 SEEDS="3 4" SPEEDS=100mbit bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32
-#   EVERY=25 SEEDS=3 LOCAL=2 SPEEDS=1gbit bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32
+#   SEEDS="5 6" SPEEDS=100mbit bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32
+#   LOCAL=2 EVERY=36 SEEDS=5 SPEEDS=1gbit bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32
 # --lr, --seed and --output are RATES, SEEDS and OUTPUT here.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
-hosts=${HOSTS:-4} ranks=${RANKS:-1} output=${OUTPUT:-$ROOT/runs/ethernet} steps=${STEPS:-600} every=${EVERY:-40}
-local=${LOCAL:-3} period=${PERIOD:-64}
+hosts=${HOSTS:-4} ranks=${RANKS:-1} output=${OUTPUT:-$ROOT/runs/ethernet} steps=${STEPS:-600} every=${EVERY:-24}
+local=${LOCAL:-3} period=${PERIOD:-72}
 read -ra speeds <<<"${SPEEDS:-1gbit 100mbit}"
 read -ra rates <<<"${RATES:-0.1 0.05}"
 read -ra seeds <<<"${SEEDS:-1}"
-methods=(LSGD:global_period=64:across_dtype=bfloat16 EASGD:overlap=true:period=8 LocalSGD AllreduceSGD ddp postlocal)
+methods=(LSGD:across_dtype=bfloat16 EASGD:overlap=true:period=12 LocalSGD AllreduceSGD ddp postlocal)
 [[ -z ${METHODS:-} ]] || read -ra methods <<<"$METHODS"
 set_up report
 find_mpi MPICH
@@ -50,7 +51,7 @@ for speed in "${speeds[@]}"; do
     method=${parts[0]} own=() factor=$local
     for part in "${parts[@]:1}"; do own+=("--${part%%=*}" "${part#*=}"); done
     case $method in
-      LSGD) own=(--method LSGD --pull 0.1 --period "$period" "${own[@]}") ;;
+      LSGD) own=(--method LSGD --pull 0.1 --period "$period" --global_period "$period" "${own[@]}") ;;
       EASGD) own=(--method EASGD --center_rate 0.9 --period "$period" "${own[@]}") ;;
       AllreduceSGD) own=(--method AllreduceSGD "${own[@]}") factor=1 ;;
       ddp) factor=1 ;;

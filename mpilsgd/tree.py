@@ -77,7 +77,7 @@ class Periods:
                 value = getattr(self, name)
                 if value is not None and scheme != self.scheme:
                     own = " and ".join(_PERIODS[self.scheme])
-                    found.append(f'{name} is of scheme="{scheme}"; "{self.scheme}" has {own}')
+                    found.append(f'{name} is of scheme="{scheme}", not of "{self.scheme}", which has {own}')
                 if value is not None and value < 1:
                     found.append(f"{name} must be a whole number of at least 1, not {value!r}")
         up, down = self._value("up_period", "up-down"), self._value("down_period", "up-down")

@@ -195,17 +195,17 @@ class Level:
             self.local.Barrier()
         self._fabric.sync()
 
-    def bring(self, window: Window, owner: int, landing: Window | None) -> torch.Tensor:
+    def bring(self, window: Window, owner: int, landing: Window | None, exact: bool = False) -> torch.Tensor:
         """The whole vector of rank `owner`, readable here; see `coming`. Collective over the level."""
-        vector, parts = self.coming(window, owner, landing)
+        vector, parts = self.coming(window, owner, landing, exact)
         exhaust(parts)
         return vector
 
     def coming(
-        self, window: Window, owner: int, landing: Window | None
+        self, window: Window, owner: int, landing: Window | None, exact: bool = False
     ) -> tuple[torch.Tensor, Iterator[tuple[int, int]]]:
         """The vector of rank `owner` (where it lies on its own island, in `landing` elsewhere), and its parts, (start,
-        stop), each as soon as it can be read here, while the next ones are under way.
+        stop), each as soon as it can be read here, while the next ones are under way. exact: in its own type.
 
         Collective over the level, to the end of the parts; the owner must not change its vector before the next
         barrier. One copy travels to each island, not one to each rank.
@@ -217,7 +217,7 @@ class Level:
         else:
             assert landing is not None
             vector = landing.views[0][: window.mine.numel()]
-        wire = self._fabric.wire(vector.dtype)
+        wire = vector.dtype if exact else self._fabric.wire(vector.dtype)
         received = owner != self.rank and (here or self.heads != MPI.COMM_NULL)
         itemsize = (vector if here else wire).itemsize
         self._count(owner, vector.numel() * itemsize if received else 0)

@@ -217,24 +217,31 @@ class Counter:
     def __init__(self, level: Level, every: int | None = None):
         self._island = Board(level.local, 2, True)
         self._all = Board(level.comm, 2, False) if level.n_islands > 1 else None
-        self._size, self._batch = level.size, len(level.local_ranks)
+        self._level, self._size, self._batch = level, level.size, len(level.local_ranks)
         self._every = every
 
-    def add(self, steps: int = 1) -> None:
-        """Counts this worker's steps; other than 1: those of a state that was loaded, which are handed on at once."""
-        if self._all is None:
-            self._island.add(0, self.COUNT, steps)
-            return
-        handed = steps
-        if steps == 1:
-            before = self._island.add(0, self.COUNT, 1)
-            handed = ((before + 1) // self._batch - before // self._batch) * self._batch
-        if handed:
+    def add(self) -> None:
+        """Counts a step of this worker."""
+        before = self._island.add(0, self.COUNT, 1)
+        if self._all is not None and (before + 1) % self._batch == 0:
+            handed = self._batch
             old = self._all.add(0, self.TOTAL, handed)
             self._island.raise_to(0, self.SEEN, old + handed)
             if self._every is not None and (old + handed) // self._every > old // self._every:
                 for rank in range(self._size):
                     self._all.raise_to(rank, self.CROSSED, old + handed)
+
+    def shift(self, steps: int) -> None:
+        """Counts so many more, or fewer: those of a state that was loaded. Collective, with `add` by nobody."""
+        if self._all is None:
+            self._island.add(0, self.COUNT, steps)
+        else:
+            self._all.add(0, self.TOTAL, steps)
+        self._level.barrier()
+        if self._all is not None:  # what was known of another total
+            self._island.write(0, self.SEEN, self._all.read(0, self.TOTAL))
+            self._all.write(self._level.rank, self.CROSSED, 0)
+        self._level.barrier()
 
     def read(self, near: int | None = None) -> int:
         """The total, as far as it is known on this island; close to `near` as far as it is known at all."""

@@ -100,6 +100,18 @@ class Topology:
         """The item of rank `root`, on every rank."""
         return self.world.bcast(item, root)
 
+    def broadcast_tensor(self, tensor: torch.Tensor) -> None:
+        """Rank 0's values, into a tensor of the same shape and type on every rank."""
+        if tensor.layout is not torch.strided or tensor.is_quantized:  # there is more to it than its bytes
+            tensor.detach().copy_(self.broadcast(tensor.detach().cpu()))
+            return
+        values = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        data = values.view(-1).view(torch.uint8).numpy()
+        for start in range(0, data.size, _PIECE):  # MPI counts are C ints
+            self.world.Bcast(data[start : start + _PIECE])
+        if self.world.rank != 0 and values.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(values)
+
     def barrier(self) -> None:
         """Returns when every rank has called it."""
         self.world.Barrier()
@@ -110,18 +122,21 @@ class Topology:
             comm.Free()
 
 
+_PIECE = 1 << 30  # bytes
+
+
 def _together(firsts: list[int]) -> list[list[int]]:
     """The ranks that name the same first one."""
     return [[r for r, f in enumerate(firsts) if f == g] for g in sorted(set(firsts))]
 
 
 def _versions() -> tuple[str, str]:
-    """Of mpilsgd and of MPI."""
+    """Of mpilsgd and of MPI, without where it was built."""
     try:
         own = importlib.metadata.version("mpilsgd")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout
         own = "of a checkout"
-    return f"mpilsgd {own}", MPI.Get_library_version().splitlines()[0].strip()
+    return f"mpilsgd {own}", MPI.Get_library_version().splitlines()[0].split(",")[0].strip()
 
 
 def _version_error(every: list[tuple[str, str]]) -> str | None:

@@ -357,17 +357,17 @@ class Method(Wrapper):
         average(self.fabric.world, self._scratch, spans, {r for r, c in enumerate(counts) if c})
 
     def _copy_from(self, source: int, takers: set[int] | None = None) -> None:
-        """The takers (default: all) get the whole vectors of world rank `source`. Collective."""
+        """The takers (default: all) get the whole vectors of world rank `source`, to the bit. Collective."""
         level = self.fabric.world
         level.table([0.0])
         for dtype, window in self._x.items():
-            vector = level.bring(window, source, self._scratch.get(dtype))[: window.mine.numel()]
+            vector = level.bring(window, source, self._scratch.get(dtype), exact=True)[: window.mine.numel()]
             if level.rank != source and (takers is None or level.rank in takers):
                 window.mine.copy_(vector)
         level.table([0.0])
 
     def _refuse_if_all(self, bad: set[int]) -> None:
-        if len(bad) == self.fabric.world.size:
+        if bad.issuperset(self.workers):
             raise Diverged(
                 f"every worker's parameters are non-finite at step {self.t}: the run has diverged; "
                 "a smaller learning rate may help"

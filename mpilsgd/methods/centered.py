@@ -225,7 +225,7 @@ class Centered(Method):
                     w.sync()
             self._shards.turns.set_ticks(self.fabric.world.island, own["ticks"])
         if self._course is not None:
-            self._course.count(self.t)
+            self._course.load(self.t)
         self.fabric.world.table([0.0])
 
     def _misfit(self, own: dict[str, Any]) -> str | None:

@@ -98,12 +98,16 @@ class Course:
     # Steps
 
     def count(self, t: int) -> None:
-        """This worker has taken t steps."""
-        if self._counter is not None and t != self._counted:
-            self._counter.add(t - self._counted)
-        if t < self._counted:  # an older state was loaded
-            self._reached = {}
+        """This worker has taken its t-th step."""
+        if self._counter is not None:
+            self._counter.add()
         self._counted = t
+
+    def load(self, t: int) -> None:
+        """This worker is where it was after t steps: a state was loaded. Collective."""
+        if self._counter is not None:
+            self._counter.shift(t - self._counted)
+        self._reached, self._counted = {}, t
 
     def total(self, near: int | None = None) -> int:
         """The steps of all workers, as far as they are known here; known better close to `near`."""

@@ -13,7 +13,7 @@ import torch
 from mpilsgd import kernels
 from mpilsgd.comm import Inbox, Links, Outbox, Slot, Topology, tag_problem, wait_until
 from mpilsgd.methods.arguments import choice, number, whole
-from mpilsgd.methods.base import Method
+from mpilsgd.methods.base import CENTER, Method
 from mpilsgd.methods.course import course_settings
 from mpilsgd.tree import INNER, SCHEMES, Periods, lay_tree, tree_problem
 
@@ -23,6 +23,7 @@ _HEAD = 64  # bytes before the vectors of a message: whether they are finite, an
 _PAUSE = 5e-4  # seconds between two looks of an inner rank
 _UNKNOWN = 0.05  # seconds of a pass as long as no leaf has told of its step
 _MEMORY = 0.9  # of the mean of a step's seconds
+_PAUSED = 4.0  # times its seconds a step counts at most
 _PATIENCE = 10.0  # seconds that lock-step waits for a rank which has ended its steps
 _LONGEST = 64  # a sender whose messages are not taken waits so many periods at most
 _MISSES = 3  # times in a row that the last message was not taken, before it sends half as often
@@ -99,8 +100,9 @@ class EASGDTree(Method):
         workers: the ranks that are leaves; computes: whether this one is.
 
     The centre is the root. The run ends by `reached(n)`: n steps of all leaves together. What is not finite is marked
-    so in a message and not taken; a node that is not takes over the next one. Memory: two messages for each edge that
-    comes in, and those under way.
+    so in a message and not taken; a node that is not takes over the next one. `center()` raises `Diverged` where no
+    leaf is finite, or was before it was set back at its last step. Memory: two messages for each edge that comes in,
+    and those under way.
 
     Source: thesis 6.1, Algorithm 6.
     """
@@ -171,6 +173,7 @@ class EASGDTree(Method):
         self.workers = [rank for rank in self.workers if self.tree.is_leaf(rank)]
         self._seconds = _UNKNOWN  # of a leaf's step
         self._last_step: float | None = None
+        self._revived = -1  # the step at which a message last found this leaf broken
         # lock-step: a leaf's next message may come before its last one is taken
         self._links = Links(self.fabric.world, newest=order == "free", tags=2 * len(self.tree.parent))
         self._own = [self._node(i) for i, host in enumerate(self.tree.host) if host == topology.world.rank]
@@ -279,6 +282,7 @@ class EASGDTree(Method):
             broken = not all([kernels.check(x) for x in node.x.values()])
             leaf = self.tree.is_leaf(node.index)
             if broken and leaf:
+                self._revived = self.t
                 self._begin_anew()
             for d, x in node.x.items():
                 if broken:
@@ -339,10 +343,11 @@ class EASGDTree(Method):
     def _after(self, loss: Any) -> None:
         now = time.perf_counter()
         if self._last_step is not None:
-            taken = now - self._last_step
-            self._seconds = (
-                taken if self._seconds == _UNKNOWN else _MEMORY * self._seconds + (1 - _MEMORY) * taken
-            )
+            taken, known = now - self._last_step, self._seconds
+            if known == _UNKNOWN:
+                self._seconds = taken
+            else:  # a pause is no step
+                self._seconds = _MEMORY * known + (1 - _MEMORY) * min(taken, _PAUSED * known)
         self._last_step = now
         leaf, *hosted = self._own
         for node in hosted:
@@ -380,6 +385,8 @@ class EASGDTree(Method):
 
     def _set_centre(self) -> None:
         tree = self.tree
+        fit = self.fabric.world.table([self._is_finite(CENTER) and self._revived != self.t])[:, 0]
+        self._refuse_if_all({leaf for leaf in self.workers if not fit[leaf]})
         square = 0.0
         home = tree.host[tree.root]
         own = {d: w.mine[: self._n[d]].clone() for d, w in self._x.items()}
@@ -409,7 +416,7 @@ class EASGDTree(Method):
         self.fabric.world.table([0.0])  # nobody sends
         self.topology.agree(None if own.get("layout") == self._layout() else _OTHER_TREE)
         self._links.deliver()
-        self._seconds = own["seconds"]
+        self._seconds, self._revived = own["seconds"], -1
         for node, (t, x, lying) in zip(self._own, own["nodes"], strict=True):
             node.t = t
             for d, vector in x.items():
@@ -417,7 +424,7 @@ class EASGDTree(Method):
             for edge, messages in zip(node.edges, lying, strict=True):
                 edge.into.put([memory.numpy() for memory in messages])
         assert self._course is not None
-        self._course.count(self.t if self.computes else 0)
+        self._course.load(self.t if self.computes else 0)
         self.fabric.world.table([0.0])
 
     def _free(self) -> None:

@@ -68,8 +68,10 @@ def broadcast_rest(topology: Topology, modules: list[torch.nn.Module], flat: Fla
     """Rank 0's frozen parameters and other buffers of the modules, which no round exchanges. Collective."""
     exchanged = {id(t) for t in [*flat.parameters, *flat.buffers]}
     rest = [t for m in modules for t in [*m.parameters(), *m.buffers()] if id(t) not in exchanged]
-    values = topology.broadcast([t.detach().cpu() for t in rest])
-    fits = [t.shape for t in rest] == [v.shape for v in values]
-    topology.agree(None if fits else "the frozen parameters or buffers have other shapes than on rank 0")
-    for t, value in zip(rest, values, strict=True):
-        t.detach().copy_(value)
+    own = [(t.shape, t.dtype) for t in rest]
+    fits = own == topology.broadcast(own)
+    topology.agree(
+        None if fits else "the frozen parameters or buffers are of other shapes or types than rank 0's"
+    )
+    for t in rest:
+        topology.broadcast_tensor(t)

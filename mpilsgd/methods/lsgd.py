@@ -422,7 +422,7 @@ class LSGD(Method):
         if self._waitfree is not None:
             self._waitfree.load(own["snapshot"])
         if self._course is not None:
-            self._course.count(self.t)
+            self._course.load(self.t)
         if self._anchors is not None:
             self._anchors.load(own["anchors"])
 

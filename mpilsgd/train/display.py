@@ -107,6 +107,8 @@ def closing(summary: dict[str, Any], directory: str) -> str:
     if any(summary["resets"]):
         told = "  ".join(f"{r}: {n}" for r, n in enumerate(summary["resets"]) if n)
         lines.append(("set back, not finite", told))
+    alone = summary["world_size"] > 1 and not summary["rounds"]
+    unmet = "   (the ranks never exchanged anything: the run is shorter than a period)"
     lines += [
         (
             "training time",
@@ -117,7 +119,7 @@ def closing(summary: dict[str, Any], directory: str) -> str:
             "read from other ranks",
             f"{size(summary['bytes_group'])} in groups, {size(summary['bytes_across'])} across groups",
         ),
-        ("rounds", str(summary["rounds"])),
+        ("rounds", str(summary["rounds"]) + (unmet if alone else "")),
         ("peak memory", _memory(summary["peak_memory"])),
     ]
     if "staleness" in summary:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -22,13 +22,14 @@ class Election(NamedTuple):
 
 
 def on_common_clock(
-    elections: Iterable[Election], own: tuple[float, float], common: tuple[float, float]
+    elections: Sequence[Election], own: tuple[float, float], common: tuple[float, float]
 ) -> list[Election]:
     """Elections by the common clock, which went from common[0] to common[1] while the worker's own did from own[0]."""
     if own == common:
         return list(elections)
     rate = (common[1] - common[0]) / max(own[1] - own[0], 1)
-    return [e._replace(step=round(common[0] + (e.step - own[0]) * rate, 3)) for e in elections]
+    steps = (common[0] + (e.step - own[0]) * rate for e in elections)
+    return [e._replace(step=min(round(step, 3), common[1])) for e, step in zip(elections, steps, strict=True)]
 
 
 def merged(elections: Iterable[Iterable[Election]], n_groups: int) -> list[dict[str, Any]]:

@@ -44,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.tree:
             return tree_text.run(args, nodes)
+        if idle := tree_text.given(args):
+            if nodes.world.rank == 0:
+                print(f"mpilsgd info: {', '.join(idle)} only with --tree", file=sys.stderr)
+            return 2
         facts = inquiry.info(nodes.world)
         rows = nodes.gather(_own_facts())
         try:

@@ -6,14 +6,12 @@ import collections
 import contextlib
 import dataclasses
 import math
-import random
 import resource
 import signal
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -25,7 +23,7 @@ from mpilsgd.train.display import Display
 from mpilsgd.train.elections import Election, merged, on_common_clock
 from mpilsgd.train.evaluation import Result, evaluate
 from mpilsgd.train.run_directory import METRICS, RunDirectory
-from mpilsgd.train.sampling import Sampler, generator
+from mpilsgd.train.sampling import Sampler, generator, random_state, restore_random_state
 from mpilsgd.train.schedule import Schedule
 from mpilsgd.train.stragglers import parse_slow
 from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, on_first, stop_if, together
@@ -119,8 +117,8 @@ class Trainer:
         events = collections.deque(self._events())
         with self._signals():
             self._train(events)
-        self._bell.free()
-        return self._finish()
+            self._bell.free()
+            return self._finish()
 
     def _train(self, events: collections.deque[Event]) -> None:
         at, opt = self.progress, self.opt
@@ -146,7 +144,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """USR1 and TERM, to any rank, end the run on all with a checkpoint. Collective."""
+        """USR1 and TERM, to any rank, end the run on all with a checkpoint, or come too late to. Collective."""
         self._bell = Bell(self.topology.world)
 
         def note(*_: Any) -> None:
@@ -181,17 +179,19 @@ class Trainer:
             self._save(name)
         on_first(self.topology, self.directory.interrupted.touch, status=FAILED)
         self._bell.free()
+        again = "mpilsgd train" if self.size == 1 else f"mpiexec -n {self.size} mpilsgd train"
         raise Stopped(
-            f"ended by a signal at step {name}; it goes on with: mpilsgd train --resume {self.directory.path}",
+            f"ended by a signal at step {name}; it goes on with: {again} --resume {self.directory.path}",
             TO_BE_RESUMED,
         )
 
     def _events(self) -> list[Event]:
-        batches = self.sampler.batches
-        evaluations = steps_of(self.config.eval_every, batches)
-        return events_between(
-            self._sealed or 0, self.total, evaluations, steps_of(self.config.checkpoint_every, batches)
+        batches, done = self.sampler.batches, self.progress.evaluated
+        intervals = (
+            steps_of(every, batches) for every in (self.config.eval_every, self.config.checkpoint_every)
         )
+        events = events_between(self._sealed or 0, self.total, *intervals)
+        return [event for event in events if event.what == "save" or event.step > done]
 
     def _do(self, events: collections.deque[Event]) -> None:
         self._meet(events)
@@ -278,36 +278,41 @@ class Trainer:
                 state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self.opt.fabric.traffic.group, self.opt.fabric.traffic.across = traffic.group, traffic.across
         self._count_waiting()
-        rows = self.topology.allgather(
-            (at.step, at.loss_sum, at.loss_count, self._measured(), self._last_loss)
-        )
-        steps, losses, counts, measured, last_losses = zip(*rows, strict=True)
+        rows = self.topology.allgather((at.step, at.loss_sum, at.loss_count, self._measured()))
+        steps, losses, counts, measured = zip(*rows, strict=True)
         step = self._mean(steps)
-        if at.evaluated == step:
-            return result, state  # of a finished run that was resumed
-        at.loss_sum, at.loss_count, at.evaluated = 0.0, 0, step
-        totals = {key: sum(row[key] for row in measured) for key in measured[0]}
-        row = {
-            "step": step,
-            "epoch": step / self.sampler.batches,
-            "wall_s": totals["wall"] / self.size,
-            "grad_evals": sum(steps),
-            "rounds": max(row["rounds"] for row in measured),
-            "bytes_group": totals["bytes_group"],
-            "bytes_across": totals["bytes_across"],
-            "train_loss": sum(losses) / max(sum(counts), 1),
-            "test_loss": result.loss,
-            "test_error": result.error,
-            "leader": at.leader if at.leader >= 0 else None,
-            **{f"t_{key}": totals[key] / len(self.opt.workers) for key in ("compute", "data", "comm")},
-        }
-        assert tuple(row) == METRICS
-        self._write(row)
-        self.display.evaluation(row)
-        if not any(math.isfinite(last_losses[rank]) for rank in self.opt.workers):
-            reason = f"the loss of every worker is non-finite at step {at.step}: the run has diverged; try a smaller lr"
-            stop_if(self.topology, reason, FAILED)
+        if at.evaluated != step:  # else it is of a finished run that was resumed
+            at.loss_sum, at.loss_count, at.evaluated = 0.0, 0, step
+            totals = {key: sum(row[key] for row in measured) for key in measured[0]}
+            row = {
+                "step": step,
+                "epoch": step / self.sampler.batches,
+                "wall_s": totals["wall"] / self.size,
+                "grad_evals": sum(steps),
+                "rounds": max(row["rounds"] for row in measured),
+                "bytes_group": totals["bytes_group"],
+                "bytes_across": totals["bytes_across"],
+                "train_loss": sum(losses) / max(sum(counts), 1),
+                "test_loss": result.loss,
+                "test_error": result.error,
+                "leader": at.leader if at.leader >= 0 else None,
+                **{f"t_{key}": totals[key] / len(self.opt.workers) for key in ("compute", "data", "comm")},
+            }
+            assert tuple(row) == METRICS
+            self._write(row)
+            self.display.evaluation(row)
+        self._refuse_diverged(step)
         return result, state
+
+    def _diverged(self) -> bool:
+        """Whether no worker's last loss is finite. Collective."""
+        losses = self.topology.allgather(self._last_loss)
+        return not any(math.isfinite(losses[rank]) for rank in self.opt.workers)
+
+    def _refuse_diverged(self, step: float) -> None:
+        if self._diverged():
+            reason = f"the loss of every worker is non-finite at step {step:g}: the run has diverged; try a smaller lr"
+            raise Stopped(reason, FAILED)
 
     def _count_waiting(self) -> None:
         """Who came early has waited for the last one: training has lasted as long for all. Collective."""
@@ -322,9 +327,11 @@ class Trainer:
         """The workers' mean of the ranks' own steps."""
         return mean(steps, len(self.opt.workers))
 
-    def _centre(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _centre(self) -> Iterator[None]:
         recalibrates = self.opt.buffers_policy == "recalibrate" and bool(self.opt.flat.buffers)
-        return self.opt.center(self._calibration()) if recalibrates else self.opt.center()
+        with self._divergence(), self.opt.center(self._calibration() if recalibrates else None):
+            yield
 
     def _calibration(self) -> Iterator[torch.Tensor]:
         """Training inputs of this worker's part."""
@@ -356,8 +363,10 @@ class Trainer:
     # The end
 
     def _finish(self) -> dict[str, Any]:
+        name = max(self.total, self._sealed or 0)
+        if name != self._sealed and not self._diverged():  # else the evaluation says so
+            self._save(name)  # before the evaluations, which may take long
         result, state = self.evaluate(last=True)
-        self._save(max(self.total, self._sealed or 0))
         on_first(self.topology, self.directory.save_center, state, status=FAILED)
         with getattr(self.opt.optimizer, "iterate", contextlib.nullcontext)():
             own = evaluate(self.model, self.test_set)
@@ -404,6 +413,7 @@ class Trainer:
 
     def _save(self, name: int) -> None:
         """Writes a checkpoint that counts when all of it is there; its name is a step that no other has. Collective."""
+        self._refuse_diverged(name)  # and keeps the last checkpoint
         self._count_waiting()
         self._write()
         together(self.topology, self.directory.save, self.rank, name, self._state(), status=FAILED)
@@ -423,6 +433,12 @@ class Trainer:
         traffic.group, traffic.across = self.opt.metrics.bytes_group, self.opt.metrics.bytes_across
         restore_random_state(state["random"])
         self._sealed = name
+
+    def note_evaluated(self, step: float) -> None:
+        """The run directory holds an evaluation at this step: the last one may have been made after the checkpoint."""
+        at = self.progress
+        if step > at.evaluated:
+            at.loss_sum, at.loss_count, at.evaluated = 0.0, 0, step
 
     def mean_step(self) -> float:
         """How far the workers are after `restore`, on the mean. Collective."""
@@ -473,25 +489,3 @@ def mean(steps: Iterable[int], workers: int) -> float:
     """The steps a worker, of those who took any; a whole number where it is one."""
     total = sum(steps)
     return total / workers if total % workers else total // workers
-
-
-def random_state() -> dict[str, Any]:
-    """The state of all global random numbers that a model may draw, in plain types."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        "python": list(random.getstate()),
-        "numpy": [str(kind), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)],
-    }
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """What `random_state` gave."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

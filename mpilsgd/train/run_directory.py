@@ -129,6 +129,12 @@ class RunDirectory:
                 ]
                 _replace(path, lambda file, kept=kept: file.writelines(kept))  # type: ignore[misc]
 
+    def evaluated(self) -> float:
+        """The step of the last line of metrics.jsonl; 0 without any."""
+        path = self.path / "metrics.jsonl"
+        written = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        return _step_of(written[-1]) if written else 0
+
     def summarize(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
         text = json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n"

@@ -1,6 +1,11 @@
-"""Which samples a worker trains on, and in which order: a function of the seed, the rank and the epoch alone."""
+"""Which samples a worker trains on, and in which order: a function of the seed, the rank and the epoch alone; and the
+state of the random numbers that it draws besides.
+"""
 
 from __future__ import annotations
+
+import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,3 +80,25 @@ def derived_seed(seed: int, purpose: str, *position: int) -> int:
     """A 63-bit seed mixed from all of the arguments."""
     words = [seed, *purpose.encode(), len(position), *position]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def random_state() -> dict[str, Any]:
+    """The state of all global random numbers that a model may draw, in plain types."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "python": list(random.getstate()),
+        "numpy": [str(kind), [int(key) for key in keys], int(position), int(has_gauss), float(gauss)],
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """What `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

@@ -32,14 +32,12 @@ def together(topology: Topology, function: Callable[..., T], *arguments: Any, st
     return result  # type: ignore[return-value]
 
 
-def on_first(
-    topology: Topology, function: Callable[..., object], *arguments: Any, status: int = BAD_INPUT
-) -> None:
-    """As `together`, but only rank 0 calls the function. Collective."""
-    _, error = _attempt(function, arguments) if topology.world.rank == 0 else (None, None)
-    error = topology.broadcast(error)
+def on_first(topology: Topology, function: Callable[..., T], *arguments: Any, status: int = BAD_INPUT) -> T:
+    """As `together`, but only rank 0 calls the function; all get what it returns. Collective."""
+    result, error = topology.broadcast(_attempt(function, arguments) if topology.world.rank == 0 else None)
     if error is not None:
         raise Stopped(error, status)
+    return result
 
 
 def _attempt(function: Callable[..., T], arguments: tuple[Any, ...]) -> tuple[T | None, str | None]:

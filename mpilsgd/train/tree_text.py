@@ -51,6 +51,12 @@ def whole_number(text: str) -> int:
     return int(float(text))
 
 
+def given(args: argparse.Namespace) -> list[str]:
+    """The options that were given and have no default."""
+    names = ("ranks", "nodes", "period", "upper_period", "up_period", "down_period")
+    return [f"--{name}" for name in names if getattr(args, name) is not None]
+
+
 def run(args: argparse.Namespace, topology: Topology) -> int:
     """Rank 0 prints the tree. Exit status 2: there is none."""
     if args.ranks is None:
@@ -67,8 +73,10 @@ def run(args: argparse.Namespace, topology: Topology) -> int:
     ]
     if args.ranks is not None and args.ranks < 2:
         problems = [f"ranks must be at least 2, not {args.ranks}: a tree has two levels, parents and leaves"]
-    elif args.nodes is not None and (args.ranks is None or not 1 <= args.nodes <= args.ranks):
-        problems = ["--nodes goes with --ranks, and is from 1 to as many"]
+    elif args.nodes is not None and args.ranks is None:
+        problems = ["--nodes goes with --ranks: those that are started lie where they are"]
+    elif args.nodes is not None and not 1 <= args.nodes <= args.ranks:
+        problems = [f"--nodes must be from 1 to the number of ranks, {args.ranks}, not {args.nodes}"]
     if topology.world.rank:
         return 2 if any(problems) else 0
     if any(problems):
@@ -83,10 +91,15 @@ def summary_line(tree: Tree) -> str:
     """How large it is."""
     leaves = sum(map(tree.is_leaf, range(len(tree.parent))))
     hosted = " that they host" if max(tree.host) + 1 < len(tree.parent) else ""
+    most = max(map(len, tree.children))
     return (
-        f"{leaves} leaves, {len(tree.parent) - leaves} inner nodes{hosted}, {tree.levels} levels, "
-        f"at most {max(map(len, tree.children))} children"
+        f"{_count(leaves, 'leaf', 'leaves')}, {_count(len(tree.parent) - leaves, 'inner node')}{hosted}, "
+        f"{tree.levels} levels, at most {_count(most, 'child', 'children')}"
     )
+
+
+def _count(n: int, one: str, several: str = "") -> str:
+    return f"{n} {one if n == 1 else several or one + 's'}"
 
 
 def text(
@@ -100,7 +113,7 @@ def text(
     """The tree node by node, then its edges by kind, then what each node sends and gets."""
     p = sum(map(len, nodes))
     node_of = {rank: k for k, ranks in enumerate(nodes) for rank in ranks}
-    lines = [f"{p} ranks on {len(nodes)} node(s): {summary_line(tree)}", ""]
+    lines = [f"{p} ranks on {_count(len(nodes), 'node')}: {summary_line(tree)}", ""]
     for ranks in nodes:
         lines.append(f"{names[ranks[0]]}: ranks {ranges(ranks)}")
         own = [i for i, children in enumerate(tree.children) if children and tree.host[i] in ranks]
@@ -113,7 +126,7 @@ def text(
             if tree.is_leaf(r) and tree.host[tree.parent[r]] not in ranks
         )
         for host, count in above.items():
-            lines.append(f"  {count} leaf(s) of rank {host}, on another node")
+            lines.append(f"  {_count(count, 'leaf', 'leaves')} of rank {host}, on another node")
     edges: collections.Counter[tuple[int, bool, bool]] = collections.Counter()
     across = {k: [0.0, 0.0] for k in range(len(nodes))}
     for child, parent in enumerate(tree.parent):

@@ -147,6 +147,7 @@ def test_a_rank_that_leaves_late_does_not_hide_the_status(slurm: None, tmp_path:
 
 
 def test_without_requeueing_the_status_is_75(slurm: None, tmp_path: Path) -> None:
+    """Another job then goes on with the run."""
     log, run = tmp_path / "log", tmp_path / "run"
     export = f"--export=ALL,REQUEUE=0,OUTPUT={run}"
     job = submit(f"--output={log}", export, "jobs/train.sbatch", *LONG)
@@ -155,6 +156,11 @@ def test_without_requeueing_the_status_is_75(slurm: None, tmp_path: Path) -> Non
     found = wait_for(job, ENDED)
     assert found["JobState"] == "FAILED", found
     assert found["ExitCode"] == "75:0", found
+    log = tmp_path / "next"
+    job = submit(f"--output={log}", "jobs/train.sbatch", "--resume", run)
+    until(lambda: log.is_file() and "resumed at step" in log.read_text(), log)
+    call("scancel", job)
+    wait_for(job, ENDED)
 
 
 def test_a_sweep_gives_one_report(slurm: None, tmp_path: Path) -> None:

@@ -139,3 +139,27 @@ def test_what_is_rounded_away_comes_back() -> None:
 def test_other_types_are_refused(across: Any) -> None:
     with pytest.raises(ValueError, match="across_dtype must be bfloat16 or None"):
         Topology(across_dtype=across)
+
+
+@pytest.mark.parametrize("method", [EASGD, EASGDTree])
+@pytest.mark.parametrize("shared", [True, False], ids=["windows", "messages"])
+def test_all_start_alike_and_a_trees_centre_is_its_root(method: Any, shared: bool) -> None:
+    """Rank 0's start and a root come to all in their own type."""
+    options: dict[str, Any] = {"degree": 2} if method is EASGDTree else {}
+    topology = Topology(shared=shared, across_dtype="bfloat16")
+    problem = TanhNet()
+    model = problem.build(torch.float32, problem.start(WORLD.rank) * 1.001)
+    opt = method(torch.optim.SGD(model.parameters(), lr=0.05), topology, **options)
+    start = flatten(state_of(model)).astype(np.float32)
+    with opt.center():
+        center = flatten(state_of(model)).astype(np.float32)
+    opt.close()
+    topology.free()
+    expected = (problem.start(0) * 1.001).astype(np.float32)
+    check_together(
+        [
+            f"the {name} is off by {np.abs(found - expected).max()}"
+            for name, found in (("start", start), ("centre", center))
+            if not np.array_equal(found, expected)
+        ]
+    )

@@ -132,6 +132,17 @@ def test_counter(shared: bool) -> None:
         if counter.read() < 10 * size:
             errors.append(f"no crossing was seen, the total is {counter.read()}")
         made.world.barrier()
+        counter.shift(-30)  # an older state is loaded
+        total = counter.read(near=20 * size)
+        made.world.barrier()
+        if not 20 * size - size < total <= 20 * size:
+            errors.append(f"{total} of {20 * size} after going back")
+        for _ in range(15):
+            counter.add()
+        made.world.barrier()
+        if counter.read() < 30 * size:
+            errors.append(f"no crossing was seen after going back, the total is {counter.read()}")
+        made.world.barrier()
         counter.free()
     check_together(errors)
 

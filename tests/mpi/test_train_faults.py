@@ -142,11 +142,15 @@ def test_a_loss_that_is_not_a_number_from_the_start(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_that_diverges_says_so(method: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("longest", [(), ("--period", "1000")], ids=["in a round", "in an evaluation"])
+def test_a_run_that_diverges_says_so(
+    method: str, longest: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = METHODS[method] + longest if method != "AllreduceSGD" else ()
     argv = [
         "--method",
         method,
-        *METHODS[method],
+        *own,
         *QUICK,
         "--lr",
         "1e30",
@@ -157,6 +161,7 @@ def test_a_run_that_diverges_says_so(method: str, folder: Path, capsys: pytest.C
     ]
     everyone_got(job.main(argv), FAILED)
     assert ("diverged" in capsys.readouterr().err) == (WORLD.rank == 0)
+    everyone_got(job.main(["--resume", str(folder / "run")]), FAILED)  # what has diverged is not saved
 
 
 def test_a_directory_that_holds_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from tree_simulation import Tree as Oracle
 
 from mpilsgd import EASGDTree, Topology
 from mpilsgd.comm import Fabric, Inbox, Links, Outbox, wait_until
+from mpilsgd.methods import Diverged
 from mpilsgd.methods.easgd_tree import _Edge
 from mpilsgd.tree import Periods
 
@@ -258,6 +259,23 @@ def test_a_broken_leaf_never_reaches_the_root() -> None:
             resets = sum(WORLD.allgather(run.opt.metrics.resets))
             errors += [] if resets >= 1 else [f"{order} {inner}: not set back"]
     check_together(errors)
+
+
+@by_inner
+@pytest.mark.parametrize("steps", [8, 9])
+def test_a_tree_whose_leaves_all_break_has_diverged(inner: str, steps: int) -> None:
+    """Also where they have just been set back. Those that have recovered are no such case."""
+    with running(TanhNet(), SGD, SCHEMES[1], inner=inner, order="lock-step") as run:
+        for t in range(2 * steps):
+            run.problem.loss(run.model, WORLD.rank, t).backward()
+            if run.opt.computes and (t >= steps or t == 1):
+                for parameter in run.model.parameters():
+                    parameter.grad = torch.full_like(parameter, float("nan"))
+            run.opt.step(loss=1.0)
+            if t == steps - 1:
+                run.center()
+        with pytest.raises(Diverged, match="every worker"):
+            run.center()
 
 
 def test_broken_inner_nodes_take_over_finite_messages() -> None:

@@ -87,6 +87,7 @@ def test_lines_are_strict_json(run: RunDirectory) -> None:
 
 
 def test_cut_drops_what_will_be_written_again_and_half_lines(run: RunDirectory) -> None:
+    assert run.evaluated() == 0
     run.append("metrics.jsonl", [{"step": step} for step in (1, 2, 3)])
     run.append("leaders.jsonl", [{"step": step} for step in (1, 4)])
     with open(run.path / "metrics.jsonl", "a") as file:
@@ -94,6 +95,7 @@ def test_cut_drops_what_will_be_written_again_and_half_lines(run: RunDirectory) 
     run.cut(2)
     assert lines(run) == [{"step": 1}, {"step": 2}]
     assert lines(run, "leaders.jsonl") == [{"step": 1}]
+    assert run.evaluated() == 2
 
 
 def test_a_checkpoint_counts_when_it_is_sealed(run: RunDirectory) -> None:

@@ -21,10 +21,9 @@ from mpilsgd.train.loop import (
     events_between,
     histogram,
     mean,
-    random_state,
-    restore_random_state,
     steps_of,
 )
+from mpilsgd.train.sampling import random_state, restore_random_state
 from mpilsgd.train.stragglers import Slowdown, parse_slow
 from mpilsgd.train.table import in_ms
 

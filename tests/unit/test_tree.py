@@ -126,15 +126,15 @@ def test_periods() -> None:
     assert 'is of scheme="up-down"' in str(Periods(up_period=2, down_period=9).problem())
 
 
-def info(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mpilsgd.cli", "info", "--tree", *options]
+def info(*options: str, tree: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mpilsgd.cli", "info", *(["--tree"] if tree else []), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
 
 
 def test_info_prints_a_tree_that_is_not_started() -> None:
     told = info("--ranks", "273", "--nodes", "16", "--parameters", "10000000", "--step_time", "0.1")
     assert told.returncode == 0, told.stderr
-    assert "273 ranks on 16 node(s): 256 leaves, 17 inner nodes, 3 levels" in told.stdout
+    assert "273 ranks on 16 nodes: 256 leaves, 17 inner nodes, 3 levels" in told.stdout
     assert "40 MB" in told.stdout  # a second on an edge: 40 MB every 10 steps of 0.1 s
     assert "4 MB" in told.stdout
 
@@ -154,3 +154,9 @@ def test_info_refuses(options: list[str], message: str) -> None:
     told = info(*options)
     assert told.returncode == 2
     assert message in told.stderr
+
+
+def test_what_is_of_a_tree_goes_with_it() -> None:
+    told = info("--ranks", "5", "--period", "2", tree=False)
+    assert told.returncode == 2
+    assert "--ranks, --period only with --tree" in told.stderr

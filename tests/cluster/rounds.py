@@ -46,7 +46,8 @@ def received(interface: str) -> int:
 
 def sent_twice() -> int:
     """Bytes: where cores are busy, TCP takes a late acknowledgement for a lost segment."""
-    names, values = (line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line.startswith("Tcp:"))
+    lines = Path("/proc/net/snmp").read_text().splitlines()
+    names, values = (line.split() for line in lines if line.startswith("Tcp:"))
     return SEGMENT * int(values[names.index("RetransSegs")])
 
 

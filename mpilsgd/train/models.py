@@ -1,4 +1,8 @@
-"""The models of the command line. Each takes (channels, height, width) and the number of classes."""
+"""The models of the command line. Each takes (channels, height, width) and the number of classes.
+
+Convolutional weights, and with them the images between layers, lie channels last, which processors are fastest with.
+Pooling comes before rectifying: the two commute, gradients too, and a quarter of the values is left to rectify.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from mpilsgd.train.callables import InputError, accepted, is_path, resolve
 
@@ -26,11 +31,12 @@ def lenet(input_shape: Shape, classes: int) -> nn.Sequential:
     """LeNet in the size usual for MNIST: convolutions of 20 and 50 5 x 5 filters, each pooled, and 500 hidden units."""
     channels, height, width = _image(input_shape, "lenet", least=16)
     features = 50 * _pooled(height, 5, 5) * _pooled(width, 5, 5)
-    return nn.Sequential(
-        *(nn.Conv2d(channels, 20, 5), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2)),
+    model = nn.Sequential(
+        *(nn.Conv2d(channels, 20, 5), nn.MaxPool2d(2), nn.ReLU()),
+        *(nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(features, 500), nn.ReLU(), nn.Linear(500, classes)),
     )
+    return convert_conv2d_weight_memory_format(model, torch.channels_last)
 
 
 def cnn7(input_shape: Shape, classes: int) -> nn.Sequential:
@@ -42,15 +48,15 @@ def cnn7(input_shape: Shape, classes: int) -> nn.Sequential:
     channels, height, width = _image(input_shape, "cnn7", least=24)
     features = 64 * (_pooled(height, 5, 5) - 2) * (_pooled(width, 5, 5) - 2)
     model = nn.Sequential(
-        *(nn.Conv2d(channels, 64, 5), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(64, 128, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(channels, 64, 5), nn.MaxPool2d(2), nn.ReLU()),
+        *(nn.Conv2d(64, 128, 5), nn.MaxPool2d(2), nn.ReLU()),
         *(nn.Conv2d(128, 64, 3), nn.ReLU(), nn.Flatten()),
         *(nn.Linear(features, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, classes)),
     )
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
-    return model
+    return convert_conv2d_weight_memory_format(model, torch.channels_last)
 
 
 class ResNet20(nn.Module):
@@ -71,6 +77,7 @@ class ResNet20(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        convert_conv2d_weight_memory_format(self, torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.blocks(self.stem(images)).mean(dim=(2, 3)))

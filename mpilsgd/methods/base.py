@@ -407,19 +407,21 @@ class Method(Wrapper):
         self.settle()
         metrics = dataclasses.asdict(self.metrics)
         del metrics["t_comm"], metrics["t_wait"]  # this process's
-        own = {"method": type(self).__name__, "t": self.t, "metrics": metrics}
+        own = {"method": type(self).__name__, "model": self._about["model"], "t": self.t, "metrics": metrics}
         return {**self.optimizer.state_dict(), "mpilsgd": {**own, **self._extra()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what `state_dict` of the same method gave; the parameters are the model's to load.
 
-        Collective if the method is asynchronous.
+        Collective if the method is asynchronous. A ValueError refuses the state of another method or model.
         """
         state_dict = dict(state_dict)
         own = state_dict.pop("mpilsgd", None)
         if own is None or own.get("method") != type(self).__name__:
             of = "another optimizer" if own is None else own.get("method")
             raise ValueError(f"this is the state of {of}, not of {type(self).__name__}")
+        if own.get("model") != self._about["model"]:  # its vectors are laid out otherwise
+            raise ValueError("this is the state of parameters of other shapes, types, order or memory formats")
         self.settle()
         self.optimizer.load_state_dict(state_dict)
         self.t = int(own["t"])

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,25 @@ def test_resume_is_uninterrupted(case: Case, name: str) -> None:
                 else [f"{layout}: centre differs by {distance(again, center):.1e}"]
             )
     check_together(errors)
+
+
+@by_method
+def test_a_state_in_another_memory_format_is_refused(case: Case) -> None:
+    """What a method keeps lies in vectors: taken up in another order it would be nonsense."""
+    formats = (torch.contiguous_format, torch.channels_last)
+    models = [torch.nn.Conv2d(2, 3, 3).to("cpu", torch.float32, memory_format=f) for f in formats]
+    saved = []
+    for model in models:
+        opt: Any = case.method(torch.optim.SGD(model.parameters(), lr=0.1), **case.options)
+        saved.append(opt.state_dict())
+        with (
+            pytest.raises(ValueError, match="other shapes, types, order or memory formats")
+            if saved[1:]
+            else nullcontext()
+        ):
+            opt.load_state_dict(saved[0])
+        opt.load_state_dict(saved[-1])
+        opt.close()
 
 
 @by_layout

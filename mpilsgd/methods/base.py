@@ -421,7 +421,7 @@ class Method(Wrapper):
             of = "another optimizer" if own is None else own.get("method")
             raise ValueError(f"this is the state of {of}, not of {type(self).__name__}")
         if own.get("model") != self._about["model"]:  # its vectors are laid out otherwise
-            raise ValueError("this is the state of parameters of other shapes, types, order or memory formats")
+            raise ValueError("this is the state of other parameters (shapes, types, order, memory formats)")
         self.settle()
         self.optimizer.load_state_dict(state_dict)
         self.t = int(own["t"])

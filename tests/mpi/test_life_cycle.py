@@ -83,11 +83,7 @@ def test_a_state_in_another_memory_format_is_refused(case: Case) -> None:
     for model in models:
         opt: Any = case.method(torch.optim.SGD(model.parameters(), lr=0.1), **case.options)
         saved.append(opt.state_dict())
-        with (
-            pytest.raises(ValueError, match="other shapes, types, order or memory formats")
-            if saved[1:]
-            else nullcontext()
-        ):
+        with pytest.raises(ValueError, match="the state of other parameters") if saved[1:] else nullcontext():
             opt.load_state_dict(saved[0])
         opt.load_state_dict(saved[-1])
         opt.close()

@@ -417,11 +417,16 @@ class Method(Wrapper):
         """
         state_dict = dict(state_dict)
         own = state_dict.pop("mpilsgd", None)
+        unfit = None
         if own is None or own.get("method") != type(self).__name__:
             of = "another optimizer" if own is None else own.get("method")
-            raise ValueError(f"this is the state of {of}, not of {type(self).__name__}")
-        if own.get("model") != self._about["model"]:  # its vectors are laid out otherwise
-            raise ValueError("this is the state of other parameters (shapes, types, order, memory formats)")
+            unfit = f"this is the state of {of}, not of {type(self).__name__}"
+        elif own.get("model") != self._about["model"]:  # its vectors are laid out otherwise
+            unfit = "this is the state of other parameters (shapes, types, order, memory formats)"
+        if getattr(self, "asynchronous", False):
+            self.topology.agree(unfit)
+        elif unfit:
+            raise ValueError(unfit)
         self.settle()
         self.optimizer.load_state_dict(state_dict)
         self.t = int(own["t"])

@@ -173,6 +173,8 @@ def test_state_of_another_method_is_refused(case: Case) -> None:
     with running(Case(LocalSGD), TanhNet(), SGD, LAYOUTS[0]) as run:
         other = run.opt.state_dict()
     with running(case, TanhNet(), SGD, LAYOUTS[0]) as run:
-        with pytest.raises(ValueError, match="state of"):
-            run.opt.load_state_dict(other)
+        own = run.opt.state_dict()
+        for foreign in ([run.rank], [0]):  # every rank's, or one's: all are told
+            with pytest.raises(ValueError, match="state of"):
+                run.opt.load_state_dict(other if run.rank in foreign else own)
         check_together([])

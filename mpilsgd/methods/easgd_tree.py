@@ -25,6 +25,7 @@ _UNKNOWN = 0.05  # seconds of a pass as long as no leaf has told of its step
 _MEMORY = 0.9  # of the mean of a step's seconds
 _PAUSED = 4.0  # times its seconds a step counts at most
 _PATIENCE = 10.0  # seconds that lock-step waits for a rank which has ended its steps
+_SLOWEST = 1e6  # bytes a second: what takes longer is not under way
 _LONGEST = 64  # a sender whose messages are not taken waits so many periods at most
 _MISSES = 3  # times in a row that the last message was not taken, before it sends half as often
 
@@ -306,12 +307,12 @@ class EASGDTree(Method):
 
     def _wait(self, true: Callable[[], bool], edge: _Edge) -> None:
         """Lock-step: until the other end has come as far."""
-        start = time.perf_counter()
+        end = time.perf_counter() + _PATIENCE + self._message_bytes(edge.narrow) / _SLOWEST
 
         def come() -> bool:
             if true():
                 return True
-            if time.perf_counter() - start > _PATIENCE and self._links.rests(edge.rank):
+            if time.perf_counter() > end and self._links.rests(edge.rank):
                 raise RuntimeError(
                     f"rank {edge.rank} has ended its steps, and this one needs it for its step {self.t}: "
                     'order="lock-step" is for equally many steps on every rank'

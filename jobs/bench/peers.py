@@ -3,8 +3,9 @@
     mpiexec -n 4 python -m mpi4py jobs/bench/peers.py ddp|postlocal [--option value ...]
 
 takes the options of `mpilsgd train` (for postlocal, --period is that of the averages over all), talks by gloo, and
-leaves a run directory that `mpilsgd report` draws beside those of mpilsgd. What a step takes longer than one of the
-same model alone, measured on all ranks at once before the training, is communication.
+leaves a run directory that `mpilsgd report` draws beside those of mpilsgd. Communication is, of ddp, what a step takes
+longer than one of the same model alone, measured on all ranks at once before the training; of postlocal, what its
+optimizer takes longer than usual when it averages, and the wait for the slowest rank at an evaluation.
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ def main(kind: str, options: list[str]) -> None:
     optimizer: Any = optimizers.build(config, model.parameters())
     alone = seconds_alone(config, train, sampler, topology)
     trained: torch.nn.Module = model
+    inner = 1
     if kind == "ddp":
         trained = DistributedDataParallel(model)
     else:
         period = int(config.method_options.get("period", 64))
-        groups = OrderedDict([(max(1, period // _INNER), max(2, size // 2)), (period, size)])
+        inner = period if size == 2 else max(1, period // _INNER)
+        groups = OrderedDict([(inner, max(2, size // 2)), (period, size)])
         if size == 2:
             groups = OrderedDict([(period, size)])
         optimizer = PostLocalSGDOptimizer(optimizer, HierarchicalModelAverager(groups, warmup_steps=0))
@@ -67,6 +70,8 @@ def main(kind: str, options: list[str]) -> None:
     sent = 0
     result = None
     strides = [p.stride() for p in model.parameters()]
+    updates: list[float] = []  # seconds of the optimizer's steps
+    waited = 0.0  # for the slowest rank, at evaluations
     model.train()
     for step in range(total):
         epoch, batch = divmod(step, sampler.batches)
@@ -78,7 +83,9 @@ def main(kind: str, options: list[str]) -> None:
         optimizer.zero_grad()
         loss = functional.cross_entropy(trained(inputs), targets)
         loss.backward()
+        computed = time.perf_counter()
         optimizer.step()
+        updates.append(time.perf_counter() - computed)
         for p, stride in zip(model.parameters(), strides, strict=True):
             if p.stride() != stride:  # averaging forgets the memory format, and with it the speed
                 p.data = torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(p.data)
@@ -89,8 +96,11 @@ def main(kind: str, options: list[str]) -> None:
         if (step + 1) % every and step + 1 < total:
             continue
         result = centre(kind, model, test, topology)
-        walls = topology.allgather((wall, loaded, losses))
-        wall = max(row[0] for row in walls)
+        averages = updates[::inner]
+        averaging = sum(averages) - len(averages) * statistics.median(updates)
+        walls = topology.allgather((wall, loaded, losses, waited + averaging))
+        latest = max(row[0] for row in walls)
+        waited, wall = waited + latest - wall, latest
         if rank == 0:
             means = [sum(column) / size for column in zip(*walls, strict=True)]
             row = {
@@ -107,6 +117,8 @@ def main(kind: str, options: list[str]) -> None:
                 "leader": None,
             }
             compute = min(alone * (step + 1), wall - means[1])
+            if kind == "postlocal":
+                compute = means[0] - means[1] - means[3]
             row |= {"t_compute": compute, "t_data": means[1], "t_comm": wall - means[1] - compute}
             directory.append("metrics.jsonl", [row])
             print(f"step {step + 1}  {wall:.1f} s  test error {100 * result.error:.2f} %", flush=True)

@@ -57,8 +57,6 @@ def main(kind: str, options: list[str]) -> None:
         period = int(config.method_options.get("period", 64))
         inner = period if size == 2 else max(1, period // _INNER)
         groups = OrderedDict([(inner, max(2, size // 2)), (period, size)])
-        if size == 2:
-            groups = OrderedDict([(period, size)])
         optimizer = PostLocalSGDOptimizer(optimizer, HierarchicalModelAverager(groups, warmup_steps=0))
     directory = RunDirectory(config.output or f"runs/{kind}")
     if rank == 0:
@@ -116,9 +114,8 @@ def main(kind: str, options: list[str]) -> None:
                 "test_error": result.error,
                 "leader": None,
             }
-            compute = min(alone * (step + 1), wall - means[1])
-            if kind == "postlocal":
-                compute = means[0] - means[1] - means[3]
+            compute = alone * (step + 1) if kind == "ddp" else means[0] - means[1] - means[3]
+            compute = min(compute, wall - means[1])
             row |= {"t_compute": compute, "t_data": means[1], "t_comm": wall - means[1] - compute}
             directory.append("metrics.jsonl", [row])
             print(f"step {step + 1}  {wall:.1f} s  test error {100 * result.error:.2f} %", flush=True)

@@ -55,6 +55,8 @@ class Method(Wrapper):
         Diverged: on every rank, if all workers' parameters have become non-finite (a RuntimeError).
     """
 
+    asynchronous: bool | str = False  # whether workers come to exchanges at steps of their own
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -423,7 +425,7 @@ class Method(Wrapper):
             unfit = f"this is the state of {of}, not of {type(self).__name__}"
         elif own.get("model") != self._about["model"]:  # its vectors are laid out otherwise
             unfit = "this is the state of other parameters (shapes, types, order, memory formats)"
-        if getattr(self, "asynchronous", False):
+        if self.asynchronous:
             self.topology.agree(unfit)
         elif unfit:
             raise ValueError(unfit)

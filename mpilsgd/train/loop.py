@@ -100,7 +100,7 @@ class Trainer:
         self.slowdown = parse_slow(config.slow)
         self.progress = Progress()
         self.rank, self.size = topology.world.rank, topology.world.size
-        self.asynchronous: bool | str = getattr(opt, "asynchronous", False)
+        self.asynchronous = opt.asynchronous
         self._elections: list[Election] = []
         self._flushed: tuple[int, float] = (0, 0)  # own and mean step when they were last written
         self._sealed: int | None = None  # the name of the last checkpoint

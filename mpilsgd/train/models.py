@@ -1,6 +1,6 @@
 """The models of the command line. Each takes (channels, height, width) and the number of classes.
 
-Convolutional weights, and with them the images between layers, lie channels last, which processors are fastest with.
+`build` lays convolutional weights, and so the images between layers, channels last: processors are fastest with that.
 Pooling comes before rectifying: the two commute, gradients too, and a quarter of the values is left to rectify.
 """
 
@@ -31,12 +31,11 @@ def lenet(input_shape: Shape, classes: int) -> nn.Sequential:
     """LeNet in the size usual for MNIST: convolutions of 20 and 50 5 x 5 filters, each pooled, and 500 hidden units."""
     channels, height, width = _image(input_shape, "lenet", least=16)
     features = 50 * _pooled(height, 5, 5) * _pooled(width, 5, 5)
-    model = nn.Sequential(
+    return nn.Sequential(
         *(nn.Conv2d(channels, 20, 5), nn.MaxPool2d(2), nn.ReLU()),
         *(nn.Conv2d(20, 50, 5), nn.MaxPool2d(2), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(features, 500), nn.ReLU(), nn.Linear(500, classes)),
     )
-    return convert_conv2d_weight_memory_format(model, torch.channels_last)
 
 
 def cnn7(input_shape: Shape, classes: int) -> nn.Sequential:
@@ -56,7 +55,7 @@ def cnn7(input_shape: Shape, classes: int) -> nn.Sequential:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
-    return convert_conv2d_weight_memory_format(model, torch.channels_last)
+    return model
 
 
 class ResNet20(nn.Module):
@@ -77,7 +76,6 @@ class ResNet20(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        convert_conv2d_weight_memory_format(self, torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.blocks(self.stem(images)).mean(dim=(2, 3)))
@@ -122,7 +120,7 @@ def build(name: str, input_shape: Shape, classes: int, seed: int = 0) -> nn.Modu
     """
     torch.manual_seed(seed)
     if not is_path(name):
-        return MODELS[name](input_shape, classes)
+        return convert_conv2d_weight_memory_format(MODELS[name](input_shape, classes), torch.channels_last)
     function = resolve(name)
     offered = {"input_shape": input_shape, "classes": classes, "num_classes": classes}
     named = accepted(function, offered)

@@ -78,7 +78,7 @@ def test_resume_is_uninterrupted(case: Case, name: str) -> None:
 def test_a_state_in_another_memory_format_is_refused(case: Case) -> None:
     """What a method keeps lies in vectors: taken up in another order it would be nonsense."""
     formats = (torch.contiguous_format, torch.channels_last)
-    models = [torch.nn.Conv2d(2, 3, 3).to("cpu", torch.float32, memory_format=f) for f in formats]
+    models = [torch.nn.Conv2d(2, 3, 3).to(memory_format=f) for f in formats]
     saved = []
     for model in models:
         opt: Any = case.method(torch.optim.SGD(model.parameters(), lr=0.1), **case.options)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from mpi4py import MPI
 
-from mpilsgd.comm.fabric import Level
 from mpilsgd.comm.waiting import wait_until
 
 _PIECE = 1 << 30  # bytes a message: MPI counts are C ints
@@ -32,7 +31,7 @@ class Links:
     Collective: `deliver`, `free`.
     """
 
-    def __init__(self, level: Level, newest: bool, tags: int):
+    def __init__(self, level: Any, newest: bool, tags: int):
         self._level, self._comm = level, level.comm
         self._newest, self._last_tag = newest, tags
         self._outboxes: list[Outbox] = []

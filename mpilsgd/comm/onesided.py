@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpilsgd.comm.fabric import Level
 from mpilsgd.comm.waiting import wait_until
 
 _core: Any = None
@@ -138,7 +137,7 @@ class Turns:
 
     NEXT, SERVING, TICKS, RESTING = range(4)
 
-    def __init__(self, level: Level, homes: list[int]):
+    def __init__(self, level: Any, homes: list[int]):
         self.board = Board(level.comm, 4, level.n_islands == 1)
         self._rank, self._size, self.homes = level.rank, level.size, homes
         self._round_robin = [0] * len(homes)  # turns taken since all last met
@@ -214,8 +213,8 @@ class Counter:
     COUNT, SEEN = range(2)  # on the island
     TOTAL, CROSSED = range(2)  # on the first rank of all, on every rank
 
-    def __init__(self, level: Level, every: int | None = None):
-        self._island = Board(level.local, 2, True)
+    def __init__(self, level: Any, every: int | None = None):
+        self._island = Board(level.channel.local, 2, True)
         self._all = Board(level.comm, 2, False) if level.n_islands > 1 else None
         self._level, self._size, self._batch = level, level.size, len(level.local_ranks)
         self._every = every

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
-from mpilsgd.comm.fabric import Fabric
 from mpilsgd.comm.onesided import Turns, expose
 from mpilsgd.comm.windows import Window
 
@@ -51,14 +50,14 @@ class Shards:
 
     def __init__(
         self,
-        fabric: Fabric,
+        fabric: Any,
         sizes: dict[torch.dtype, int],
         kinds: dict[str, dict[torch.dtype, torch.dtype]],
         device: torch.device,
     ):
         self._level = level = fabric.world
         self._fabric, self._device = fabric, device
-        self.turns = Turns(level, level.heads_ranks)
+        self.turns = Turns(level, level.channel.heads_ranks)
         self._spans: list[dict[torch.dtype, tuple[int, int]]] = []
         for k in range(level.n_islands):
             self._spans.append({d: _part(n, k, level.n_islands) for d, n in sizes.items()})
@@ -75,10 +74,10 @@ class Shards:
                     for k, spans in enumerate(self._spans):
                         self.residuals[name, d, k] = torch.zeros(spans[d][1] - spans[d][0], dtype=kind)
                     kind = fabric.wire(kind)
-                a, b = self._spans[level.island][d]
-                window = self.own[name][d] = fabric.common(level, kind, b - a, host)
+                a, b = self._spans[level.channel.island][d]
+                window = self.own[name][d] = fabric.place.common(level.channel, kind, b - a, host=True)
                 if level.n_islands > 1:
-                    memory = window.mine if level.local.rank == 0 else torch.empty(0, dtype=kind)
+                    memory = window.mine if level.local_ranks[0] == level.rank else torch.empty(0, dtype=kind)
                     exposed = memory.view(torch.uint8).numpy() if memory.numel() else MPI.BOTTOM
                     self._remote[name, d] = expose(exposed, level.comm)
                     longest = max(stop - start for start, stop in (s[d] for s in self._spans))
@@ -94,7 +93,7 @@ class Shards:
 
     def span(self, dtype: torch.dtype) -> tuple[int, int]:
         """The elements of this island's shard."""
-        return self._spans[self._level.island][dtype]
+        return self._spans[self._level.channel.island][dtype]
 
     def visit(self, tickets: Sequence[int] | None, round_robin: bool) -> Generator[Shard, None, None]:
         """Takes this rank's turn at every shard, one after the other, its own island's first.
@@ -102,7 +101,7 @@ class Shards:
         What the caller has done to the vectors when it asks for the next is what the others will see. The turn is
         passed on also if the caller raises: close the iterator then (`contextlib.closing`).
         """
-        first = 0 if round_robin else self._level.island
+        first = 0 if round_robin else self._level.channel.island
         for k in [*range(first, self.count), *range(first)]:
             ticket, waited = self.turns.take(k, None if tickets is None else tickets[k], round_robin)
             self.waited += waited
@@ -113,7 +112,7 @@ class Shards:
                 self.turns.pass_on(k, ticket, round_robin)
 
     def _open(self, k: int, ticket: int) -> Shard:
-        here = k == self._level.island
+        here = k == self._level.channel.island
         vectors: dict[str, dict[torch.dtype, torch.Tensor]] = {}
         for name, windows in self.own.items():
             vectors[name] = {}
@@ -132,7 +131,7 @@ class Shards:
         return Shard(k, ticket, self._spans[k], vectors)
 
     def _close(self, k: int) -> None:
-        here = k == self._level.island
+        here = k == self._level.channel.island
         for name, windows in self.own.items():
             for d, window in windows.items():
                 vector = self._working[name][d]
@@ -154,7 +153,7 @@ class Shards:
                 win.Sync()
 
     def _transfer(self, k: int, name: str, d: torch.dtype, vector: torch.Tensor, operation: Any) -> None:
-        transfer(self._remote[name, d], self._level.heads_ranks[k], vector, operation)
+        transfer(self._remote[name, d], self._level.channel.heads_ranks[k], vector, operation)
         if operation is MPI.Win.Get:
             self.moved += vector.numel() * vector.element_size()
 
@@ -170,16 +169,16 @@ class Shards:
         vector = whole.views[0]
         if not vector.is_cpu:  # the island is this rank alone
             vector = torch.empty(vector.numel(), dtype=vector.dtype)
-        if level.heads != MPI.COMM_NULL:
+        if level.is_head:
             for k, spans in enumerate(self._spans):
                 a, b = spans[dtype]
                 part = vector[a:b]
                 stage = part if part.dtype is own.mine.dtype else torch.empty(b - a, dtype=own.mine.dtype)
-                if k == level.island:
+                if k == level.channel.island:
                     stage.copy_(own.mine)
                 data = stage.view(torch.uint8).numpy()
                 for start in range(0, data.size, _PIECE):
-                    level.heads.Bcast([data[start : start + _PIECE], MPI.BYTE], root=k)
+                    level.channel.heads.Bcast([data[start : start + _PIECE], MPI.BYTE], root=k)
                 part.copy_(stage)
         level.fence()
         return vector

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from mpilsgd.comm.fabric import Fabric
 from mpilsgd.comm.onesided import Board, expose
 from mpilsgd.comm.shards import transfer
 from mpilsgd.comm.waiting import wait_until
@@ -31,12 +30,12 @@ class Snapshots:
     ANNOUNCED, PUBLISHED, DONE = range(3)
     NUMBER = 3  # and 4: those of the two buffers
 
-    def __init__(self, fabric: Fabric, sizes: dict[torch.dtype, int]):
+    def __init__(self, fabric: Any, sizes: dict[torch.dtype, int]):
         self._level = level = fabric.world
         self._sizes = sizes
         self.board = Board(level.comm, 5, level.n_islands == 1)
         host = torch.device("cpu")
-        self._windows = [{d: fabric.window(d, n, host) for d, n in sizes.items()} for _ in range(2)]
+        self._windows = [{d: fabric.place.vector(d, n, host=True) for d, n in sizes.items()} for _ in range(2)]
         self._remote: list[dict[torch.dtype, MPI.Win]] = [{}, {}]
         self._narrow: list[dict[torch.dtype, torch.Tensor]] = [
             {},

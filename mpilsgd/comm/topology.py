@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from mpi4py import MPI
 
+from mpilsgd.comm.channel import Channel
+
 
 class Topology:
     """The world of p workers, cut into nodes (shared memory) and n groups of l workers.
@@ -78,6 +80,34 @@ class Topology:
         self.n_groups = len(self.groups)
         self.group_index = next(j for j, ranks in enumerate(self.groups) if self.world.rank in ranks)
         self.across = self.world.Split(self.group.rank, key=self.group_index)
+        self._channels: dict[tuple[int, ...], tuple[Channel, Channel]] = {}
+        self._users, self._unwanted = 0, False
+        self.made = 0  # methods
+
+    def islands(self, shared: bool) -> list[int]:
+        """Of every rank the name of its island: its node's where all its ranks say `shared`, else its own."""
+        return self.allgather(self.node.bcast(self.world.rank) if shared else self.world.rank)
+
+    def channels(self, islands: list[int], own: bool = False) -> tuple[Channel, Channel]:
+        """The communicators of the world and of the group, made once for all methods; own: for the caller alone."""
+        mates = self.groups[self.group_index]
+
+        def make() -> tuple[Channel, Channel]:
+            return Channel(self.world, islands), Channel(self.group, [islands[r] for r in mates])
+
+        if own:
+            return make()
+        if tuple(islands) not in self._channels:
+            self._channels[tuple(islands)] = make()
+        return self._channels[tuple(islands)]
+
+    def node_sum(self, number: int) -> int:
+        """Over the ranks of this node. Collective there, as the next one."""
+        return self.node.allreduce(number)
+
+    def node_first(self, item: Any) -> Any:
+        """What the first rank of this node has."""
+        return self.node.bcast(item)
 
     def agree(self, error: str | None) -> None:
         """Raises the same ValueError on every rank if any rank brings an error: no rank is left behind."""
@@ -116,8 +146,23 @@ class Topology:
         """Returns when every rank has called it."""
         self.world.Barrier()
 
+    def hold(self) -> None:
+        """A method uses the communicators."""
+        self._users += 1
+
+    def leave(self) -> None:
+        """It does so no more."""
+        self._users -= 1
+        if self._unwanted:
+            self.free()
+
     def free(self) -> None:
-        """Frees the communicators; the topology is of no use afterwards."""
+        """Frees the communicators, as soon as no method uses them; the topology is of no use afterwards."""
+        self._unwanted = True
+        if self._users:
+            return
+        for channel in (channel for pair in self._channels.values() for channel in pair):
+            channel.free()
         for comm in (self.across, self.group, self.node, self.world):
             comm.Free()
 

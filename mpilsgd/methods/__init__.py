@@ -1,15 +1,14 @@
-"""The training methods: each a `torch.optim.Optimizer` that wraps another one."""
+"""The training methods: each a rule, in the equations of its paper."""
 
+from mpilsgd.exchange import Diverged, Method, Metrics
 from mpilsgd.methods.admm import ADMM
 from mpilsgd.methods.allreduce import AllreduceSGD
-from mpilsgd.methods.base import Diverged, Method
 from mpilsgd.methods.downpour import Downpour
 from mpilsgd.methods.easgd import EASGD
 from mpilsgd.methods.easgd_tree import EASGDTree
 from mpilsgd.methods.local import MSGD, RunningAverage
 from mpilsgd.methods.localsgd import LocalSGD
 from mpilsgd.methods.lsgd import LSGD
-from mpilsgd.methods.metrics import Metrics
 
 __all__ = [
     "ADMM",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
-import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Topology
-from mpilsgd.methods.base import ROUND, Diverged, Method
-from mpilsgd.methods.wrapped import forget
+from mpilsgd.exchange import ROUND, Diverged, Every, Method, forget, number
+
+_SUSPECT, _MISSING = 1, 2  # a loss that is not finite; parameters without a gradient
 
 
 class AllreduceSGD(Method):
@@ -21,118 +19,73 @@ class AllreduceSGD(Method):
         x_{t+1} = x_t - eta (1/p) sum_i g_t^i(x_t)
 
     The flat gradients lie in shared windows; each rank averages its slice of all of them in place, so a node holds no
-    copy. A worker whose gradient is not finite is left out of the mean; if its parameters are not finite either (looked
-    at when its gradient or the `loss` given to `step` is not), it takes another's. Both count in `metrics.resets`.
-    A worker that is out of data leaves the mean and follows the others' steps.
+    copy. Before `step` a parameter's gradient is this worker's own: who clips it there clips each worker's; `max_grad_norm`
+    clips the mean, as torch.nn.utils.clip_grad_norm_ does.
 
-    Arguments and errors: see `Method`. On one rank it is the wrapped optimizer. Source: local SGD paper, (4) with
-    I_T = [T]; float buffers are averaged with the gradients.
+    A worker whose gradient is not finite is left out of the mean; if its parameters are not finite either (looked
+    at when its gradient or the `loss` given to `step` is not), it takes another's. Both count in `metrics.resets`.
+    A worker that is out of data leaves the mean and follows the others' steps. On one rank it is the wrapped optimizer.
+    Float buffers are averaged with the gradients.
+
+    Source: local SGD paper, (4) with I_T = [T].
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        topology: Topology | None = None,
-        *,
-        init: str = "same",
-        buffers: str = "average",
-        model: torch.nn.Module | None = None,
-    ):
-        self._missing: list[torch.Tensor] = []
-        self._suspect = self._follows = False  # a loss that is not finite; steps taken for the others' sake
-        super().__init__(
-            optimizer,
-            topology,
-            init=init,
-            buffers=buffers,
-            model=model,
-            problems=(),
-            settings={},
-            gradients=True,
-        )
+    max_grad_norm: float | None = number(
+        None, 0, above=True, help="the norm to which the mean gradient is clipped (null: not at all)"
+    )
 
-    def _acts_on_gradient(self) -> bool:
-        return True
+    guard = "g"
 
-    def _shown(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()  # gradients are exchanged, the parameters are equal
+    def clock_of(self) -> Every:
+        return Every(1, first=True)
 
-    def _before(self, loss: Any) -> None:
+    def observe(self, loss: Any) -> None:
         self.flat.reseat()
-        self._missing = self.flat.fill_missing_grads()
-        self._suspect = loss is not None and not math.isfinite(float(loss))
-        self._exchange()
+        self.missing = self.flat.fill_missing_grads()
+        self.suspect = loss is not None and not math.isfinite(float(loss))
 
-    def _score(self) -> float:
-        return float(self._suspect)
+    def measure(self) -> float:
+        told = getattr(self, "missing", None), getattr(self, "suspect", False)
+        return (_SUSPECT if told[1] else 0) + (_MISSING if told[0] or self.behind else 0)
 
-    def _note(self) -> float:
-        return float(len(self._missing) or self._follows)
-
-    def _is_finite(self, purpose: float) -> bool:
-        return purpose != ROUND or all([kernels.check(g.mine) for g in self._g.values()])
-
-    def _round(self, table: np.ndarray) -> None:
-        world = self.fabric.world
-        active = table[:, 0] == ROUND
-        fine = active & (table[:, 4] == 1.0)
+    def exchange(self, r: Any) -> None:
+        active = r.rows.purpose == ROUND
+        fine = active & (r.rows.fit == 1)
+        here, flags = bool(active[r.level.rank]), r.came.score.astype(int)
         if not fine.any() and active.all():
             raise Diverged(f"every worker's gradient is non-finite at step {self.t}: the run has diverged")
-        spans = [(w, 0, w.mine.numel()) for w in self._g.values()]
-        if self.buffers_policy == "average":
-            spans += [
-                (w, self.flat.n_parameters[d], w.mine.numel())
-                for d, w in self._x.items()
-                if w.mine.numel() > self.flat.n_parameters[d]
-            ]
         if fine.any():
-            self._average(spans, fine)
+            r.mean(self.g, fine)
         else:
-            for g in self._g.values():
+            for g in self.g.values():
                 g.mine.zero_()
-        self.metrics.rounds += 1
-        counted = bool(active[world.rank] and not fine[world.rank])
+        counted = here and not fine[r.level.rank]
         self.metrics.resets += counted
-        if table[active, 2].any() or not fine[active].all():
-            self._check_parameters(counted)
-        if table[active, 3].any() or not active.all():
-            self._agree_on_missing(bool(active[world.rank]))
+        if (flags & _SUSPECT).any() or not fine[active].all():
+            self._check_parameters(r, counted)
+        if (flags & _MISSING).any() or not active.all():
+            self._agree_on_missing(r, here)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.flat.parameters, self.max_grad_norm)
+        if not here:  # this worker follows
+            self.optimizer.step()
+            self.t += 1
+            self.behind = True
 
-    def _check_parameters(self, counted: bool) -> None:
+    def _check_parameters(self, r: Any, counted: bool) -> None:
         """Workers whose parameters are not finite take those of the first whose are. Collective."""
-        level = self.fabric.world
-        own = all([kernels.check(w.mine) for w in self._x.values()])
-        broken = {r for r, row in enumerate(level.table([own])) if not row[0]}
+        own = all([kernels.check(w.mine) for w in self.x.values()])
+        broken = {k for k, row in enumerate(r.level.table([own])) if not row[0]}
         if not broken:
             return
-        self._refuse_if_all(broken)
+        self.refuse_if_all(broken)
         forget(self.optimizer)  # on every worker, so that they stay equal
-        self._copy_from(min(set(range(level.size)) - broken), broken)
-        self.metrics.resets += level.rank in broken and not counted
+        self.copy_from(min(set(range(self.p)) - broken), broken)
+        self.metrics.resets += r.level.rank in broken and not counted
 
-    def _agree_on_missing(self, active: bool) -> None:
+    def _agree_on_missing(self, r: Any, here: bool) -> None:
         """A parameter that had a gradient on any worker is stepped on all of them."""
-        parameters = self.flat.parameters
-        absent = {id(p) for p in self._missing} if active else {id(p) for p in parameters}
-        had = self.fabric.world.combine(np.array([float(id(p) not in absent) for p in parameters]))
-        for p, present in zip(parameters, had, strict=True):
+        absent = {id(p) for p in (self.missing if here else self.flat.parameters)}
+        had = r.level.table([float(id(p) not in absent) for p in self.flat.parameters]).any(axis=0)
+        for p, present in zip(self.flat.parameters, had, strict=True):
             p.grad = self.flat.view(p, self.flat.grads) if present else None
-
-    def _rest(self, purpose: float) -> None:
-        self._missing, self._suspect = [], False
-        super()._rest(purpose)
-
-    def _followed(self) -> None:
-        self.optimizer.step()
-        self.t += 1
-        self._follows = True
-
-    def _catch_up(self, table: np.ndarray) -> None:
-        super()._catch_up(table)
-        followers = {r for r in range(len(table)) if table[r, 3]}
-        if followers:  # their learning rates may have been other ones
-            self._copy_from(min(set(range(len(table))) - followers), followers)
-        self._follows = False
-
-    def _free(self) -> None:
-        self._missing = []

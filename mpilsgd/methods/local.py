@@ -42,6 +42,7 @@ class MSGD(Optimizer):
     Source: Zhang's thesis, 2.3 and 5.1.2 (5.4).
     """
 
+    fuses_pulls = True  # step(pulls=)
     _inside = 0  # how many iterate() or hold() are open
 
     def __init__(

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-import torch
+from mpilsgd.exchange import (
+    Every,
+    EverySo,
+    Method,
+    UntilGradient,
+    Vector,
+    anything,
+    choice,
+    follow,
+    number,
+    whole_problem,
+)
 
-from mpilsgd.comm import Topology
-from mpilsgd.methods.arguments import choice, number, whole
-from mpilsgd.methods.averaging import accumulation_dtype, follow
-from mpilsgd.methods.base import ROUND, Method
+
+def _period_problem(name: str, value: Any) -> str | None:
+    if callable(value):
+        return None
+    if isinstance(value, (set, frozenset, list, tuple, range)):
+        return next((p for p in (whole_problem(f"a step number in {name}", s) for s in value) if p), None)
+    if isinstance(value, int):
+        return whole_problem(name, value)
+    return f"{name} must be a whole number of at least 1, a set of them, a callable or None, not {value!r}"
 
 
 class LocalSGD(Method):
@@ -19,140 +34,70 @@ class LocalSGD(Method):
 
         x^k_{t+1} = x^k_t - eta g^k(x^k_t);    if t+1 in I_T:  x^k_{t+1} <- (1/K) sum_k x^k_{t+1}
 
-    Args:
-        period: tau >= 1 (I_T = its multiples; 1 is mini-batch SGD), or a collection of step numbers t+1, or a callable
-            step number -> bool, or None: one-shot averaging, only `center()` at the end takes the mean.
-        until_grad_norm: a threshold on this worker's squared gradient norm, in place of `period` (T = infinity): each
-            worker steps until its gradient is at or below it, then waits for the others; a worker that is below
-            already takes no step. `converged` says that no worker took a step between the last two rounds.
-        average: what `center()` holds: "last" (the mean of the workers) or "quadratic", the mean over workers
-            and time (1/(K S_T)) sum_k sum_t w_t x^k_t with w_t = (a+t)^2 (one more vector a worker).
-        a: the shift of those weights, > 0; the theory wants a >= max(16 kappa, H). Default: an integer period H.
-        optimizer, topology, init, buffers, model and errors: see `Method`.
+    I_T: the multiples of `period` (1 is mini-batch SGD), a collection of step numbers t+1, or those for which a callable
+    says so; None is one-shot averaging, only `center()` at the end takes the mean.
+
+    With `until_grad_norm` (T = infinity) each worker steps until its squared gradient norm is at or below it, then waits
+    for the others; a worker that is below already takes no step. `converged` says that no worker took a step between
+    the last two rounds. A gradient that is not finite is a broken worker's.
+
+    `average="quadratic"`: the centre is the mean over workers and time, (1/(K S_T)) sum_k sum_t w_t x^k_t with
+    w_t = (a+t)^2 (one more vector a worker). The theory wants a >= max(16 kappa, H).
 
     Source: Stich, Algorithm 1 (line 8 averages x_{t+1}: see its (4)), Theorem 2.2; Zhang & Li, Algorithm 1.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        topology: Topology | None = None,
-        *,
-        period: int | Collection[int] | Callable[[int], bool] | None = 64,
-        until_grad_norm: float | None = None,
-        average: str = "last",
-        a: float | None = None,
-        init: str = "same",
-        buffers: str = "average",
-        model: torch.nn.Module | None = None,
-    ):
-        problems = [_period_problem(period), choice("average", average, ("last", "quadratic"))]
-        if until_grad_norm is not None:
-            problems.append(number("until_grad_norm", until_grad_norm, 0.0))
-        if a is None and average == "quadratic" and isinstance(period, int) and period >= 1:
-            a = float(period)
-        if average == "quadratic" and (a is None or number("a", a, 0.0) or a == 0):
-            problems.append(
-                f'average="quadratic" needs a number a > 0 (at least 16 kappa and the period), not {a!r}'
-            )
-        self.period = (
-            period if callable(period) or isinstance(period, int) or period is None else _steps(period)
-        )
-        self.until_grad_norm = until_grad_norm
-        self.average, self.a = average, a
-        self.converged = False
-        self._moved = False  # a step since the last round
-        self._z: dict[torch.dtype, torch.Tensor] = {}
-        self._weight = 0.0
-        settings = dict(period=self.period, until_grad_norm=until_grad_norm, average=average, a=a)
-        super().__init__(
-            optimizer, topology, init=init, buffers=buffers, model=model, problems=problems, settings=settings
-        )
-        if average == "quadratic":
-            self._z = {d: torch.zeros_like(x, dtype=accumulation_dtype(d)) for d, x in self.flat.data.items()}
+    period: Any = anything(
+        64,
+        _period_problem,
+        "a whole number of at least 1, a collection of them, a callable (step -> bool) or None",
+        help="steps between averages; also a list of steps ([1,10,100]), null (only at the end) or "
+        "package.module:callable (step -> true or false)",
+    )
+    until_grad_norm: float | None = number(
+        None, 0, help="each worker steps until its squared gradient norm is at most this, in place of period"
+    )
+    average: str = choice(
+        "last",
+        "quadratic",
+        help="what is evaluated: last (the mean of the workers) or quadratic (their mean over time, weights (a+t)^2)",
+    )
+    a: float | None = number(None, 0, above=True, help="see average (null: the period)")
 
-    def _acts_on_gradient(self) -> bool:
-        return self.until_grad_norm is not None
+    def declare(self) -> Iterable[str | None]:
+        if isinstance(self.period, (set, list, tuple, range)):
+            self.period = frozenset(self.period)
+        self.value("converged", False)
+        self.value("moved", False)  # a step since the last round
+        self.value("weight", 0.0)  # S_t
+        self.z: Vector | None = None
+        if self.average == "quadratic":
+            self.z = self.vector("z", wide=True)
+            self.a = float(self.period) if self.a is None and isinstance(self.period, int) else self.a
+            if self.a is None:
+                yield 'average="quadratic" needs a number a > 0 (at least 16 kappa and the period)'
 
-    def _before(self, loss: Any) -> None:
-        if self.average == "quadratic":  # z <- z + w_t / S_{t+1} (x_t - z)
-            assert self.a is not None
+    def clock_of(self) -> Every:
+        if self.until_grad_norm is not None:
+            return UntilGradient(self.until_grad_norm)
+        return Every(self.period) if isinstance(self.period, int) else EverySo(self.period)
+
+    def before_step(self) -> None:
+        self.moved = True
+        if self.z is not None:  # z <- z + w_t / S_{t+1} (x_t - z)
             w = (self.a + self.t) ** 2
-            self._weight += w
-            with self._shown():
-                for d, z in self._z.items():
-                    follow(z, self.flat.data[d], w / self._weight)
+            self.weight += w
+            with self.iterates():
+                for d, z in self.z.items():
+                    follow(z, self.x[d].mine[: len(z)], w / self.weight)
 
-    def _local_step(self, closure: Callable[[], Any] | None) -> Any:
-        if self.until_grad_norm is None:
-            return super()._local_step(closure)
-        grads = [p.grad for p in self.flat.parameters if p.grad is not None]
-        square = sum(float(n) ** 2 for n in torch._foreach_norm(grads)) if grads else 0.0
-        if square > self.until_grad_norm:
-            self._moved = True
-            return super()._local_step(closure)
-        self._exchange()
-        return None
+    def measure(self) -> float:
+        return float(self.moved)
 
-    def _after(self, loss: Any) -> None:
-        if self.until_grad_norm is None and self._due(self.t):
-            self._exchange()
+    def exchange(self, r: Any) -> None:
+        r.mean()
+        self.converged = self.until_grad_norm is not None and not r.came.score.any()
+        self.moved = False
 
-    def _due(self, step: int) -> bool:
-        if self.period is None:
-            return False
-        if isinstance(self.period, int):
-            return step % self.period == 0
-        return bool(self.period(step)) if callable(self.period) else step in self.period
-
-    def _stamp(self) -> int:
-        return self.t if self.until_grad_norm is None else self.metrics.rounds
-
-    def _note(self) -> float:
-        return float(self._moved)
-
-    def _catch_up(self, table: np.ndarray) -> None:
-        if self.until_grad_norm is None:
-            super()._catch_up(table)
-
-    def _round(self, table: np.ndarray) -> None:
-        bad = {r for r, row in enumerate(table) if not row[4]}
-        self._set_back(bad)
-        self._average(self._spans(), table[:, 4])
-        if bad and self.buffers_policy != "average":  # buffers that are not exchanged may be broken, too
-            self._copy_from(min(set(range(len(table))) - bad), bad)
-        self.metrics.rounds += 1
-        self.converged = self.until_grad_norm is not None and not table[table[:, 0] == ROUND, 3].any()
-        self._moved = False
-
-    def _set_centre(self) -> None:
-        if self._weight:
-            for d, z in self._z.items():
-                self.flat.data[d].copy_(z)
-        super()._set_centre()
-
-    def _extra(self) -> dict[str, Any]:
-        z = {str(d): z.clone() for d, z in self._z.items()}
-        return {"z": z, "weight": self._weight, "moved": self._moved, "converged": self.converged}
-
-    def _load_extra(self, own: dict[str, Any]) -> None:
-        self._weight, self._moved, self.converged = own["weight"], own["moved"], own["converged"]
-        for d, z in self._z.items():
-            z.copy_(own["z"][str(d)])
-
-
-def _steps(period: Any) -> frozenset[int]:
-    try:
-        return frozenset(period)
-    except TypeError:
-        return frozenset()
-
-
-def _period_problem(period: Any) -> str | None:
-    if period is None or callable(period):
-        return None
-    if isinstance(period, (set, frozenset, list, tuple, range)):
-        return next((p for p in (whole("a step number in period", s) for s in period) if p), None)
-    if isinstance(period, int):
-        return whole("period", period)
-    return f"period must be a whole number of at least 1, a set of them, a callable or None, not {period!r}"
+    def shown_centre(self) -> Vector | None:
+        return self.z if self.weight else None

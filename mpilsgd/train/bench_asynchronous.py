@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Counter, Fabric, Progress, Topology, wait_until
+from mpilsgd.comm import Counter, Progress, Topology, wait_until
+from mpilsgd.transport import Fabric
 from mpilsgd.methods import EASGD, LSGD, Downpour
 from mpilsgd.train.bench_memory import CENTER_RATE, Model
 from mpilsgd.train.table import columns, in_ms

@@ -12,7 +12,7 @@ from mpi4py import MPI
 from problems import TanhNet, flatten, state_of
 
 from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, EASGDTree, LocalSGD, Topology
-from mpilsgd.comm import fabric
+from mpilsgd.comm import channel as fabric
 
 pytestmark = [pytest.mark.mpi(min_size=2)]
 

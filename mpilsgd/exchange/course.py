@@ -4,41 +4,62 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mpilsgd.comm import Fabric, Topology
-from mpilsgd.comm.onesided import Counter, Progress, progresses_alone, thread_problem
-from mpilsgd.methods.arguments import choice
+from mpilsgd.comm import Counter, Progress, Topology, progresses_alone, thread_problem
+from mpilsgd.exchange.fields import Field, choice, path
+from mpilsgd.transport import Fabric
+
+if TYPE_CHECKING:
+    from mpilsgd.exchange.method import Method
 
 FORMAT = 2
 BEYOND = "this run goes on beyond the recorded one: it has taken other steps"
 
 
-def course_problems(asynchronous: Any, order: Any, record: Any, replay: Any) -> list[str | None]:
-    """What is wrong with the arguments about order."""
-    found = [choice("order", order, ("free", "round-robin"))]
-    for name, value in (("record", record), ("replay", replay)):
-        if value is not None and not isinstance(value, (str, os.PathLike)):
-            found.append(f"{name} must be the path of a file, not {value!r}")
-    if record is not None and replay is not None:
+COURSE = {
+    "order": Field(
+        "free",
+        "order of the workers' exchanges in an asynchronous run: free (as it comes) or round-robin (worker 0's step, "
+        "then worker 1's, ...), the same every time",
+        "one of 'free', 'round-robin'",
+        choice("free", "round-robin", help="").problem,
+        "order",
+        str,
+    ),
+    "record": Field(
+        None,
+        "file for the order of events of an asynchronous run, to replay it",
+        "the path of a file",
+        path(help="").problem,
+        "record",
+        str | None,
+    ),
+    "replay": Field(
+        None,
+        "file that record wrote: the same run again, bit for bit, with the same other options",
+        "the path of a file",
+        path(help="").problem,
+        "replay",
+        str | None,
+    ),
+}
+
+
+def course_problems(m: Method) -> list[str]:
+    """What is wrong with the settings about order, taken together."""
+    found = []
+    if m.record is not None and m.replay is not None:
         found.append("record and replay exclude each other: a replayed run has its recording already")
-    for name, value in (("record", record), ("replay", replay)):
-        if value is not None and order == "round-robin":
+    for name in ("record", "replay"):
+        if getattr(m, name) is not None and m.order == "round-robin":
             found.append(f'{name} is for runs of order="free"; round robin is the same every time')
-    if not asynchronous:
-        given = {"order": order != "free", "record": record is not None, "replay": replay is not None}
+    if not m.asynchronous:
+        given = {"order": m.order != "free", "record": m.record is not None, "replay": m.replay is not None}
         named = [name for name, there in given.items() if there]
         if named:
             found.append(f"{', '.join(named)} only with asynchronous=True")
     return found
-
-
-def course_settings(order: str, record: Any, replay: Any) -> dict[str, Any]:
-    """What all ranks must agree about, and what a replay need not have in common with its recording."""
-    return {_OWN: (order, record is not None, replay is not None)}
-
-
-_OWN = "order, recorded, replayed"
 
 
 class Course:
@@ -62,7 +83,7 @@ class Course:
         about: dict[str, Any],
     ):
         self._topology = topology
-        settings = {key: value for key, value in about["settings"].items() if key != _OWN}
+        settings = {key: value for key, value in about["settings"].items() if not key.startswith("order,")}
         self._about = json.loads(json.dumps({**about, "settings": settings}, default=str))
         self._record = record
         self.round_robin = order == "round-robin"
@@ -75,7 +96,7 @@ class Course:
             self._check_writable(record)
         self._meetings: list[Any] = []
         self._next = self._counted = self._last_total = 0
-        self._size = topology.world.size
+        self.workers = topology.world.size
         self._counter: Counter | None = None
         self._progress: Progress | None = None
 
@@ -85,7 +106,7 @@ class Course:
         every: a total of steps whose multiples all workers shall learn of at once.
         """
         world = fabric.world
-        if not progresses_alone(world.comm, world.heads_ranks):
+        if not progresses_alone(world.comm, world.channel.heads_ranks):
             self._topology.agree(thread_problem())
             self._progress = Progress(world.comm)
         if not self.round_robin and not self.replays:
@@ -124,7 +145,7 @@ class Course:
                 raise RuntimeError(f"{BEYOND} (which ended after {last} steps of this worker)")
             return key in self._script["reached"] and t >= self._script["reached"][key]
         if self.round_robin:
-            return t * self._size >= total
+            return t * self.workers >= total
         if key in self._reached:
             return True
         if self.total(total) < total:

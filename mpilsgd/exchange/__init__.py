@@ -1,0 +1,53 @@
+"""The worker and the parts that a method is put together from: clocks, exchanges, vectors, fields."""
+
+from mpilsgd.exchange.base import follow
+from mpilsgd.exchange.clocks import Every, EverySo, TwoPeriods, UntilGradient
+from mpilsgd.exchange.edges import Edges
+from mpilsgd.exchange.fields import (
+    REQUIRED,
+    Field,
+    anything,
+    choice,
+    code,
+    flag,
+    number,
+    path,
+    whole,
+    whole_problem,
+)
+from mpilsgd.exchange.in_turn import InTurn
+from mpilsgd.exchange.method import Diverged, Method
+from mpilsgd.exchange.metrics import Metrics
+from mpilsgd.exchange.published import Published
+from mpilsgd.exchange.rows import ROUND
+from mpilsgd.exchange.together import Together
+from mpilsgd.exchange.vectors import Vector
+from mpilsgd.exchange.wrapped import forget
+
+__all__ = [
+    "REQUIRED",
+    "ROUND",
+    "Diverged",
+    "Edges",
+    "Every",
+    "EverySo",
+    "Field",
+    "InTurn",
+    "Method",
+    "Metrics",
+    "Published",
+    "Together",
+    "TwoPeriods",
+    "UntilGradient",
+    "Vector",
+    "anything",
+    "choice",
+    "code",
+    "flag",
+    "follow",
+    "forget",
+    "number",
+    "path",
+    "whole",
+    "whole_problem",
+]

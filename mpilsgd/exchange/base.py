@@ -1,0 +1,208 @@
+"""What all exchanges share."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpilsgd import kernels
+from mpilsgd.exchange.rows import Row, Rows, checked
+from mpilsgd.exchange.vectors import Span, Vector, accumulation_dtype, allot
+from mpilsgd.transport import Level
+
+if TYPE_CHECKING:
+    from mpilsgd.exchange.method import Method
+
+
+class Exchange:
+    """With whom a worker exchanges, and who waits. A rule's `exchange(r)` is given one of these and uses its verbs.
+
+    This base meets all workers, as every method does for its centre and its end.
+    """
+
+    updates = 0  # of the centre so far
+    waited = 0.0  # seconds for others, since this was set back
+    private = False  # whether the levels need communicators of their own
+    always_ordered = False  # whether workers take turns also in the method's synchronous form
+
+    def __init__(self, method: Method):
+        self.m = method
+
+    # What an exchange may do otherwise
+
+    def sizes(self, nbytes: int, wide: int) -> int:
+        """Shared bytes that this rank asks for beyond x and the vectors; of a vector, and of one of wide types."""
+        return 0
+
+    def allocate(self, vectors: list[Vector]) -> None:
+        """Gives the named vectors their memory. Collective."""
+        m = self.m
+        for v in vectors:
+            allot(m, v)
+
+    def open(self) -> None:
+        """All start from here. Collective."""
+
+    def fill(self, vector: Vector) -> None:
+        """A vector takes what x is. Between barriers; all of the island hold the same x, unless it is the worker's."""
+        level = self.m.fabric.group if vector.per == "group" else self.m.fabric.world
+        if vector.per == "worker" or level.local_ranks[0] == level.rank:
+            for d, v in vector.items():
+                v.copy_(self.m.x[d].mine[: self.m.n[d]])
+
+    def take(self, c: Vector, rate: float = 1.0) -> None:
+        """x <- x - rate (x - c), outside of exchanges. Collective."""
+        for d, v in self.whole(c):
+            x = self.m.x[d].mine[: self.m.n[d]]
+            if rate == 1:
+                x.copy_(v)
+            else:
+                kernels.pull(x, v.to(x.device, x.dtype), rate)
+        self.m.fabric.world.barrier()
+
+    def is_due(self) -> bool:
+        """Whether this worker's clock asks for an exchange now."""
+        return bool(self.m.clock.due(self.m.t))
+
+    def run(self) -> None:
+        """The exchange that is due."""
+
+    def stepped(self) -> None:
+        """After a step; the exchange that is due then."""
+        if not self.m.clock.first and self.is_due():
+            self.run()
+
+    def exchange(self, purpose: float) -> Rows | None:
+        """Meets the others for a round, or for the centre or the end: then the rows, unless a round was held."""
+        m, start, self.waited = self.m, time.perf_counter(), 0.0
+        with m.iterates():
+            rows = self.meet(purpose)
+        m.metrics.t_comm += time.perf_counter() - start
+        m.metrics.t_wait += self.waited
+        m.count_traffic()
+        return rows
+
+    def meet(self, purpose: float) -> Rows | None:
+        start = time.perf_counter()
+        table = self.m.fabric.world.table(self.m.row(purpose, self.stamp()))
+        self.waited += time.perf_counter() - start
+        return checked(table)
+
+    def stamp(self) -> int:
+        return self.m.t
+
+    def idle(self) -> None:
+        """A step of a rank that computes nothing."""
+
+    def rests(self) -> None:
+        """This worker takes no part until all have met, but in the others' rounds."""
+
+    def wakes(self) -> None:
+        """All have met. Collective."""
+
+    def catch_up(self, rows: Rows) -> None:
+        """All rest."""
+
+    def settle(self) -> None:
+        """Waits for this worker's own exchange, if one is under way."""
+
+    def whole(self, vector: Vector) -> Iterator[tuple[torch.dtype, torch.Tensor]]:
+        """All of a vector per="all", readable here. Collective."""
+        yield from vector.items()
+
+    def put(self, vector: Vector | None) -> None:
+        """The centre comes into every worker's parameters: a vector, or the mean of the workers. Collective."""
+        m = self.m
+        if vector is not None and vector.per == "all":
+            square = 0.0
+            for d, c in self.whole(vector):
+                x = m.x[d].mine[: m.n[d]]
+                square += float(torch.dist(x, c.to(x.device, x.dtype))) ** 2
+                x.copy_(c)
+            m.metrics.distance = square**0.5
+            return
+        for d, v in vector.items() if vector is not None else ():
+            m.x[d].mine[: m.n[d]].copy_(v)
+        running = getattr(m.optimizer, "center", None)  # RunningAverage: the mean of the workers' averages
+        with running() if running else contextlib.nullcontext():
+            fit = m.fabric.world.table([m.is_finite()])[:, 0]
+            m.refuse_if_all({r for r, f in enumerate(fit) if not f})
+            spans = [Span(w, 0, m.n[d]) for d, w in m.x.items()]
+            m.mean_over(spans, {r for r, f in enumerate(fit) if f})
+            means = {d: w.mine.clone() for d, w in m.x.items()} if running else {}
+        for d, mean in means.items():
+            m.x[d].mine.copy_(mean)
+
+    def state(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def misfit(self, state: dict[str, Any]) -> str | None:
+        """Why a saved state cannot be taken up here."""
+        return None
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Collective."""
+        self.updates = state["updates"]
+
+    def free(self) -> None:
+        """Before the windows go."""
+
+
+def convex(m: Method, d: torch.dtype, alpha: float, rate: float) -> Iterator[tuple[int, int, float, float]]:
+    """Spans of what is exchanged, with the rates of worker and centre: for float buffers no others than convex ones."""
+    edge, n = m.edge[d], m.n[d]
+    safe = min(max(alpha, 0.0), 1.0), min(max(rate, 0.0), 1.0 / m.p)
+    if safe == (alpha, rate):
+        edge = n
+    for start, stop, rates in ((0, edge, (alpha, rate)), (edge, n, safe)):
+        if start < stop:
+            yield start, stop, *rates
+
+
+def trim(broken: list[torch.Tensor], c: torch.Tensor) -> None:
+    """Workers that are not finite take the centre over."""
+    for view in broken:
+        view.copy_(c)
+
+
+def follow(z: torch.Tensor, x: torch.Tensor, rate: float) -> None:
+    """z <- z + rate (x - z), z of x's accumulation type: small rates would be lost in a half type."""
+    if z.dtype == x.dtype:
+        kernels.pull(z, x, rate)
+    else:
+        z.lerp_(x.to(z.dtype), rate)
+
+
+def average(level: Level, scratch: dict[torch.dtype, Any], spans: list[Span], counted: set[int]) -> None:
+    """Replaces every worker's window[start:stop] by the mean over the counted workers (at least one).
+
+    Each rank handles its slice of every window on its island; across islands the sums meet in `scratch`.
+    Collective, after a barrier; on return all windows hold the mean.
+    """
+    for window, start, stop in spans:  # dtypes of one accumulation type take turns in its scratch
+        a, b = level.share(start, stop)
+        every = {r: window.views[level.seats[r]][a:b] for r in level.local_ranks}
+        peers = [view for r, view in every.items() if r in counted]
+        level.count_local((b - a) * window.mine.element_size())
+        if level.n_islands == 1:
+            kernels.average(peers)
+            trim([view for r, view in every.items() if r not in counted], peers[0])
+            continue
+        sums = scratch[accumulation_dtype(window.mine.dtype)].views[0]
+        if peers:
+            kernels.total(sums[a:b], peers)
+        else:
+            sums[a:b].zero_()
+        for part in level.allreduce(sums, start, stop):
+            a, b = level.share(*part)
+            views = [window.views[level.seats[r]][a:b] for r in level.local_ranks]
+            kernels.assign(views, sums[a:b], 1.0 / len(counted))
+        level.fence()
+    level.barrier()
+
+
+__all__ = ["Exchange", "Row", "Span", "average", "convex", "follow", "trim"]

@@ -1,0 +1,336 @@
+"""The exchange along the edges of a tree: messages to parent and children, for which nobody waits."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mpilsgd import kernels
+from mpilsgd.comm import Inbox, Links, Outbox, Slot, wait_until
+from mpilsgd.exchange.base import Exchange
+from mpilsgd.exchange.rows import CENTER
+from mpilsgd.exchange.vectors import Span, Vector, load, save
+
+if TYPE_CHECKING:
+    from mpilsgd.exchange.method import Method
+
+Vectors = dict[torch.dtype, torch.Tensor]
+
+_HEAD = 64  # bytes before the vectors of a message: whether they are finite, and the seconds of a leaf's step
+_PAUSE = 5e-4  # seconds between two looks of an inner rank
+_UNKNOWN = 0.05  # seconds of a pass as long as no leaf has told of its step
+_MEMORY = 0.9  # of the mean of a step's seconds
+_PAUSED = 4.0  # times its seconds a step counts at most
+_PATIENCE = 10.0  # seconds that lock-step waits for a rank which has ended its steps
+_SLOWEST = 1e6  # bytes a second: what takes longer is not under way
+_LONGEST = 64  # a sender whose messages are not taken waits so many periods at most
+_MISSES = 3  # times in a row that the last message was not taken, before it sends half as often
+_OTHER_TREE = (
+    "the state is of another tree: another degree, inner, across_dtype, or ranks that lay otherwise on nodes"
+)
+
+
+@dataclasses.dataclass
+class _Edge:
+    """An edge as one of its ends sees it.
+
+    above: whether the other end is the parent; rank: where it is; narrow: whether messages are rounded; send_every,
+    take_every: steps between the messages of this end and of the other; stride: of its own, every how many-th is sent.
+    """
+
+    out: Outbox | Slot
+    into: Inbox | Slot
+    above: bool
+    rank: int
+    narrow: bool  # messages travel in the topology's across_dtype
+    send_every: int
+    take_every: int
+    stride: int = 1
+    misses: int = 0  # in a row
+
+    def gets_through(self) -> bool:
+        """Whether a message that is due can be sent. Where several cannot, the next ones will be further apart."""
+        if self.out.ready():
+            self.stride, self.misses = max(1, self.stride // 2), 0
+            return True
+        self.misses += 1
+        if self.misses % _MISSES == 0:
+            self.stride = min(2 * self.stride, _LONGEST)
+        return False
+
+
+@dataclasses.dataclass
+class _Node:
+    """A tree node: its number, its x, its edges (the parent's first) and its clock."""
+
+    index: int
+    x: Vectors
+    edges: list[_Edge]
+    t: int = 0
+
+
+class Edges(Exchange):
+    """The rule's `exchange(r)` is one pass of a node: `send`, then `pull` for each of `arrivals`.
+
+    Its rule says what the tree is: `tree`, `periods`, `order` ("free" or "lock-step").
+    """
+
+    always_ordered = private = True
+
+    def __init__(self, method: Method):
+        super().__init__(method)
+        m: Any = method
+        self.tree, self.periods, self.lock_step = m.tree, m.periods, m.order == "lock-step"
+        m.workers = [rank for rank in m.workers if self.tree.is_leaf(rank)]
+        self._seconds = _UNKNOWN  # of a leaf's step
+        self._last_step: float | None = None
+        self._revived = -1  # the step at which a message last found this leaf broken
+        self._links: Links | None = None
+        self._own: list[_Node] = []
+
+    def open(self) -> None:
+        m, tree = self.m, self.tree
+        # lock-step: a leaf's next message may come before its last one is taken
+        self._links = Links(m.fabric.world, newest=not self.lock_step, tags=2 * len(tree.parent))
+        self._own = [self._node(i) for i, host in enumerate(tree.host) if host == m.topology.world.rank]
+        with m.iterates():
+            if m.init == "different":
+                self._start_at_mean()
+            if m.computes:
+                self._pass(self._own[0])
+        self._links.deliver()  # a state saved now holds what was sent
+
+    # The tree nodes of this rank and their edges
+
+    def _node(self, i: int) -> _Node:
+        tree, m = self.tree, self.m
+        exchanged = {d: w.mine[: m.n[d]] for d, w in m.x.items()}
+        x = exchanged if i == m.topology.world.rank else {d: v.clone() for d, v in exchanged.items()}
+        edges = [] if i == tree.root else [self._edge(i, tree.parent[i], up=True)]
+        return _Node(i, x, edges + [self._edge(child, child, up=False) for child in tree.children[i]])
+
+    def _edge(self, child: int, other: int, up: bool) -> _Edge:
+        """The edge above `child`, seen from its lower end (up) or its upper end, to the tree node `other`."""
+        assert self._links is not None
+        every, tags = self.periods.of(self.tree.is_leaf(child)), (2 * child, 2 * child + 1)
+        ours, theirs = (0, 1) if up else (1, 0)
+        peer = self.tree.host[other]
+        narrow = peer not in self.m.fabric.world.local_ranks
+        out = self._links.out(peer, tags[ours])
+        into = self._links.into(peer, tags[theirs], self._message_bytes(narrow))
+        return _Edge(out, into, up, peer, narrow, every[ours], every[theirs])
+
+    def _start_at_mean(self) -> None:
+        """Inner nodes start at the leaves' mean."""
+        m = self.m
+        own = {d: w.mine.clone() for d, w in m.x.items()}
+        m.fabric.world.table([0.0])
+        m.mean_over([Span(w, 0, m.n[d]) for d, w in m.x.items()], set(m.workers))
+        for node in self._own[m.computes :]:
+            for d, x in node.x.items():
+                x.copy_(m.x[d].mine[: m.n[d]])
+        for d, x in own.items() if m.computes else ():
+            m.x[d].mine.copy_(x)
+
+    # Messages: a head, then the vectors
+
+    def _types(self, narrow: bool) -> Iterator[tuple[torch.dtype, torch.dtype]]:
+        """The vectors' types, and those in a message."""
+        return ((d, self.m.fabric.wire(d) if narrow else d) for d in self.m.x)
+
+    def _message_bytes(self, narrow: bool) -> int:
+        return _HEAD + sum(_room(self.m.n[d] * wire.itemsize) for d, wire in self._types(narrow))
+
+    def _open_message(self, memory: np.ndarray, narrow: bool) -> tuple[torch.Tensor, Vectors]:
+        """A message's head (whether it is finite, seconds a step) and vectors."""
+        whole, at, vectors = torch.from_numpy(memory), _HEAD, {}
+        for d, wire in self._types(narrow):
+            nbytes = self.m.n[d] * wire.itemsize
+            vectors[d] = whole[at : at + nbytes].view(wire)
+            at += _room(nbytes)
+        return whole[:16].view(torch.float64), vectors
+
+    # A pass, and its verbs
+
+    def _pass(self, node: _Node) -> None:
+        self.node = node
+        self.m.exchange(self)
+
+    def send(self) -> None:
+        """x to parent and children, where it is due."""
+        node, m, links = self.node, self.m, self._links
+        assert links is not None
+        due = [e for e in node.edges if node.t % e.send_every == 0]
+        for edge in due if self.lock_step else ():
+            self._wait(edge.out.ready, edge)
+        free = [e for e in due if node.t % (e.send_every * e.stride) == 0 and e.gets_through()]
+        m.metrics.skipped += len(due) - len(free)
+        for narrow in {edge.narrow for edge in free}:
+            memory = links.fresh(self._message_bytes(narrow))
+            head, vectors = self._open_message(memory, narrow)
+            for d, x in node.x.items():
+                vectors[d].copy_(x)
+            head[0] = all([kernels.check(v) for v in vectors.values()])
+            head[1] = self._seconds
+            for edge in free:
+                if edge.narrow is narrow:
+                    edge.out.send(memory)
+
+    def arrivals(self, idle: bool = False) -> Iterator[tuple[bool, Vectors]]:
+        """What has come, the parent's first: whether it is finite, and the vectors."""
+        m = self.m
+        for edge in self.node.edges:
+            if not (edge.into.has() if idle else self._came(self.node, edge)):
+                continue
+            head, vectors = self._open_message(edge.into.message(), edge.narrow)
+            yield bool(head[0]), vectors
+            if not (edge.above or m.computes):
+                self._seconds = float(head[1])
+            m.metrics.rounds += 1
+            if isinstance(edge.into, Inbox):
+                nbytes = sum(v.numel() * v.element_size() for v in vectors.values())
+                near = edge.rank in m.topology.groups[m.topology.group_index]
+                m.fabric.traffic.group += nbytes * near
+                m.fabric.traffic.across += nbytes * (not near)
+                m.count_traffic()
+            edge.into.release()
+
+    def _came(self, node: _Node, edge: _Edge) -> bool:
+        if not self.lock_step:
+            return edge.into.has()
+        if node.t == 0 or (node.t - 1) % edge.take_every:
+            return False
+        self._wait(edge.into.has, edge)
+        return True
+
+    def pull(self, message: tuple[bool, Vectors], rate: float) -> None:
+        """x <- x + rate (message - x); a node that is not finite takes over the message."""
+        fit, vectors = message
+        if not fit:
+            return
+        x = self.node.x
+        if all([kernels.check(v) for v in x.values()]):
+            for d, v in x.items():
+                kernels.pull(v, vectors[d].to(v.device, v.dtype), rate)
+            return
+        if self.tree.is_leaf(self.node.index):
+            self._revived = self.m.t
+            self.m.begin_anew()
+        for d, v in x.items():
+            v.copy_(vectors[d])
+
+    def _wait(self, true: Callable[[], bool], edge: _Edge) -> None:
+        """Lock-step: until the other end has come as far."""
+        end = time.perf_counter() + _PATIENCE + self._message_bytes(edge.narrow) / _SLOWEST
+
+        def come() -> bool:
+            assert self._links is not None
+            if true():
+                return True
+            if time.perf_counter() > end and self._links.rests(edge.rank):
+                raise RuntimeError(
+                    f"rank {edge.rank} has ended its steps, and this one needs it for its step {self.m.t}: "
+                    'order="lock-step" is for equally many steps on every rank'
+                )
+            return False
+
+        self.m.metrics.t_wait += wait_until(come)
+
+    # The life of a step
+
+    def idle(self) -> None:
+        """A step of a rank that only averages: one pass, and what comes while a leaf's step would last."""
+        start, (node,) = time.perf_counter(), self._own
+        self._pass(node)
+        while not self.lock_step and (rest := start + self._seconds - time.perf_counter()) > 0:
+            time.sleep(min(_PAUSE, rest))
+            for message in self.arrivals(idle=True):
+                self.pull(message, self.m.moving_rate)
+        node.t += 1
+
+    def stepped(self) -> None:
+        now, m = time.perf_counter(), self.m
+        if self._last_step is not None:
+            taken, known = now - self._last_step, self._seconds
+            if known == _UNKNOWN:
+                self._seconds = taken
+            else:  # a pause is no step
+                self._seconds = _MEMORY * known + (1 - _MEMORY) * min(taken, _PAUSED * known)
+        self._last_step = now
+        leaf, *hosted = self._own
+        for node in hosted:
+            self._pass(node)
+            node.t += 1
+        leaf.t = m.t
+        if self.lock_step or any(e.into.has() or leaf.t % e.send_every == 0 for e in leaf.edges):
+            with m.iterates():
+                self._pass(leaf)
+        m.metrics.t_comm += time.perf_counter() - now
+        m.course.count(m.t)
+
+    # All meet
+
+    def rests(self) -> None:
+        self._last_step = None
+        if self.lock_step and self._links is not None:
+            self._links.rest()
+
+    def wakes(self) -> None:
+        assert self._links is not None
+        self._links.deliver()
+
+    def put(self, vector: Vector | None) -> None:
+        m, tree = self.m, self.tree
+        fit = m.fabric.world.table([m.is_fit(CENTER) and self._revived != m.t])[:, 0]
+        m.refuse_if_all({leaf for leaf in m.workers if not fit[leaf]})
+        square, home = 0.0, tree.host[tree.root]
+        own = {d: w.mine[: m.n[d]].clone() for d, w in m.x.items()}
+        if m.topology.world.rank == home:
+            root = next(node for node in self._own if node.index == tree.root)
+            for d, x in root.x.items():
+                m.x[d].mine[: m.n[d]].copy_(x)
+        m.copy_from(home)
+        for d, x in own.items():
+            square += float(torch.dist(x, m.x[d].mine[: m.n[d]])) ** 2
+        m.metrics.distance = square**0.5
+
+    def state(self) -> dict[str, Any]:
+        nodes = []
+        for node in self._own:
+            lying = [[torch.from_numpy(memory.copy()) for memory in edge.into.lying()] for edge in node.edges]
+            inner = node.index >= self.m.p
+            nodes.append((node.t, save(node.x) if inner else {}, lying))
+        return {"nodes": nodes, "seconds": self._seconds, "layout": self._layout()}
+
+    def _layout(self) -> list[Any]:
+        """What a state is bound to."""
+        sizes = [self._message_bytes(edge.narrow) for node in self._own for edge in node.edges]
+        return [self.tree.parent, self.tree.host, sizes]
+
+    def misfit(self, state: dict[str, Any]) -> str | None:
+        return None if state.get("layout") == self._layout() else _OTHER_TREE
+
+    def load(self, state: dict[str, Any]) -> None:
+        assert self._links is not None
+        self._links.deliver()
+        self._seconds, self._revived = state["seconds"], -1
+        for node, (t, x, lying) in zip(self._own, state["nodes"], strict=True):
+            node.t = t
+            if x:
+                load(node.x, x)
+            for edge, messages in zip(node.edges, lying, strict=True):
+                edge.into.put([memory.numpy() for memory in messages])
+
+    def free(self) -> None:
+        if self._links is not None:
+            self._links.free()
+        self._own = []
+
+
+def _room(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64

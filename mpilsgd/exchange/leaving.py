@@ -1,0 +1,63 @@
+"""Methods that end: with the program, or because nobody holds them any more. Their windows are freed by all ranks."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from mpilsgd.comm import Topology, end_job, exit_status
+
+if TYPE_CHECKING:
+    from mpilsgd.exchange.method import Method
+
+_living: weakref.WeakValueDictionary[int, Method] = weakref.WeakValueDictionary()
+_abandoned: dict[int, Method] = {}  # nobody holds them; they go on serving the others until all let them go
+_process = os.getpid()
+
+
+def number(topology: Topology) -> int:
+    """Of a new method among those of its topology: the same on every rank."""
+    topology.made += 1
+    return topology.made
+
+
+def enter(m: Method) -> None:
+    _living[id(m)] = m
+
+
+def forget(m: Method) -> None:
+    _living.pop(id(m), None)
+    _abandoned.pop(id(m), None)
+
+
+def abandon(m: Method) -> None:
+    """Nobody holds the method any more. It cannot be closed here, as the others may not have come so far."""
+    if m.__dict__.get("_open") and os.getpid() == _process:
+        _abandoned[id(m)] = m
+
+
+def reap(topology: Topology) -> None:
+    """Closes the methods of a topology that no rank holds any more. Collective."""
+    if any(m.topology is topology for m in list(_living.values())):
+        gc.collect()  # a method is part of a cycle
+    mine = {m.number: m for m in list(_abandoned.values()) if m.topology is topology}
+    everyone = topology.allgather(sorted(mine))
+    for n in sorted(set.intersection(*map(set, everyone))):
+        mine[n].close()
+
+
+@atexit.register
+def _rest_at_exit() -> None:
+    """The program ends on this rank: serve the others' rounds to their end, unless the job is being aborted."""
+    if os.getpid() != _process:  # a fork's end is not the rank's
+        return
+    try:
+        left: dict[int, Any] = {**dict(_living.items()), **_abandoned}
+        for m in sorted(left.values(), key=lambda m: m.number):
+            if not exit_status():
+                m.close()
+    except Exception as failure:
+        end_job(type(failure), failure, failure.__traceback__)

@@ -1,0 +1,419 @@
+"""The worker: a torch optimizer around another one, whose rule is its subclass."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+
+from mpilsgd import kernels
+from mpilsgd.comm import Topology, inquiry
+from mpilsgd.exchange import centre, leaving, setup, state
+from mpilsgd.exchange.base import Exchange, average
+from mpilsgd.exchange.clocks import Every
+from mpilsgd.exchange.course import COURSE
+from mpilsgd.exchange.fields import REQUIRED, Field, choice, documented, fields_of, signature
+from mpilsgd.exchange.rows import CLOSE, ROUND, Row
+from mpilsgd.exchange.together import Together
+from mpilsgd.exchange.vectors import Span, Vector
+from mpilsgd.exchange.wrapped import Wrapper, forget, gradient_at_x, known, step_toward
+
+# What a rule may define; everything else of `Method` is the mechanism's.
+HOOKS = ("declare", "clock_of", "start", "before_step", "observe", "measure", "exchange", "shown_centre")
+
+
+class Diverged(RuntimeError):
+    """Every worker's state is non-finite; raised on every rank."""
+
+
+class Method(Wrapper):
+    """A torch optimizer that wraps another one and exchanges parameters with the other workers.
+
+    A method of a paper is a subclass, a *rule*: fields (its settings) and some of eight functions, `HOOKS`. See
+    docs/adding-a-method.md. Its constructor takes
+
+        optimizer: the worker's own optimizer, any of torch's; its parameters are moved, in place, into one flat vector a
+            dtype, which lies in a shared window where the node's memory allows.
+        topology: the workers; default `Topology()`.
+        model: the module whose float buffers are meant; by default those living modules are found whose trainable
+            parameters all belong to the optimizer.
+
+    and its fields. Between rounds no worker waits for another. A round is collective; a worker that has run out of data
+    and enters `center()`, `close()` or the end of its program goes on taking part in the others' rounds with the
+    parameters it has, so nobody waits for it in vain.
+
+    Raises:
+        ValueError: on every rank, if any rank's arguments or model are wrong or differ from the others'.
+        Diverged: on every rank, if all workers' parameters have become non-finite (a RuntimeError).
+    """
+
+    fields: ClassVar[dict[str, Field]] = {}
+    exchanges: ClassVar[dict[Any, type[Exchange]]] = {False: Together}  # by the value of `asynchronous`
+    guard: ClassVar[str] = "x"  # what a worker looks through before a round: "x", "g" (gradients), "" (the pull does)
+    asynchronous: Any = False
+
+    init: str = choice(
+        "same",
+        "different",
+        help="same: all start from rank 0's parameters; different: each from its own",
+    )
+    buffers: str = choice(
+        "average",
+        "keep",
+        "recalibrate",
+        help="BatchNorm statistics and other float buffers: average (they follow the exchange of the parameters, by "
+        "convex rates), keep (each worker its own) or recalibrate (recomputed on training data in center(batches))",
+    )
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        wrong = [
+            name
+            for name in vars(cls)
+            if name in vars(Method) and name not in HOOKS and name not in _SETTINGS and name[:2] != "__"
+        ]
+        if wrong:
+            raise TypeError(
+                f"{cls.__name__} defines {', '.join(wrong)}, which are the mechanism's; a rule defines {', '.join(HOOKS)}"
+            )
+        if "asynchronous" in fields_of(cls):
+            for name, field in COURSE.items():
+                if name not in fields_of(cls):
+                    setattr(cls, name, field)
+        cls.fields = fields_of(cls)
+        cls.__doc__ = documented(cls.__doc__, cls.fields)
+        cls.__signature__ = signature(cls.fields)  # type: ignore[attr-defined]
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        topology: Topology | None = None,
+        *,
+        model: torch.nn.Module | None = None,
+        **given: Any,
+    ):
+        self._open = self._lent = False
+        super().__setstate__({})  # step hooks, without a copy of the parameter groups
+        _check_names(type(self), given)
+        inquiry.warn_if_apart()
+        self.topology = Topology() if topology is None else topology
+        self._owns_topology = topology is None
+        self.optimizer, self.p = optimizer, self.topology.world.size
+        self.vectors: dict[str, Vector] = {}
+        self.values: list[str] = []
+        self.course: Any = None
+        self.t, self.behind, self.toward = 0, False, ()  # type: tuple[int, bool, Any]
+        try:
+            setup.build(self, model, given)
+        except (ValueError, Diverged):  # on every rank
+            setup.release(self)
+            raise
+        leaving.enter(self)
+
+    # What a rule may define
+
+    def declare(self) -> Iterable[str | None]:
+        """Declares vectors and values, fills in settings that follow from others, and gives what is wrong with them."""
+        return ()
+
+    def clock_of(self) -> Every:
+        """When exchanges are due."""
+        raise TypeError(f"{type(self).__name__} must define clock_of()")
+
+    def start(self, r: Any) -> None:
+        """After all vectors have their start."""
+
+    def before_step(self) -> None:
+        """Before each local step; what is held is x."""
+
+    def observe(self, loss: Any) -> None:
+        """The loss of each step's batch, before an exchange that goes by it."""
+
+    def measure(self) -> float:
+        """What the others learn of this worker in a meeting; the least leads."""
+        return 0.0
+
+    def exchange(self, r: Any) -> None:
+        """One exchange, in verbs of r."""
+        raise TypeError(f"{type(self).__name__} must define exchange(r)")
+
+    def shown_centre(self) -> Vector | None:
+        """What `center()` shows: a vector (its mean over the workers, if each has one); None: the mean of x."""
+        return None
+
+    # What a rule declares
+
+    def vector(self, name: str, per: str = "worker", start: Any = 0, wide: bool = False) -> Vector:
+        """A vector as long as x that this method keeps; see `Vector`."""
+        self.vectors[name] = Vector(name, per, start, wide)
+        return self.vectors[name]
+
+    def value(self, name: str, start: Any) -> None:
+        """A value that this worker keeps, as an attribute of this name: saved and loaded like the vectors."""
+        setattr(self, name, start)
+        self.values.append(name)
+
+    def window(self, name: str, length: int) -> None:
+        """The last so many numbers, as an attribute; a worker that starts anew forgets them."""
+        self.value(name, deque(maxlen=length))
+
+    # The life of a step
+
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
+        """One step of this worker's optimizer, and the exchange if one is due.
+
+        Args:
+            closure: reevaluates the model and returns the loss, as torch's optimizers take it.
+            loss: the loss of this step's batch (number or tensor); `LSGD` elects its leader by it.
+
+        Returns: the loss.
+        """
+        self._refuse_if_unfit()
+        clock, r = self.clock, self.r
+        if not self.computes:
+            with torch.no_grad():
+                r.idle()
+            self.t += 1
+            return loss
+        if closure is not None and (clock.first or clock.looks):
+            with torch.enable_grad():
+                evaluated = closure()
+            loss = evaluated if loss is None else loss
+            closure = known(closure, evaluated, self.guard == "g")
+        if clock.first:
+            result = self._exchange_and_step(closure, loss)
+        elif clock.looks and clock.gives_way([p.grad for p in self.flat.parameters if p.grad is not None]):
+            result = None
+            with torch.no_grad():
+                r.exchange(ROUND)
+        else:
+            self._hook()
+            result = self._local_step(closure)
+        loss = result if loss is None else loss
+        self.t += 1
+        with torch.no_grad():
+            if not clock.first:
+                self.observe(loss)
+            r.stepped()
+        return loss
+
+    @torch.no_grad()
+    def _exchange_and_step(self, closure: Callable[[], Any] | None, loss: Any) -> Any:
+        """The exchange, then the local step with the gradient as it was before it."""
+        self.observe(loss)
+        due = self.r.is_due()
+        at_x = (due or self._hooked) and self.guard != "g"
+        with gradient_at_x(self.optimizer) if at_x else contextlib.nullcontext():
+            if due:
+                self.r.run()
+            self._hook()
+            return self._local_step(closure)
+
+    def _hook(self) -> None:
+        if self._hooked:
+            with torch.no_grad():
+                self.before_step()
+
+    def _local_step(self, closure: Callable[[], Any] | None) -> Any:
+        if self.toward:
+            toward, self.toward = self.toward, ()
+            return step_toward(self, toward, closure)
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)  # type: ignore[call-arg]
+
+    def _refuse_if_unfit(self) -> None:
+        self._refuse_if_closed()
+        if self._lent:
+            raise RuntimeError(
+                "step() inside center(): the parameters there are the centre, and go back afterwards"
+            )
+        self._members.check(self.optimizer)
+
+    def _refuse_if_closed(self) -> None:
+        if not self._open:
+            raise RuntimeError(f"this {type(self).__name__} is closed")
+
+    def reached(self, total_steps: int) -> bool:
+        """Whether all workers together have taken so many steps. Loops over a total of steps end by it.
+
+        Not collective. Where workers keep step it is judged by this worker's own clock; an asynchronous run counts.
+        Once True it stays so.
+        """
+        if self.course is not None:
+            return self.course.reached(total_steps, self.t)
+        return self.t * len(self.workers) >= total_steps
+
+    @property
+    def computes(self) -> bool:
+        """Whether this rank takes gradients; where it does not, `step()` goes without."""
+        return self.topology.world.rank in self.workers
+
+    def settle(self) -> None:
+        """Waits for this worker's own exchange, if one is under way (`EASGD(overlap=True)`)."""
+        self.r.settle()
+
+    def center(self, batches: Iterable[Any] | None = None) -> contextlib.AbstractContextManager[None]:
+        """The model holds the centre inside, this worker's own parameters again afterwards. Collective.
+
+        Args:
+            batches: for `buffers="recalibrate"`: model inputs (or tuples that begin with them) over which the
+                BatchNorm statistics of the centre are computed, each worker over its own, then averaged.
+        """
+        self._refuse_if_closed()
+        if batches is not None and self.buffers != "recalibrate":
+            raise ValueError('center(batches) goes with buffers="recalibrate"')
+        if batches is None and self.buffers == "recalibrate" and self.flat.buffers:
+            raise ValueError(
+                'buffers="recalibrate" needs center(batches): inputs to recompute the statistics from'
+            )
+        return centre.shown(self, batches or ())
+
+    def close(self) -> None:
+        """Ends the exchanges and frees windows and communicators; the model stays usable. Collective."""
+        if self._open:
+            with torch.no_grad():
+                centre.rest(self, CLOSE)
+                try:
+                    if self.course is not None:
+                        self.course.finish()
+                finally:
+                    leaving.forget(self)
+                    setup.release(self)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state and, under "mpilsgd", this worker's clock, metrics and the method's own.
+
+        Each rank saves its own; what a node keeps once, its first rank saves. In an asynchronous run nobody may step
+        meanwhile: `settle()` and a barrier come first.
+        """
+        self._refuse_if_closed()
+        self.settle()
+        return {**self.optimizer.state_dict(), "mpilsgd": state.of(self)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what `state_dict` of the same method gave; the parameters are the model's to load. Collective.
+
+        A ValueError on every rank refuses the state of another method or model, or of ranks that lay otherwise.
+        """
+        state.load(self, dict(state_dict))
+
+    # What exchanges ask of a worker
+
+    @contextlib.contextmanager
+    def iterates(self) -> Iterator[None]:
+        """The parameters hold x, which is what is exchanged: between steps MSGD's hold the look-ahead."""
+        self.flat.reseat()  # RNN.flatten_parameters, for one, moves parameters
+        with getattr(self.optimizer, "iterate", contextlib.nullcontext)() if self.guard != "g" else _nothing:
+            yield
+
+    def row(self, purpose: float, stamp: float, fit: bool | None = None) -> Row:
+        fit = self.is_fit(purpose) if fit is None else fit
+        return Row(self.number, purpose, stamp, fit, self.measure(), self.behind)
+
+    def is_fit(self, purpose: float = ROUND) -> bool:
+        """Whether what this worker brings to an exchange is finite: one pass over it, before anyone reads it."""
+        if self.guard == "g":
+            return purpose != ROUND or all([kernels.check(g.mine) for g in self.g.values()])
+        return not self.guard or (self.is_finite() and not self.clock.broken)
+
+    def is_finite(self) -> bool:
+        return all([kernels.check(w.mine[: self.n[d]]) for d, w in self.x.items()])
+
+    def refuse_if_all(self, bad: set[int]) -> None:
+        if bad.issuperset(self.workers):
+            raise Diverged(
+                f"every worker's parameters are non-finite at step {self.t}: the run has diverged; "
+                "a smaller learning rate may help"
+            )
+
+    def set_back(self, bad: set[int]) -> None:
+        """Ends the job if all are bad; this worker, if it is, starts anew."""
+        self.refuse_if_all(bad)
+        if self.topology.world.rank in bad:
+            self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Counts it, and clears the optimizer's memory, the gradient and what else was taken at broken parameters."""
+        self.metrics.resets += 1
+        forget(self.optimizer)
+        for p in self.flat.parameters:
+            if p.grad is not None:
+                p.grad.zero_()
+        for d, tail in self.fresh.items():
+            self.x[d].mine[self.n[d] :].copy_(tail)
+        for name in self.values:
+            if isinstance(getattr(self, name), deque):
+                getattr(self, name).clear()
+
+    def mean_over(self, spans: list[Span], counted: set[int]) -> None:
+        """The mean over the world ranks that count, to all. Collective, after a barrier."""
+        average(self.fabric.world, self.scratch, spans, counted)
+
+    def copy_from(self, source: int, takers: set[int] | None = None) -> None:
+        """The takers (default: all) get the whole vectors of world rank `source`, to the bit. Collective."""
+        level = self.fabric.world
+        level.table([0.0])
+        for dtype, window in self.x.items():
+            vector = level.bring(window, source, self.scratch.get(dtype), exact=True)[: window.mine.numel()]
+            if level.rank != source and (takers is None or level.rank in takers):
+                window.mine.copy_(vector)
+        level.table([0.0])
+
+    def copy_of_x(self) -> dict[torch.dtype, torch.Tensor]:
+        """What is exchanged of x, as it is now."""
+        with self.iterates():
+            return {d: w.mine[: self.n[d]].clone() for d, w in self.x.items()}
+
+    def note_leaders(self, near: int | None, far: int | None, scores: Any) -> None:
+        """Who leads the group, and all: ranks in the world. scores: of all, if this worker knows them."""
+        m, groups, me = self.metrics, self.topology.groups, self.topology.world.rank
+        group = self.topology.group_index
+        if near is not None:
+            m.leaders[group] = near
+        if far is not None:
+            m.leader = far
+            m.leaders[next(j for j, ranks in enumerate(groups) if far in ranks)] = far
+            for j, ranks in enumerate(groups) if scores is not None else ():
+                m.leaders[j] = min(ranks, key=lambda r: (scores[r], r))
+        elif near is not None and len(groups) == 1:
+            m.leader = near
+        m.leads += me == (near if near is not None else far)
+
+    def count_traffic(self) -> None:
+        traffic = self.fabric.traffic
+        self.metrics.bytes_group, self.metrics.bytes_across = traffic.group, traffic.across
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} belongs to its processes and cannot be pickled or copied: save its state_dict()"
+        )
+
+    def __del__(self) -> None:
+        leaving.abandon(self)
+
+
+_SETTINGS = ("fields", "exchanges", "guard", "asynchronous", "init", "buffers")
+_nothing = contextlib.nullcontext()
+
+
+def _check_names(cls: type[Method], given: dict[str, Any]) -> None:
+    """As Python does for a function with these arguments."""
+    for name in given:
+        if name not in cls.fields:
+            close = difflib.get_close_matches(name, cls.fields, 1)
+            hint = f". Did you mean '{close[0]}'?" if close else ""
+            raise TypeError(f"{cls.__name__}() got an unexpected keyword argument '{name}'{hint}")
+    missing = [f.name for f in cls.fields.values() if f.default is REQUIRED and f.name not in given]
+    if missing:
+        raise TypeError(f"{cls.__name__}() missing required keyword-only argument(s): {', '.join(missing)}")
+
+
+Method.fields = fields_of(Method)

@@ -1,0 +1,180 @@
+"""How a method comes to be, and to an end: checks on all ranks, then memory, then the common start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mpilsgd.exchange import leaving
+from mpilsgd.exchange.behind import BEHIND
+from mpilsgd.exchange.clocks import TwoPeriods
+from mpilsgd.exchange.course import Course, course_problems
+from mpilsgd.exchange.equality import broadcast_rest, check_equal
+from mpilsgd.exchange.metrics import Metrics
+from mpilsgd.exchange.vectors import Span, accumulation_dtype
+from mpilsgd.exchange.wrapped import Members, described, unfit_problem
+from mpilsgd.flat import FlatParameters, find_modules, float_buffers
+from mpilsgd.transport import Fabric
+
+if TYPE_CHECKING:
+    from mpilsgd.exchange.method import Method
+
+
+def build(m: Method, model: torch.nn.Module | None, given: dict[str, Any]) -> None:
+    """Everything of the constructor that is collective. ValueError on every rank if anything is wrong on any."""
+    topology, cls = m.topology, type(m)
+    problems = [unfit_problem(m.optimizer, cls.__name__, m.guard == "g")]
+    for field in m.fields.values():
+        setattr(m, field.name, given.get(field.name, field.default))
+        problems.append(field.check(getattr(m, field.name)))
+    if not any(problems):
+        problems += m.declare()
+    if "record" in m.fields:
+        problems += course_problems(m)
+    topology.agree("; ".join(p for p in problems if p) or None)
+    topology.hold()
+    m._held = True
+    leaving.reap(topology)
+    parameters = [p for group in m.optimizer.param_groups for p in group["params"] if p.requires_grad]
+    m.modules = [model] if model is not None else find_modules(parameters)
+    # constants such as a mask of -inf are not statistics
+    held = [b for b in float_buffers(m.modules) if bool(torch.isfinite(b).all())]
+    m.about = check_equal(topology, cls.__name__, parameters, held, _settings(m))
+    m.number = leaving.number(topology)
+    m.workers = list(range(m.p))
+    m.metrics = Metrics(leaders=[-1] * topology.n_groups)
+    m.clock = m.clock_of()
+    kind: Any = m.exchanges[m.asynchronous]
+    if getattr(m, "overlap", False):
+        kind = BEHIND[kind]
+    if m.asynchronous or kind.always_ordered:
+        m.course = Course(
+            topology, *_order(m), {**m.about, "optimizer": described(m.optimizer)}
+        )
+    m.r = kind(m)
+    if m.course is not None:
+        m.course.workers = len(m.workers)
+    _allocate(m, parameters, held)
+    m._members = Members(m.optimizer, m.flat)
+    m._hooked = _defines(cls, "before_step")
+    _start(m)
+    m.fabric.traffic.group = m.fabric.traffic.across = 0  # counts rounds
+    m._open = True
+
+
+def _defines(cls: type, name: str) -> bool:
+    """Whether a rule defines a function that it need not define."""
+    from mpilsgd.exchange.method import Method
+
+    return getattr(cls, name) is not getattr(Method, name)
+
+
+def _settings(m: Method) -> dict[str, Any]:
+    """What all ranks must agree about; of the files of a recording, whether there are any."""
+    told = {name: getattr(m, name) for name in m.fields if name not in ("order", "record", "replay")}
+    order = tuple(getattr(m, name, None) for name in ("order", "record", "replay"))
+    return {**told, "order, recorded, replayed": (order[0], order[1] is not None, order[2] is not None)}
+
+
+def _order(m: Method) -> tuple[str, Any, Any]:
+    free = m.asynchronous and m.order == "free"
+    return "free" if free else "round-robin", getattr(m, "record", None), getattr(m, "replay", None)
+
+
+def _allocate(m: Method, parameters: list[torch.Tensor], held: list[torch.Tensor]) -> None:
+    device, gradients = parameters[0].device, m.guard == "g"
+    nbytes, wide = (
+        sum(-(-t.numel() * kind(t.dtype).itemsize // 64) * 64 for t in [*parameters, *held])
+        for kind in (lambda dtype: dtype, accumulation_dtype)
+    )
+    m.fabric = Fabric(m.topology, _shared_bytes(m, nbytes, wide, gradients), device, m.r.private)
+    m.device, m.x, m.g, m.windows = device, {}, {}, {}
+    m.flat = FlatParameters(parameters, held, allocate=_allocator(m, m.x))
+    if gradients:
+        m.flat.attach_grads(_allocator(m, m.g))
+    m.edge = m.flat.n_parameters
+    # the part of every vector that is exchanged
+    m.n = {d: w.mine.numel() if m.buffers == "average" else m.edge[d] for d, w in m.x.items()}
+    m.fresh = {d: w.mine[m.n[d] :].clone() for d, w in m.x.items() if m.n[d] < w.mine.numel()}
+    m.scratch, m.landing = {}, {}  # a vector an island: what arrives, and sums; what arrives in a group
+    world, group = m.fabric.world, m.fabric.group
+    for d, w in m.x.items():
+        for kind in {d, accumulation_dtype(d)} if world.n_islands > 1 else ():
+            old = m.scratch.get(kind)
+            if old is None or old.mine.numel() < w.mine.numel():
+                m.scratch[kind] = m.fabric.place.common(world.channel, kind, w.mine.numel())
+        several = group.n_islands > 1 and isinstance(m.clock, TwoPeriods)
+        m.landing[d] = m.fabric.place.common(group.channel, d, w.mine.numel()) if several else None
+    m.r.allocate(list(m.vectors.values()))
+
+
+def _shared_bytes(m: Method, nbytes: int, wide: int, gradients: bool) -> int:
+    """Shared memory that this rank asks for, were its node an island."""
+    node, group = m.topology.node.size, m.topology.group.size
+    per = {"worker": 0.0, "group": 1 / group, "all": 1 / node}
+    kept = sum((wide if v.wide else nbytes) * per[v.per] for v in m.vectors.values())
+    scratch = (nbytes + (wide if wide > nbytes else 0)) / node * (node < m.p)
+    return int(nbytes * (1 + gradients) + kept + scratch) + m.r.sizes(nbytes, wide) + 4096
+
+
+def _allocator(m: Method, windows: dict[torch.dtype, Any]) -> Callable[..., torch.Tensor]:
+    def allocate(dtype: torch.dtype, numel: int) -> torch.Tensor:
+        windows[dtype] = m.fabric.place.vector(dtype, numel)
+        return windows[dtype].mine
+
+    return allocate
+
+
+@torch.no_grad()
+def _start(m: Method) -> None:
+    """The common start of x, then of the vectors. Collective."""
+    world = m.fabric.world
+    if m.init == "same":
+        m.copy_from(0)
+        broadcast_rest(m.topology, m.modules, m.flat)
+    m.fresh = {d: m.x[d].mine[m.n[d] :].clone() for d in m.fresh}
+    if m.course is not None:
+        m.course.open(m.fabric, m.clock.unit if m.clock.by_total else None)
+    m.r.open()
+    with m.iterates():
+        for v in m.vectors.values():
+            if v.per == "worker" and v.start == "x":
+                for d, vector in v.items():
+                    vector.copy_(m.x[d].mine[: m.n[d]])
+        own = {d: w.mine.clone() for d, w in m.x.items()} if m.init == "different" else {}
+        world.table([0.0])
+        if own and any(v.start == "mean" for v in m.vectors.values()):
+            m.mean_over([Span(w, 0, w.mine.numel()) for w in m.x.values()], set(m.workers))
+        for v in m.vectors.values():
+            if v.start == "mean":
+                m.r.fill(v)
+        world.table([0.0])
+        for d, x in own.items():
+            m.x[d].mine.copy_(x)
+        m.start(m.r)
+    world.table([0.0])
+
+
+def release(m: Method) -> None:
+    """Frees what is there; also of a method that was refused half way. Collective."""
+    m._open = False
+    flat, fabric, r = (m.__dict__.get(name) for name in ("flat", "fabric", "r"))
+    try:
+        if r is not None:
+            r.free()  # before the parameters need memory of their own
+    finally:
+        if flat is not None:
+            flat.release()
+    for vector in m.vectors.values():
+        vector.memory = {}
+    m.x, m.g, m.scratch, m.landing, m.windows, m.fresh = {}, {}, {}, {}, {}, {}
+    if m.course is not None:
+        m.course.free()
+    if fabric is not None:
+        fabric.free()
+    if m.__dict__.pop("_held", False):
+        m.topology.leave()
+    if m._owns_topology:
+        m.topology.free()

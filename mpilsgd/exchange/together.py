@@ -1,0 +1,378 @@
+"""The exchange in which all meet: nobody goes on before the last has come."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mpilsgd import kernels
+from mpilsgd.exchange.base import Exchange, convex, follow, trim
+from mpilsgd.exchange.clocks import ALL, Due, TwoPeriods
+from mpilsgd.exchange.rows import ROUND, Rows, checked
+from mpilsgd.exchange.vectors import Span, Vector, accumulation_dtype
+from mpilsgd.transport import Level, exhaust
+
+if TYPE_CHECKING:
+    from mpilsgd.exchange.method import Method
+
+
+class Together(Exchange):
+    """Rounds of all workers, or of a group's. Every rank works on its slice of all the vectors of its island.
+
+    Where the clock goes by the total of steps (asynchronous Leader SGD), each joins a round at its next step, whatever
+    its own count. Attributes in a round: rows (of those who met), due, updates (rounds of the centre so far).
+    """
+
+    def __init__(self, method: Method):
+        super().__init__(method)
+        self.rows: Rows | None = None
+        self.due: Due = ALL
+        self._mates: Rows | None = None
+        self._everyone: Rows | None = None
+        # by the total of steps: that at which the last round was due
+        self.joined = -1 if self.m.clock.first else 0
+
+    @property
+    def by_total(self) -> bool:
+        return self.m.clock.by_total
+
+    # When
+
+    def is_due(self) -> bool:
+        m = self.m
+        if not self.by_total:
+            return bool(m.clock.due(m.t))
+        due, course = m.clock.after(self.joined), m.course
+        return course.upcoming() == [m.t, due] if course.replays else course.total() >= due
+
+    def run(self) -> None:
+        """The round that is due; by the total of steps, all that are."""
+        if not self.by_total:
+            self.exchange(ROUND)
+        while self.by_total and self.is_due():
+            self.joined = self.m.clock.after(self.joined)
+            self.m.course.repeat()
+            self.m.course.note([self.m.t, self.joined])
+            self.exchange(ROUND)
+
+    def stepped(self) -> None:
+        if self.m.course is not None:
+            self.m.course.count(self.m.t)
+        super().stepped()
+
+    def stamp(self) -> int:
+        if self.m.clock.looks:
+            return self.m.metrics.rounds
+        return self.joined if self.by_total else self.m.t
+
+    def catch_up(self, rows: Rows) -> None:
+        """All rest: the clocks of those who ran out of data go on from the furthest."""
+        if self.by_total:
+            self.joined = int(rows.stamp.max())
+        elif not self.m.clock.looks:
+            self.m.t = int(rows.stamp.max())
+        behind = {r for r, flag in enumerate(rows.behind) if flag}
+        if behind:  # their learning rates may have been other ones
+            self.m.copy_from(min(set(range(len(rows.behind))) - behind), behind)
+        self.m.behind = False
+
+    # The meeting
+
+    def meet(self, purpose: float) -> Rows | None:
+        m, clock = self.m, self.m.clock
+        row, mates = m.row(purpose, self.stamp()), None
+        if isinstance(clock, TwoPeriods) and m.topology.n_groups > 1:
+            mates = self._gate(m.fabric.group, row)
+            if mates.round is not None:
+                self.joined, self.due = mates.round, clock.due(mates.round)
+                everyone = self._gate(m.fabric.world, row) if self.due.world else None
+                self._hold(mates if self.due.group else None, everyone)
+                return None
+        everyone = self._gate(m.fabric.world, row)
+        if everyone.round is None:
+            return everyone
+        self.joined = everyone.round
+        self.due = clock.due(everyone.round) if isinstance(clock, TwoPeriods) else ALL
+        # a group at rest takes part in a global round, but has no business of its own
+        self._hold(
+            everyone if self.due.group and mates is None else None, everyone if self.due.world else None
+        )
+        return None
+
+    def _gate(self, level: Level, row: Iterable[float]) -> Rows:
+        start = time.perf_counter()
+        table = level.table(list(row))
+        self.waited += time.perf_counter() - start
+        return checked(table)
+
+    def _hold(self, mates: Rows | None, everyone: Rows | None) -> None:
+        m = self.m
+        self._mates, self._everyone = mates, everyone
+        self.level, rows = (m.fabric.world, everyone) if everyone is not None else (m.fabric.group, mates)
+        assert rows is not None
+        self.rows, self.bad = rows, rows.broken()
+        self.came = Rows(*(column[rows.purpose == ROUND] for column in rows))
+        m.metrics.rounds += 1
+        if m.guard == "x":
+            m.set_back(self.bad)
+        m.exchange(self)
+        self.updates += 1
+
+    # The verbs
+
+    def mean(self, vectors: Any = None, counted: np.ndarray | None = None) -> None:
+        """Replaces every worker's vector by the mean over those that count (by default the finite ones).
+
+        vectors: x, or the gradients, with which the float buffers go.
+        """
+        m = self.m
+        if vectors is None:
+            spans = [Span(w, 0, m.n[d]) for d, w in m.x.items()]
+        else:
+            spans = [Span(w, 0, w.mine.numel()) for w in vectors.values()]
+            spans += [Span(w, m.edge[d], m.n[d]) for d, w in m.x.items() if m.edge[d] < m.n[d]]
+        fit = self.rows.fit if counted is None and self.rows is not None else counted
+        m.mean_over(spans, {r for r, c in enumerate(fit) if c})
+
+    def elastic(self, c: Vector, alpha: float, rate: float, gauss_seidel: bool = False) -> None:
+        """d_i = x_i - c;  x_i <- x_i - alpha d_i;  c <- c + rate sum_i d_i.  gauss_seidel: c first, then x_i toward it.
+
+        A worker that is not finite adds nothing, and takes c over.
+        """
+        for d in self.m.x:
+            for start, stop, a, r in convex(self.m, d, alpha, rate):
+                self._elastic(c, d, (start, stop), a, r, gauss_seidel)
+            self.level.fence()
+        self.level.barrier()
+
+    def _elastic(
+        self, c: Vector, d: torch.dtype, span: tuple[int, int], alpha: float, rate: float, seidel: bool
+    ) -> None:
+        level = self.level
+        part, peers, broken = self._slices(c, d, span)
+        level.count_local(part.numel() * d.itemsize)
+        if level.n_islands == 1:
+            kernels.elastic(part, peers, alpha, rate, gauss_seidel=seidel)
+            trim(broken, part)
+            return
+        whole = self.m.scratch[accumulation_dtype(d)].views[0]
+        total = whole[slice(*level.share(*span))]
+        if peers:
+            kernels.elastic_sum(total, part, peers, 0.0 if seidel else alpha)
+        else:
+            total.zero_()
+        for piece in level.allreduce(whole, *span):
+            part, peers, broken = self._slices(c, d, piece)
+            total = whole[slice(*level.share(*piece))]
+            kernels.elastic_apply(part, peers if seidel else [], total, alpha if seidel else 0.0, rate)
+            trim(broken, part)
+
+    def _slices(
+        self, c: Vector, d: torch.dtype, span: tuple[int, int]
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """This rank's slice of a part of the centre, of this island's finite workers, and of its others."""
+        a, b = self.level.share(*span)
+        every = {r: self.m.x[d].views[self.level.seats[r]][a:b] for r in self.level.local_ranks}
+        return (
+            c[d][a:b],
+            [v for r, v in every.items() if r not in self.bad],
+            [v for r, v in every.items() if r in self.bad],
+        )
+
+    def push(
+        self, c: Vector, anchor: Vector, velocity: Vector | None = None, momentum: float = 0.0
+    ) -> None:
+        """c <- c + sum_i (x_i - a);  x_i <- c;  a <- x_i.  With u: u <- momentum u + sum, c <- c + u, x_i <- c + momentum u.
+
+        Buffers move by the mean of the workers' moves.
+        """
+        m, level = self.m, self.level
+        for d, window in m.x.items():
+            edge, n = m.edge[d], m.n[d]
+            for start, stop in ((0, min(edge, n)), (edge, n)):
+                if start < stop:
+                    self._push(c, anchor, velocity, momentum, d, start, stop)
+            level.fence()
+            x = window.mine[:n]
+            x.copy_(c[d][:n])
+            if velocity is not None:
+                x.add_(velocity[d][:n], alpha=momentum)
+            anchor[d].copy_(x)
+        level.barrier()
+
+    def _push(
+        self, c: Vector, anchor: Vector, u: Vector | None, momentum: float, d: torch.dtype, start: int, stop: int
+    ) -> None:
+        level, alone = self.level, self.level.n_islands == 1
+        a, b = level.share(start, stop)
+        _, peers, _ = self._slices(c, d, (start, stop))
+        level.count_local((b - a) * d.itemsize)
+        kind = accumulation_dtype(d)
+        whole = None if alone else self.m.scratch[kind].views[0]
+        total = c[d].new_empty(b - a, dtype=kind) if whole is None else whole[a:b]
+        if peers:
+            kernels.elastic_sum(total, anchor[d][a:b], peers, 0.0)
+        else:
+            total.zero_()
+        if whole is not None:
+            exhaust(level.allreduce(whole, start, stop))
+        if start == self.m.edge[d]:
+            kernels.elastic_apply(c[d][a:b], [], total, 0.0, 1.0 / level.size)
+        elif u is None:
+            kernels.elastic_apply(c[d][a:b], [], total, 0.0, 1.0)
+        else:
+            step = u[d][a:b].mul_(momentum)
+            kernels.elastic_apply(step, [], total, 0.0, 1.0)
+            c[d][a:b].add_(step)
+
+    def follow(self, z: Vector, c: Vector, rate: float) -> None:
+        """z <- z + rate (c - z)."""
+        for d in self.m.x:
+            a, b = self.level.share(0, self.m.n[d])
+            follow(z[d][a:b], c[d][a:b], rate)
+
+    def each(self, *vectors: Any) -> Iterator[list[torch.Tensor]]:
+        """This rank's slice of the parameters' part of each, for arithmetic of one's own, a dtype after the other.
+
+        A worker's own vector is only sliced where all hold the same, as x after `mean`.
+        """
+        for d in self.m.x:
+            a, b = self.level.share(0, min(self.m.edge[d], self.m.n[d]))
+            yield [v[d].mine[a:b] if v is self.m.x else v[d][a:b] for v in vectors]
+        self.level.fence()
+
+    def copy(self, c: Vector) -> None:
+        """x_i <- c. What lies behind the parameters goes the other way: c takes the workers' mean."""
+        for d, window in self.m.x.items():
+            edge, n = min(self.m.edge[d], self.m.n[d]), self.m.n[d]
+            window.mine[:edge].copy_(c[d][:edge])
+            if self.level.is_head or self.level.local_ranks[0] == self.level.rank:
+                c[d][edge:n].copy_(window.mine[edge:n])
+        self.level.barrier()
+
+    # Toward leaders
+
+    def pull(self, rate: float, global_rate: float, sequential: bool = False) -> None:
+        """x_i <- x_i - rate (x_i - leader of the group) - global_rate (x_i - leader of all), each where it is due.
+
+        A leader is the worker with the least score. A worker that is not finite takes the place of the best.
+        """
+        m, (near, far) = self.m, self.leaders()
+        if sequential and near is not None and far is not None:
+            rate *= 1.0 - global_rate
+        found = np.zeros(self.level.size + 2)
+        terms = [(m.fabric.group, near, rate), (m.fabric.world, far, global_rate)]
+        terms = [(level, leader, r) for level, leader, r in terms if leader is not None and r]
+        if len(terms) == 2 and m.topology.n_groups == 1:  # one leader of both: it comes once
+            terms = [(m.fabric.world, far, rate + global_rate)]
+        self._pull(terms, found)
+        found = self.level.table(found).sum(axis=0)
+        moved = sum(r for *_, r in terms)
+        if found[-1] and moved:
+            m.metrics.distance = math.sqrt(found[-2] / found[-1]) / moved
+        self.repair({r for r in range(self.level.size) if found[r]})
+
+    def leaders(self) -> tuple[int | None, int | None]:
+        """The ranks, in the group and in the world, of those who lead; None where nobody does, or none is due."""
+        m = self.m
+        near = None if self._mates is None else self._mates.best()
+        group = m.fabric.group.world_ranks
+        far = None if self._everyone is None else self._everyone.best()
+        m.note_leaders(None if near is None else group[near], far, None if self._everyone is None else self._everyone.score)
+        return near, far
+
+    def _pull(self, terms: list[tuple[Level, int, float]], found: np.ndarray) -> None:
+        """Pulls the workers of this island's part of the group, each rank its slice of all their vectors.
+
+        So a leader is read from memory once for all of them, and nobody idles. A local leader that moves to the
+        global one does so last, piece by piece behind the others.
+        """
+        m, group = self.m, self.m.fabric.group
+        leaders = {level.world_ranks[leader] for level, leader, _ in terms}
+        # an only leader stays; one of two moves to the other, behind its followers
+        movers = [r for r in group.local_ranks if {group.world_ranks[r]} != leaders]
+        movers.sort(key=lambda r: group.world_ranks[r] in leaders)
+        for d, window in m.x.items():
+            vectors: list[torch.Tensor] = []
+            parts: Iterable[tuple[int, int]] = ()
+            for level, leader, _ in terms:
+                exhaust(parts)
+                vector, parts = level.coming(window, leader, self._landing(level, d))
+                vectors.append(vector)
+            if not movers or not terms:
+                exhaust(parts)
+                found[self.level.rank] += not kernels.check(window.mine[: m.n[d]])
+                continue
+            for start, stop in parts:  # while the next one comes
+                for low, high, rates in self._convex(d, start, stop, [r for *_, r in terms]):
+                    a, b = group.share(low, high)
+                    peers = [window.views[group.seats[k]][a:b] for k in movers]
+                    moved = kernels.pull(peers, *_two([v[a:b] for v in vectors], rates), stats=True)
+                    assert moved is not None
+                    bad = {group.world_ranks[movers[i]] for i in moved.bad_peers}
+                    if len(leaders) == 1 and not moved.source_finite:  # one of two is seen where it moves
+                        bad |= leaders
+                    for world_rank in bad:
+                        found[self.level.world_ranks.index(world_rank)] += 1
+                    found[-2] += moved.squared_distance
+        found[-1] = len(movers) / len(group.local_ranks)
+
+    def _convex(
+        self, d: torch.dtype, start: int, stop: int, rates: list[float]
+    ) -> Iterator[tuple[int, int, list[float]]]:
+        """Spans and their rates: buffers are pulled by convex ones."""
+        edge, n, most = self.m.edge[d], self.m.n[d], sum(rates)
+        cut = n if most <= 1 else min(edge, n)
+        if start < min(stop, cut):
+            yield start, min(stop, cut), rates
+        if max(start, cut) < min(stop, n):
+            yield max(start, cut), min(stop, n), [r / most for r in rates]
+
+    def _landing(self, level: Level, d: torch.dtype) -> Any:
+        return self.m.landing[d] if level is self.m.fabric.group else self.m.scratch.get(d)
+
+    def keep(self, near: Vector, far: Vector) -> list[bool]:
+        """near, far <- the leaders' parameters as they are now, each where it is due; whether they are there."""
+        m, kept = self.m, []
+        for vector, level, leader in zip((near, far), (m.fabric.group, m.fabric.world), self.leaders(), strict=True):
+            kept.append(leader is not None)
+            for d, x in m.x.items() if leader is not None else ():
+                landing = m.windows[vector.name][d]
+                level.bring(x, leader, landing)
+                if level.rank == leader:
+                    landing.views[0].copy_(x.mine[: m.n[d]])
+            if leader is not None:
+                level.table([0.0])
+        fit = self.level.table([m.is_finite()])[:, 0]
+        self.repair({r for r, f in enumerate(fit) if not f})
+        return kept
+
+    def repair(self, bad: set[int]) -> None:
+        """Non-finite workers take the place of the best finite one. Collective over the level."""
+        m, level = self.m, self.level
+        if not bad:
+            return
+        if len(bad) == level.size:
+            if level is m.fabric.world or m.topology.n_groups == 1:
+                m.refuse_if_all(set(range(m.fabric.world.size)))
+            return  # a whole group: the next global round sets it back
+        assert self.rows is not None
+        score = self.rows.score
+        source = min((r for r in range(level.size) if r not in bad), key=lambda r: (score[r], r))
+        for d, window in m.x.items():
+            vector = level.bring(window, source, self._landing(level, d))
+            if level.rank in bad:
+                window.mine.copy_(vector)
+        if level.rank in bad:
+            m.begin_anew()
+        level.table([0.0])
+
+
+def _two(vectors: list[torch.Tensor], rates: list[float]) -> tuple[Any, ...]:
+    """The arguments of a kernel that takes one or two leaders."""
+    return (vectors[0], rates[0], *((vectors[1], rates[1]) if len(vectors) > 1 else (None, 0.0)))

@@ -1,0 +1,83 @@
+"""What a rule keeps, by name: allocated, saved, loaded and freed for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from mpilsgd.exchange.method import Method
+
+PER = ("worker", "group", "all")
+STARTS = ("x", "mean", 0)
+
+
+class Vector(Mapping[torch.dtype, torch.Tensor]):
+    """A named vector as long as what is exchanged of x, one tensor a dtype of the model.
+
+    per: "worker" (private), "group" (one a group: all its workers hold the same) or "all" (one in all). The last two
+    lie once on each island, or in parts, one an island, as the exchange has it.
+    start: "x" (this worker's start), "mean" (of the workers' starts) or 0. wide: float32 for half types.
+    """
+
+    def __init__(self, name: str, per: str, start: Any, wide: bool):
+        if per not in PER or start not in STARTS:
+            raise TypeError(
+                f"vector({name!r}): per must be one of {PER} and start one of {STARTS}, not {per!r} and {start!r}"
+            )
+        self.name, self.per, self.start, self.wide = name, per, start, wide
+        self.memory: dict[torch.dtype, torch.Tensor] = {}
+
+    def kind(self, dtype: torch.dtype) -> torch.dtype:
+        """The type that this vector has where x is of `dtype`."""
+        return accumulation_dtype(dtype) if self.wide else dtype
+
+    def __getitem__(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.memory[dtype]
+
+    def __iter__(self) -> Iterator[torch.dtype]:
+        return iter(self.memory)
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+
+class Span(NamedTuple):
+    """A window's elements from start to stop."""
+
+    window: Any
+    start: int
+    stop: int
+
+
+def allot(m: Method, v: Vector) -> None:
+    """A vector that is private, or lies once on each island. Collective."""
+    for d, x in m.x.items():
+        if v.per == "worker":
+            v.memory[d] = torch.zeros(m.n[d], dtype=v.kind(d), device=m.device)
+            continue
+        level = m.fabric.group if v.per == "group" else m.fabric.world
+        window = m.fabric.place.common(level.channel, v.kind(d), x.mine.numel())
+        m.windows.setdefault(v.name, {})[d] = window
+        v.memory[d] = window.views[0][: m.n[d]]
+
+
+def save(vector: Mapping[torch.dtype, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {str(d): v.clone() for d, v in vector.items()}
+
+
+def load(vector: Mapping[torch.dtype, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    for d, v in vector.items():
+        v.copy_(saved[str(d)])
+
+
+def shapes(vectors: Mapping[str, Mapping[Any, torch.Tensor]]) -> dict[str, dict[str, int]]:
+    """What must be equal for a saved state to fit."""
+    return {name: {str(d): v.numel() for d, v in of.items()} for name, of in vectors.items()}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half types are summed in float32."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

@@ -1,0 +1,5 @@
+"""Where the others' vectors lie, and how bytes move: shared windows within a node, messages between islands."""
+
+from mpilsgd.transport.fabric import Fabric, Level, SharedMemoryWarning, Traffic, exhaust
+
+__all__ = ["Fabric", "Level", "SharedMemoryWarning", "Traffic", "exhaust"]

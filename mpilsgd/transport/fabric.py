@@ -1,0 +1,212 @@
+"""The levels over which a method exchanges: read in place within an island, sent once an island between islands."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpilsgd.comm import Channel, Topology, complete, free_shared_memory
+from mpilsgd.comm.channel import cuts, pass_along, sums
+from mpilsgd.transport.messages import Messages
+from mpilsgd.transport.windows import SharedWindows
+
+
+class SharedMemoryWarning(UserWarning):
+    """Shared windows do not fit into /dev/shm; messages are used."""
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Bytes that this rank read from other workers' memory or received from them."""
+
+    group: int = 0
+    across: int = 0
+
+
+class Fabric:
+    """Where one method's vectors lie, and its levels.
+
+    Args:
+        nbytes: shared memory that this rank will ask for; where a node has less than the sum, its ranks become islands
+            of one and a `SharedMemoryWarning` says so.
+        device: of the vectors; those of a CUDA device are exchanged by messages.
+        own: the levels get communicators of their own, as a thread that talks beside other methods needs them.
+
+    Attributes: world and group (`Level`), traffic. Collective over the world, as is `free`.
+    """
+
+    def __init__(self, topology: Topology, nbytes: int, device: torch.device, own: bool = False):
+        self.topology, self._own, self.traffic = topology, own, Traffic()
+        self._across_dtype = topology.across_dtype
+        islands = topology.islands(_shareable(topology, nbytes, device))
+        world, group = topology.channels(islands, own)
+        self.place: Any = SharedWindows(world) if len(world.local_ranks) > 1 else Messages(device)
+        seats = [islands[:r].count(name) for r, name in enumerate(islands)]
+        mates = topology.groups[topology.group_index]
+        self.world = Level(self, world, range(topology.world.size), seats, mates)
+        self.group = Level(self, group, mates, seats, mates)
+
+    def wire(self, dtype: torch.dtype) -> torch.dtype:
+        """The type in which a vector travels between islands."""
+        narrow = self._across_dtype
+        return dtype if narrow is None or narrow.itemsize >= dtype.itemsize else narrow
+
+    def free(self) -> None:
+        self.place.free()
+        for level in (self.group, self.world) if self._own else ():
+            level.channel.free()
+
+
+def _shareable(topology: Topology, nbytes: int, device: torch.device) -> bool:
+    """Whether this node's ranks can share so much memory each. Collective over the node."""
+    need, room = topology.node_sum(nbytes), topology.node_first(free_shared_memory())
+    wanted = topology.shared and not topology.node_sum(device.type != "cpu")
+    if wanted and topology.node.size > 1 and need > room and topology.node.rank == 0:
+        warnings.warn(
+            f"{need / 1e6:.0f} MB of shared windows do not fit into the {room / 1e6:.0f} MB that "
+            "/dev/shm has left on this node: its workers exchange messages instead (slower)",
+            SharedMemoryWarning,
+            stacklevel=6,
+        )
+    return wanted and need <= room
+
+
+class Level:
+    """The workers of one kind of exchange: those of a group, or of the world.
+
+    Attributes:
+        world_ranks: their ranks in the world; seats: the index of each in `views` of its island's vectors.
+        patient: meetings leave the core to others while they wait, as a thread beside the computing should; the same
+            on all ranks, as MPI does not match blocking and nonblocking collectives.
+    """
+
+    patient = False
+
+    def __init__(
+        self, fabric: Fabric, channel: Channel, ranks: Sequence[int], seats: list[int], mates: Sequence[int]
+    ):
+        self._fabric, self.channel, self._mates = fabric, channel, set(mates)
+        self.world_ranks = list(ranks)
+        self.seats = [seats[r] for r in ranks]
+        self.comm, self.rank, self.size = channel.comm, channel.comm.rank, channel.comm.size
+        self.local_ranks, self.n_islands = channel.local_ranks, channel.n_islands
+        self.is_head = channel.is_head
+
+    def table(self, row: Sequence[float]) -> np.ndarray:
+        """Every rank's row of numbers, the same (size, len(row)) table on every rank.
+
+        Doubles as the barrier between accesses to each other's vectors. Numbers are compared after they have been
+        gathered, by the same code on every rank: MPI's MIN and MINLOC disagree about a NaN.
+        """
+        send = np.asarray(row, dtype=np.float64)
+        receive = np.empty((self.size, send.size))
+        self._fabric.place.sync()
+        if self.patient:
+            complete(self.comm.Iallgather(send, receive))
+        else:
+            self.comm.Allgather(send, receive)
+        self._fabric.place.sync()
+        return receive
+
+    def barrier(self) -> None:
+        """All of the level have come here; what they stored before it is seen after it."""
+        self._fabric.place.sync()
+        self.comm.Barrier()
+        self._fabric.place.sync()
+
+    def fence(self) -> None:
+        """Barrier among those of the level on this island; their stores before it are seen after it."""
+        self._fabric.place.sync()
+        if self.patient:
+            complete(self.channel.local.Ibarrier())
+        else:
+            self.channel.local.Barrier()
+        self._fabric.place.sync()
+
+    def share(self, start: int, stop: int) -> tuple[int, int]:
+        """This rank's slice of a vector on which the ranks of its island work together."""
+        n, i = len(self.local_ranks), self.local_ranks.index(self.rank)
+        step = -(-(stop - start) // n)
+        step = -(-step // 16) * 16  # whole cache lines
+        return min(start + i * step, stop), min(start + (i + 1) * step, stop)
+
+    def bring(self, window: Any, owner: int, landing: Any, exact: bool = False) -> torch.Tensor:
+        """The whole vector of rank `owner`, readable here; see `coming`. Collective over the level."""
+        vector, parts = self.coming(window, owner, landing, exact)
+        exhaust(parts)
+        return vector
+
+    def coming(
+        self, window: Any, owner: int, landing: Any, exact: bool = False
+    ) -> tuple[torch.Tensor, Iterator[tuple[int, int]]]:
+        """The vector of rank `owner` (where it lies on its own island, in `landing` elsewhere), and its parts, (start,
+        stop), each as soon as it can be read here, while the next ones are under way. exact: in its own type.
+
+        Collective over the level, to the end of the parts; the owner must not change its vector before the next
+        barrier. One copy travels to each island, not one to each rank.
+        """
+        home = self.channel.island_of[owner]
+        here = self.channel.island == home
+        if here:
+            vector = window.views[0 if window.common else self.seats[owner]]
+        else:
+            vector = landing.views[0][: window.mine.numel()]
+        wire = vector.dtype if exact else self._fabric.wire(vector.dtype)
+        received = owner != self.rank and (here or self.is_head)
+        self._count(owner, vector.numel() * (vector if here else wire).itemsize if received else 0)
+        if self.n_islands == 1:
+            return vector, iter([(0, vector.numel())])
+        return vector, self._parts(vector, home, wire)
+
+    def _parts(self, vector: torch.Tensor, home: int, wire: torch.dtype) -> Iterator[tuple[int, int]]:
+        chunks = cuts(vector.numel(), wire.itemsize)
+        if self.is_head:
+            chunks = pass_along(self.channel.heads, vector, home, wire, chunks)
+        for part in chunks:
+            if self.channel.island != home:
+                self.fence()
+            yield part
+
+    def allreduce(self, vector: torch.Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Sums several islands' common vectors from `start` to `stop`; gives the parts, (start, stop), each when its
+        sum can be read here, while the next ones are summed. Collective over the level, to the end of the parts.
+        """
+        self.fence()
+        wire, n = self._fabric.wire(vector.dtype), self.n_islands
+        parts: Iterator[tuple[int, int]]
+        parts = ((start + a, start + b) for a, b in cuts(stop - start, wire.itemsize))
+        if self.is_head:
+            outside = next((k for k, r in enumerate(self.world_ranks) if r not in self._mates), self.rank)
+            self._count(outside, 2 * (n - 1) * (stop - start) * wire.itemsize // n)
+            parts = sums(self.channel.heads, vector, wire, parts, self._wait)
+        for part in parts:
+            self.fence()
+            yield part
+
+    def _wait(self, request: Any) -> None:
+        if self.patient:
+            complete(request)
+        else:
+            request.Wait()
+
+    def count_local(self, nbytes: int) -> None:
+        """Notes that this rank read `nbytes` of every other vector of the level on this island."""
+        for r in self.local_ranks:
+            self._count(r, 0 if r == self.rank else nbytes)
+
+    def _count(self, owner: int, nbytes: int) -> None:
+        if self.world_ranks[owner] in self._mates:
+            self._fabric.traffic.group += nbytes
+        else:
+            self._fabric.traffic.across += nbytes
+
+
+def exhaust(parts: Iterable[Any]) -> None:
+    """To the end."""
+    for _ in parts:
+        pass

@@ -345,7 +345,7 @@ class Together(Exchange):
                 landing = m.windows[vector.name][d]
                 level.bring(x, leader, landing)
                 if level.rank == leader:
-                    landing.views[0].copy_(x.mine[: m.n[d]])
+                    landing.views[0].copy_(x.mine)
             if leader is not None:
                 level.table([0.0])
         fit = self.level.table([m.is_finite()])[:, 0]

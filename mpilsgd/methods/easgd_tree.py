@@ -66,12 +66,8 @@ class EASGDTree(Method):
         "lock-step",
         help="free (as it comes) or lock-step (in one tick each node makes one pass): the same every time",
     )
-    buffers: str = choice(
-        "average",
-        "recalibrate",
-        help="BatchNorm statistics and other float buffers: average (they follow the exchange of the parameters) or "
-        "recalibrate (recomputed on training data in center(batches)); inner nodes have none of their own to keep",
-    )
+    # inner nodes have no statistics of their own to keep
+    buffers: str = choice("average", "recalibrate", help=Method.fields["buffers"].help)
 
     asynchronous = True
     exchanges = {True: Edges}  # noqa: RUF012

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.config import DEFAULT_EPOCHS, FIELDS, RESUMABLE, Config
-from mpilsgd.train.options import NO_DEFAULT, MethodOption, match, method_options, methods, suggestion
+from mpilsgd.train.options import NO_DEFAULT, MethodOption, enlist, match, method_options, methods, suggestion
 
 
 class ConfigError(InputError):
@@ -34,6 +34,8 @@ def parse(argv: Sequence[str]) -> Config:
         ConfigError: with all mistakes.
         SystemExit: after --help and --print_config.
     """
+    for name in _named_methods(argv):
+        enlist(name)
     options = method_options(FIELDS)
     parser = _parser(options)
     argv = _regular(argv, parser)
@@ -53,6 +55,14 @@ def parse(argv: Sequence[str]) -> Config:
         sys.stdout.write(config.text())
         raise SystemExit(0)
     return config
+
+
+def _named_methods(argv: Sequence[str]) -> list[Any]:
+    """What the command line and its files say the method is: a class of the user's brings options of its own."""
+    items, loose = _items([a for a in argv])
+    files = [value for key, value in items if key == "config"] + [a for a in loose if Path(a).is_file()]
+    files += [str(Path(value) / "config.yaml") for key, value in items if key == "resume" and value]
+    return [_read(file)[0].get("method") for file in files] + [v for key, v in items if key == "method"]
 
 
 def _parser(options: dict[str, MethodOption]) -> ArgumentParser:
@@ -104,7 +114,7 @@ def _add_method_options(parser: ArgumentParser, options: dict[str, MethodOption]
             type=option.type,
             default=argparse.SUPPRESS,
             metavar=_placeholder(key, option.type),
-            help=f"{owners}: {option.help} [{told}]".replace("%", "%%"),
+            help=f"{owners if len(option.helps) == 1 else ''}: {option.help} [{told}]".lstrip(": ").replace("%", "%%"),
         )
 
 

@@ -139,10 +139,10 @@ class Config:
         yield from self._name("data", DATASETS)
         if self.method in methods():
             options = method_options(FIELDS)
-            own = names_of(methods()[self.method], options)
+            own = names_of(self.method, options)
             for key in [k for k in self.method_options if k not in own]:
                 yield f"{key}: not an option of {self.method}, which has {', '.join(own)}"
-            for key in required(methods()[self.method], options):
+            for key in required(self.method, options):
                 if key not in self.method_options:
                     yield f"{key}: {self.method} needs it: {options[key].help}"
             for key, value in self.method_options.items():

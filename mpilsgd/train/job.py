@@ -22,7 +22,7 @@ from mpilsgd.train.data import Dataset
 from mpilsgd.train.display import Display, closing, opening
 from mpilsgd.train.evaluation import evaluating
 from mpilsgd.train.loop import Trainer
-from mpilsgd.train.options import keyword_arguments, method_options, methods, names_of, required
+from mpilsgd.train.options import enlist, keyword_arguments, method_options, methods, names_of, required
 from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.sampling import Sampler, derived_seed
 from mpilsgd.train.stragglers import parse_slow
@@ -123,6 +123,7 @@ def _configure(argv: Sequence[str], base: Topology) -> tuple[Config | None, int]
             status = int(exit.code or 0)
     config, mistakes, status = base.broadcast((config, mistakes, status))
     if config is not None:
+        together(base, enlist, config.method)
         mistakes += _mistakes_of_ranks(config, base)
     if mistakes:
         raise Stopped("\n  ".join(["the configuration is refused:", *mistakes, "(mpilsgd train --help)"]))
@@ -157,7 +158,7 @@ def _mistakes_of_ranks(config: Config, base: Topology) -> list[str]:
 
 
 def _is_complete(config: Config) -> bool:
-    needed = required(methods()[config.method], method_options(FIELDS))
+    needed = required(config.method, method_options(FIELDS))
     return all(key in config.method_options for key in needed)
 
 
@@ -178,7 +179,7 @@ def _method(
 ) -> Method:
     """Collective; ValueError on every rank if an argument is wrong on any."""
     options = method_options(FIELDS)
-    own = names_of(methods()[config.method], options)
+    own = names_of(config.method, options)
     given = {key: value for key, value in config.method_options.items() if key in own}
     arguments = together(topology, keyword_arguments, given, options)
     make: Any = methods()[config.method]

@@ -329,7 +329,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _centre(self) -> Iterator[None]:
-        recalibrates = self.opt.buffers_policy == "recalibrate" and bool(self.opt.flat.buffers)
+        recalibrates = self.opt.buffers == "recalibrate" and bool(self.opt.flat.buffers)
         with self._divergence(), self.opt.center(self._calibration() if recalibrates else None):
             yield
 

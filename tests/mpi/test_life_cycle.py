@@ -391,7 +391,7 @@ WRONG: list[tuple[Any, dict[str, Any]]] = [
     (LocalSGD, {"average": "cubic"}),
     (LocalSGD, {"until_grad_norm": -1.0}),
     (LocalSGD, {"period": "never"}),
-    (LocalSGD, {"average": "quadratic", "a": -5.0}),
+    (LocalSGD, {"a": -5.0, "average": "quadratic"}),
     *(
         (EASGD, options)
         for options in ({"center_rate": -0.1}, {"center_rate": math.nan}, {"moving_rate": math.inf})

@@ -63,7 +63,7 @@ def test_another_method_than_the_file_s(tmp_path: Path) -> None:
 )
 def test_the_job_files_are_understood(file: Path) -> None:
     for method in methods():
-        needed = [f"--{key}=0.5" for key in required(methods()[method], method_options(FIELDS))]
+        needed = [f"--{key}=0.5" for key in required(method, method_options(FIELDS))]
         assert parse([str(file), "--method", method, *needed]).method == method
 
 
@@ -435,5 +435,5 @@ def test_every_line_of_the_jobs_readme_is_taken() -> None:
     for line in lines:
         config = parse(line.split())
         assert set(config.method_options) <= set(
-            names_of(methods()[config.method], method_options(FIELDS))
+            names_of(config.method, method_options(FIELDS))
         ), line

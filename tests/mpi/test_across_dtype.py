@@ -108,12 +108,12 @@ def test_what_is_rounded_away_comes_back() -> None:
         asynchronous=True,
         init="different",
     )
-    shards = opt._shards
+    shards = opt.r._shards
     assert shards is not None
 
     def total() -> np.ndarray:
         WORLD.Barrier()
-        own = opt._x[torch.float32].mine.double().numpy().copy()
+        own = opt.x[torch.float32].mine.double().numpy().copy()
         for (_, d, k), residual in shards.residuals.items():
             a, b = shards._spans[k][d]
             own[a:b] += residual.double().numpy()

@@ -11,8 +11,9 @@ import torch
 from harness import WORLD, check_together
 
 from mpilsgd import Topology
-from mpilsgd.comm import Counter, Fabric, Progress, Shards, Snapshots, Turns
+from mpilsgd.comm import Counter, Progress, Shards, Snapshots, Turns
 from mpilsgd.comm.onesided import Board
+from mpilsgd.transport import Fabric
 
 pytestmark = pytest.mark.mpi
 by_transport = pytest.mark.parametrize("shared", [True, False], ids=["windows", "messages"])
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 def fabric(shared: bool) -> Iterator[Fabric]:
     """Islands, with a polling thread where there are several: the tests below compute, too."""
     topology = Topology(shared=shared)
-    made = Fabric(topology, 1 << 20)
+    made = Fabric(topology, 1 << 20, CPU)
     progress = Progress(made.world.comm) if made.world.n_islands > 1 else None
     yield made
     made.world.barrier()
@@ -82,7 +83,7 @@ def test_turns_exclude_each_other(order: str, shared: bool) -> None:
                 if order == "round-robin" and c.numel() and float(c[0]) != visit * size + rank + 1:
                     errors.append(f"turn {float(c[0]):g} instead of {visit * size + rank + 1}")
         made.world.barrier()
-        whole = made.common(made.world, d, 100, CPU)
+        whole = made.place.common(made.world.channel, d, 100)
         total = shards.collect("c", d, whole)
         if not torch.equal(total, torch.full((100,), float(visits * size), dtype=d)):
             errors.append(f"{total} is not {visits * size}")
@@ -96,10 +97,10 @@ def test_round_robin_passes_over_those_that_rest() -> None:
     rank, size = WORLD.rank, WORLD.size
     errors = []
     with fabric(True) as made:
-        turns = Turns(made.world, made.world.heads_ranks)
+        turns = Turns(made.world, made.world.channel.heads_ranks)
         for again in range(2):
             for _ in range(3 + 4 * ((rank + again) % 2)):
-                for place in range(len(made.world.heads_ranks)):
+                for place in range(len(made.world.channel.heads_ranks)):
                     turns.pass_on(place, turns.take(place, None, True)[0], True)
             turns.rest()
             made.world.barrier()

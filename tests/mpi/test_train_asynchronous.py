@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from job_harness import METHODS, QUICK, WORLD, everyone_got, lines, untimed
 
-from mpilsgd.methods import base
+from mpilsgd.exchange import leaving
 from mpilsgd.train import job, loop
 from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.together import FAILED, Stopped
@@ -146,7 +146,7 @@ def killed(monkeypatch: pytest.MonkeyPatch, argv: list[str], at: int) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "_do", kill)
         everyone_got(job.main(argv), FAILED)
-    for method in list(base._living):  # as the end of the process would
+    for method in list(leaving._living.values()):  # as the end of the process would
         method.close()
 
 

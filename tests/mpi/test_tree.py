@@ -19,9 +19,10 @@ from simulation import Local
 from tree_simulation import Tree as Oracle
 
 from mpilsgd import EASGDTree, Topology
-from mpilsgd.comm import Fabric, Inbox, Links, Outbox, wait_until
+from mpilsgd.comm import Inbox, Links, Outbox, wait_until
 from mpilsgd.methods import Diverged
-from mpilsgd.methods.easgd_tree import _Edge
+from mpilsgd.exchange.edges import _Edge
+from mpilsgd.transport import Fabric
 from mpilsgd.tree import Periods
 
 pytestmark = [pytest.mark.mpi(min_size=2)]
@@ -186,7 +187,7 @@ def test_free_order_stays_in_the_hull_and_meets(periods: Periods, inner: str) ->
             own, center = run.held(), run.center()
             if not ((own >= low) & (own <= high)).all() or not ((center >= low) & (center <= high)).all():
                 errors.append("outside the hull")
-            links = run.opt._links
+            links = run.opt.r._links
             pairs = [(box.tag, box.sent) for box in links._outboxes]
             sent = dict(pair for row in WORLD.allgather(pairs) for pair in row)
             lost = [box.tag for box in links._inboxes if box.received != sent[box.tag]]
@@ -281,7 +282,7 @@ def test_a_tree_whose_leaves_all_break_has_diverged(inner: str, steps: int) -> N
 def test_broken_inner_nodes_take_over_finite_messages() -> None:
     """Finite leaves may overflow what they pull; the root has no parent to begin anew from."""
     with running(TanhNet(), SGD, SCHEMES[0], order="lock-step", inner="hosted") as run:
-        for node in run.opt._own:
+        for node in run.opt.r._own:
             if not run.opt.tree.is_leaf(node.index):
                 for x in node.x.values():
                     x.fill_(float("nan"))
@@ -293,7 +294,7 @@ def test_broken_inner_nodes_take_over_finite_messages() -> None:
 def test_the_newest_message_is_taken() -> None:
     """What came while the receiver looked away gives way to what came last."""
     topology = Topology()
-    fabric = Fabric(topology, 4096)
+    fabric = Fabric(topology, 4096, torch.device("cpu"))
     links = Links(fabric.world, newest=True, tags=2)
     out = links.out(1, 0) if WORLD.rank == 0 else None
     into = links.into(0, 0, 8) if WORLD.rank == 1 else None

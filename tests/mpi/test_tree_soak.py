@@ -52,7 +52,7 @@ def test_trees_of_all_kinds_start_train_and_stop() -> None:
             opt.step()
         with opt.center():
             finite = bool(torch.isfinite(parameter).all())
-        links = opt._links
+        links = opt.r._links
         sent = dict(
             pair for row in WORLD.allgather([(b.tag, b.sent) for b in links._outboxes]) for pair in row
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,22 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
         return tensor
     copy = torch.empty_like(model, requires_grad=False)
     return copy.copy_(tensor.to_dense() if tensor.layout != torch.strided else tensor)
+
+
+def pull_settings(p: Tensor, pairs: Sequence[tuple[Tensor, float]]) -> dict[str, Any]:
+    """Up to two (leader, rate), leaders of p's shape, as the arguments of `kernels.msgd` on p's line."""
+    if len(pairs) > 2:
+        raise ValueError(f"pulls gave {len(pairs)} leaders (2 at most) for shape {tuple(p.shape)}")
+    settings: dict[str, Any] = {}
+    for (name, rate_name), (leader, rate) in zip(_LEADERS, pairs, strict=False):
+        if leader.shape != p.shape:
+            shapes = f"{tuple(leader.shape)} for a parameter of shape {tuple(p.shape)}"
+            raise ValueError(f"pulls gave a leader of shape {shapes}")
+        settings |= {name: line(like(leader.detach(), p)), rate_name: rate}
+    return settings
+
+
+_LEADERS = (("leader", "rate"), ("other", "other_rate"))
 
 
 def _flat_span(flat: FlatParameters, row: Row) -> slice | None:

@@ -9,7 +9,7 @@ import torch
 from mpilsgd import kernels
 from mpilsgd.comm import Level, Window
 from mpilsgd.flat import FlatParameters
-from mpilsgd.methods.local import MSGD
+from mpilsgd.methods.msgd import MSGD
 
 Windows = dict[torch.dtype, Window]
 

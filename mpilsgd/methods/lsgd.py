@@ -17,7 +17,7 @@ from mpilsgd.methods.arguments import choice, number, whole
 from mpilsgd.methods.averaging import share
 from mpilsgd.methods.base import ROUND, Method
 from mpilsgd.methods.course import course_problems, course_settings
-from mpilsgd.methods.local import MSGD
+from mpilsgd.methods.msgd import MSGD
 from mpilsgd.methods.waitfree import WaitFree
 from mpilsgd.methods.wrapped import gradient_at_x
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from mpilsgd.methods.local import MSGD, RunningAverage
+from mpilsgd.methods.msgd import MSGD
+from mpilsgd.methods.running_average import RunningAverage
 
 # those of torch's that add weight_decay x to the gradient
 _ADDS_L2 = (

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from mpilsgd.layout import Place, Plan, digest, float_buffers, padded
+from mpilsgd.layout import Place, Plan, digest, find_modules, float_buffers, padded
 
 __all__ = ["Allocate", "FlatParameters", "digest", "find_modules", "float_buffers"]
 
@@ -26,9 +26,11 @@ class FlatParameters:
     drag the whole vector along.
 
     Args:
-        parameters: tensors, or a Module, which stands for its parameters and float buffers. Those that do not
-            require a gradient are left out (but follow, if they are tied to one that does).
+        parameters: tensors, or a Module, which stands for its parameters and float buffers, or a Plan that was
+            made of them. Those that do not require a gradient are left out (but follow, if they are tied to one
+            that does).
         buffers: more float tensors to lie behind the parameters.
+        names: id of a tensor -> its name in the module, as `canonical` gives them.
         allocate: (dtype, numel) -> 1-D tensor of numel elements, on the parameters' device; called once a
             dtype, in the order of str(dtype). Default: torch.empty.
         grads: attach gradients at once (`attach_grads`).
@@ -40,22 +42,23 @@ class FlatParameters:
         parameters, buffers: the tensors, in order, each once.
 
     Raises:
-        ValueError: nothing to train, a tensor that cannot lie in a flat vector (its index and shape are
-            named), tensors on several devices, or memory from `allocate` that does not fit. Nothing has been
-            changed then.
+        ValueError: nothing to train, a tensor that cannot lie in a flat vector (it is named), tensors on several
+            devices, or memory from `allocate` that does not fit. Nothing has been changed then.
         TypeError: something that is not a tensor.
     """
 
     def __init__(
         self,
-        parameters: nn.Module | Iterable[Tensor],
+        parameters: nn.Module | Iterable[Tensor] | Plan,
         buffers: Iterable[Tensor] = (),
         *,
+        names: Mapping[int, str] | None = None,
         allocate: Allocate | None = None,
         grads: bool = False,
     ) -> None:
-        plan = Plan(parameters, buffers)
+        plan = parameters if isinstance(parameters, Plan) else Plan(parameters, buffers, names)
         _check_free(plan)
+        self.name = plan.name
         self.parameters, self.buffers = plan.parameters, plan.buffers
         self.n_parameters = plan.n_parameters
         self.grads: Vectors = {}
@@ -67,6 +70,16 @@ class FlatParameters:
         for tensor in self._tensors():
             self._seat(tensor, copy=id(tensor) in plan.primaries)
         _clear_gaps(self.data, [self._places[i] for i in plan.primaries])
+        self._seats = _seats(self._tensors())
+        self._spans = {
+            id(t): (
+                t.data_ptr(),
+                place.strides,
+                slice(place.start, place.start + padded(place.numel, place.dtype)),
+            )
+            for t, place in ((t, self._places[id(t)]) for t in self.parameters)
+            if place.slot == place.start and place.numel
+        }
         for parameter in self.parameters:
             _flats[id(parameter)] = self
         if grads:
@@ -85,10 +98,10 @@ class FlatParameters:
 
     def span(self, parameter: Tensor) -> slice | None:
         """Where the parameter and its gap lie in the vector; None if it is not (or shares) its place."""
-        place = self._place(parameter)
-        if place.slot != place.start or place.numel == 0 or not self._seated(parameter):
-            return None
-        return slice(place.start, place.start + padded(place.numel, place.dtype))
+        address, strides, span = self._spans.get(id(parameter)) or (0, (), None)
+        if span is None:
+            self._place(parameter)
+        return span if parameter.data_ptr() == address and parameter.stride() == strides else None
 
     def attach_grads(self, allocate: Allocate | None = None) -> None:
         """Lets every gradient, those that are there and those to come, be a view of `grads`.
@@ -117,11 +130,11 @@ class FlatParameters:
         """
         missing = []
         for parameter in self.parameters:
-            view = self._grad_views[id(parameter)]
-            if parameter.grad is None:
+            view, grad = self._grad_views[id(parameter)], parameter.grad
+            if grad is None:
                 view.zero_()
                 missing.append(parameter)
-            else:
+            elif grad is not view:
                 _grad_keeper(view)(parameter)
         return missing
 
@@ -130,13 +143,17 @@ class FlatParameters:
 
         RNN's `flatten_parameters` and `Module._apply` do that.
         """
-        strays = [t for t in self._tensors() if not self._seated(t)]
+        tensors = self._tensors()
+        if _seats(tensors) == self._seats:
+            return []
+        strays = [t for t in tensors if not self._seated(t)]
         for tensor in strays:
             place = self._places[id(tensor)]
             was = f"shape {tuple(place.shape)}, {place.dtype} on {self.device}"
             now = f"shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
             if was != now:
-                raise ValueError(f"a tensor of {was} has become one of {now}: convert first, then lay flat")
+                name = self.name(tensor)
+                raise ValueError(f"{name} of {was} has become one of {now}: convert first, then lay flat")
         for tensor in strays:
             self._seat(tensor, copy=True)
         return strays
@@ -205,29 +222,11 @@ class FlatParameters:
         if isinstance(vector, Tensor):
             got = f"shape {tuple(vector.shape)}, {vector.dtype} on {vector.device}"
             got += ", not contiguous" * (not vector.is_contiguous()) + ", a leaf" * vector.requires_grad
-        first = next((i, p) for i, p in enumerate(self._tensors()) if p.dtype == dtype)
+        first = next(t for t in self._tensors() if t.dtype == dtype)
         raise ValueError(
             f"allocate({dtype}, {numel}) gave {got}; needed is a contiguous tensor of shape ({numel},), "
-            f"{dtype} on {self.device} (for tensor {first[0]} of shape {tuple(first[1].shape)} and on)"
+            f"{dtype} on {self.device} (for {self.name(first)} of shape {tuple(first.shape)} and on)"
         )
-
-
-def find_modules(parameters: Iterable[Tensor]) -> list[nn.Module]:
-    """The largest live modules all of whose trainable parameters (at least one) are among `parameters`.
-
-    In the order of their first parameter. An optimizer knows parameters only; this finds the model's buffers.
-    """
-    order = {id(p): i for i, p in reversed(list(enumerate(parameters)))}
-    found: dict[nn.Module, int] = {}
-    for thing in gc.get_objects():
-        # A type check, not isinstance: that would call into proxies and half-built objects.
-        if not issubclass(type(thing), nn.Module) or "_modules" not in thing.__dict__:
-            continue
-        ids = [id(p) for p in thing.parameters() if p.requires_grad]
-        if ids and all(i in order for i in ids):
-            found[thing] = min(order[i] for i in ids)
-    inner = {id(m) for outer in found for m in outer.modules() if m is not outer}
-    return sorted((m for m in found if id(m) not in inner), key=found.__getitem__)
 
 
 _flats: weakref.WeakValueDictionary[int, FlatParameters] = weakref.WeakValueDictionary()
@@ -239,29 +238,37 @@ def _check_free(plan: Plan) -> None:
         gc.collect()  # the owner may be a dead optimizer in a cycle
     for parameter in plan.parameters:
         if FlatParameters.of(parameter):
-            name = plan.names[id(parameter)]
+            name = f"{plan.name(parameter)} of shape {tuple(parameter.shape)}"
             raise ValueError(f"{name} lies in another flat vector: close() or release() its owner first")
 
 
 def _piece(vector: Tensor, place: Place, start: int) -> Tensor:
     """A tensor on vector[start : start + numel] whose storage is those bytes and no others."""
-    if vector.dim() != 1 or len(vector) < start + place.numel:
+    if vector.dim() != 1 or vector.numel() < start + place.numel:
         end = start + place.numel
         raise ValueError(f"a vector of shape {tuple(vector.shape)} has no elements {start} to {end}")
     size = vector.element_size()
     begin = (vector.storage_offset() + start) * size
     storage = vector.untyped_storage()[begin : begin + place.numel * size]
-    empty = torch.empty(0, dtype=vector.dtype, device=vector.device)
-    return empty.set_(storage, 0, place.shape, place.strides)
+    return vector.new_empty(0).set_(storage, 0, place.shape, place.strides)
 
 
 def _clear_gaps(vectors: Vectors, places: list[Place]) -> None:
     for dtype, vector in vectors.items():
-        end = 0
-        for place in sorted((p for p in places if p.dtype == dtype), key=lambda p: (p.start, p.numel)):
-            vector[end : place.start].zero_()
-            end = place.start + place.numel
-        vector[end:].zero_()
+        end, short = 0, list[int]()
+        mine = sorted((p.start, p.numel) for p in places if p.dtype == dtype)
+        for start, numel in [*mine, (vector.numel(), 0)]:
+            if start - end < 64:
+                short.extend(range(end, start))
+            else:
+                vector[end:start].zero_()
+            end = start + numel
+        vector[torch.tensor(short, dtype=torch.int64, device=vector.device)] = 0  # one call, not one a gap
+
+
+def _seats(tensors: list[Tensor]) -> list[tuple[int, torch.dtype, torch.Size, tuple[int, ...]]]:
+    """Where and how the tensors lie in memory, quickly: every round asks."""
+    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
 
 
 def _same_memory(one: Tensor, two: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,24 +40,65 @@ def lines(rows: Iterable[Row], merge: bool = True) -> Iterator[Line]:
     Neighbours are parameters of one FlatParameters whose companions and gradients lie in the same order. A
     parameter with gaps in its memory comes as a dense copy, which is written back.
     """
-    run: tuple[FlatParameters, Row, int, int] | None = None
+    run: _Run | None = None
     for row in rows:
-        if not row[0].numel():
+        p = row[0]
+        if not p.numel():
             continue
-        flat = FlatParameters.of(row[0]) if merge else None
-        span = _flat_span(flat, row) if flat is not None else None
+        flat = FlatParameters.of(p) if merge else None
+        span = flat.span(p) if flat is not None else None
         if run is not None:
-            if span is not None and flat is run[0] and span.start == run[3] and _continues(run[1], row):
-                run = (*run[:3], span.stop)
+            if span is not None and run.takes(flat, span, row):
                 continue
-            yield _cut(*run)
+            yield run.line()
+        run = _Run(flat, span, row) if flat is not None and span is not None else None
+        if run is None or not run.fits():
             run = None
-        if flat is not None and span is not None:
-            run = (flat, row, span.start, span.stop)
-        else:
             yield from _single(row)
     if run is not None:
-        yield _cut(*run)
+        yield run.line()
+
+
+class _Run:
+    """Neighbours of one FlatParameters, from the first row on."""
+
+    def __init__(self, flat: FlatParameters, span: slice, row: Row):
+        self.flat, self.row, self.start, self.stop = flat, row, span.start, span.stop
+        self.size = row[0].element_size()
+        self.bases = [None if t is None else t.data_ptr() - span.start * self.size for t in (*row[1], row[2])]
+
+    def fits(self) -> bool:
+        """Whether the first row's companions and gradient lie as in its flat vector."""
+        p, companions, grad = self.row
+        for along in companions:
+            if along is not None:
+                whole = along.untyped_storage().nbytes() == self.flat.n_parameters[p.dtype] * self.size
+                if not whole or along.storage_offset() != self.start or along.stride() != p.stride():
+                    return False
+        grads = self.flat.grads.get(p.dtype)
+        return grad is None or (grads is not None and self.bases[-1] == grads.data_ptr())
+
+    def takes(self, flat: FlatParameters | None, span: slice, row: Row) -> bool:
+        """Whether the row lies right behind, with all it has; it belongs to the run then."""
+        p, companions, grad = row
+        if flat is not self.flat or span.start != self.stop or p.dtype != self.row[0].dtype:
+            return False
+        offset, strides = span.start * self.size, p.stride()
+        for tensor, base in zip((*companions, grad), self.bases, strict=True):
+            if (tensor is None) != (base is None):
+                return False
+            # The first companion spans the whole vector: what lies at the same distance lies in it.
+            if tensor is not None and (tensor.data_ptr() - offset != base or tensor.stride() != strides):
+                return False
+        self.stop = span.stop
+        return True
+
+    def line(self) -> Line:
+        p, companions, grad = self.row
+        start, stop = self.start, self.stop
+        along = tuple(None if c is None else c.as_strided((stop - start,), (1,), start) for c in companions)
+        slope = None if grad is None else self.flat.grads[p.dtype][start:stop]
+        return p, self.flat.data[p.dtype][start:stop], along, slope
 
 
 def line(dense: Tensor) -> Tensor:
@@ -78,38 +119,20 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
     return copy.copy_(tensor.to_dense() if tensor.layout != torch.strided else tensor)
 
 
-def _flat_span(flat: FlatParameters, row: Row) -> slice | None:
-    p, companions, grad = row
-    if grad is not None and p.dtype not in flat.grads:
-        return None
-    span, size = flat.span(p), p.element_size()
-    if span is None:
-        return None
-    for along in companions:
-        if along is not None:
-            whole = along.untyped_storage().nbytes() == flat.n_parameters[p.dtype] * size
-            if not whole or along.storage_offset() != span.start or along.stride() != p.stride():
-                return None
-    if grad is not None and grad.data_ptr() != flat.grads[p.dtype].data_ptr() + span.start * size:
-        return None
-    return span
+def pull_settings(p: Tensor, pairs: Sequence[tuple[Tensor, float]]) -> dict[str, Any]:
+    """Up to two (leader, rate), leaders of p's shape, as the arguments of `kernels.msgd` on p's line."""
+    if len(pairs) > 2:
+        raise ValueError(f"pulls gave {len(pairs)} leaders (2 at most) for shape {tuple(p.shape)}")
+    settings: dict[str, Any] = {}
+    for (name, rate_name), (leader, rate) in zip(_LEADERS, pairs, strict=False):
+        if leader.shape != p.shape:
+            shapes = f"{tuple(leader.shape)} for a parameter of shape {tuple(p.shape)}"
+            raise ValueError(f"pulls gave a leader of shape {shapes}")
+        settings |= {name: line(like(leader.detach(), p)), rate_name: rate}
+    return settings
 
 
-def _continues(first: Row, row: Row) -> bool:
-    pairs = zip(first[1], row[1], strict=True)
-    return first[0].dtype == row[0].dtype and all(_same_storage(one, two) for one, two in pairs)
-
-
-def _same_storage(one: Tensor | None, two: Tensor | None) -> bool:
-    if one is None or two is None:
-        return one is two
-    return one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
-
-
-def _cut(flat: FlatParameters, row: Row, start: int, stop: int) -> Line:
-    p, companions, grad = row
-    along = tuple(None if c is None else c.as_strided((stop - start,), (1,), start) for c in companions)
-    return p, flat.data[p.dtype][start:stop], along, None if grad is None else flat.grads[p.dtype][start:stop]
+_LEADERS = (("leader", "rate"), ("other", "other_rate"))
 
 
 def _single(row: Row) -> Iterator[Line]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI

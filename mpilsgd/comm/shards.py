@@ -61,7 +61,6 @@ class Shards:
         self._spans: list[dict[torch.dtype, tuple[int, int]]] = []
         for k in range(level.n_islands):
             self._spans.append({d: _part(n, k, level.n_islands) for d, n in sizes.items()})
-        host = torch.device("cpu")
         self.own: dict[str, dict[torch.dtype, Window]] = {}
         self._remote: dict[tuple[str, torch.dtype], MPI.Win] = {}
         self._fetched: dict[str, dict[torch.dtype, torch.Tensor]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,9 @@ class Snapshots:
         self._level = level = fabric.world
         self._sizes = sizes
         self.board = Board(level.comm, 5, level.n_islands == 1)
-        host = torch.device("cpu")
-        self._windows = [{d: fabric.place.vector(d, n, host=True) for d, n in sizes.items()} for _ in range(2)]
+        self._windows = [
+            {d: fabric.place.vector(d, n, host=True) for d, n in sizes.items()} for _ in range(2)
+        ]
         self._remote: list[dict[torch.dtype, MPI.Win]] = [{}, {}]
         self._narrow: list[dict[torch.dtype, torch.Tensor]] = [
             {},

@@ -95,7 +95,7 @@ class BehindTogether(Behind, Together):
         m.metrics.rounds += 1
 
     def _begin(self, moves: bool) -> bool:
-        """Takes D before the worker is announced; whether it is finite. One that rests is pulled only if a round comes."""
+        """Takes D before the worker is announced; whether it is finite. moves: x goes by it at once."""
         fit, self._moves = self.m.is_fit(), moves
         self.m.exchange(_Half(self, fit))
         return fit

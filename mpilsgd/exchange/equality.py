@@ -2,66 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mpilsgd.comm import Topology
-from mpilsgd.flat import FlatParameters, digest
+from mpilsgd.flat import FlatParameters
+from mpilsgd.layout import Plan, canonical, first_difference
 
 
-def check_equal(
-    topology: Topology, method: str, parameters: list[Any], buffers: list[Any], settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Raises a ValueError on every rank if the ranks' models or settings differ. Collective.
+def laid_out(
+    topology: Topology,
+    parameters: list[torch.Tensor],
+    buffers: list[torch.Tensor],
+    modules: list[torch.nn.Module],
+) -> Plan:
+    """Where the tensors will lie, the same on every rank, whatever the order of the optimizer's groups. Collective.
 
-    Returns: method, settings, number of workers and a digest of the model: what makes a run of the method another.
+    Raises a ValueError on every rank if any rank's model cannot be laid out, or differs from rank 0's.
     """
-    error, model = None, ""
+    error, plan = None, None
     try:
-        model = digest(parameters, buffers)
+        ordered, names = canonical(parameters, modules)
+        plan = Plan(ordered, buffers, names)
     except ValueError as wrong:
         error = str(wrong)
     topology.agree(error)
-    told = {k: "a callable" if callable(v) else v for k, v in settings.items()}
-    rows = topology.allgather((model, {"method": method, **told}))
-    models = [row[0] for row in rows]
+    assert plan is not None
+    models = topology.allgather(plan.digest())
     if len(set(models)) > 1:
-        every = topology.allgather((_listed("parameter", parameters), _listed("buffer", buffers)))
+        every = topology.allgather(plan.described())
         other = next(r for r, model in enumerate(models) if model != models[0])
-        raise ValueError(f"the models differ: {_first_difference(every[0], every[other], other)}")
-    first = rows[0][1]
-    for r, (_, settings) in enumerate(rows):
-        if settings != first:
-            unequal = [
-                f"{k} is {first.get(k)!r} on rank 0 and {settings.get(k)!r} on rank {r}"
-                for k in {**first, **settings}
-                if first.get(k) != settings.get(k)
-            ]
+        raise ValueError(f"the models differ: {first_difference(every[0], every[other], other)}")
+    return plan
+
+
+def agreed(topology: Topology, method: str, plan: Plan, settings: dict[str, Any]) -> dict[str, Any]:
+    """Raises a ValueError on every rank if the ranks' settings differ. Collective.
+
+    Returns: method, settings, number of workers and a digest of the model: what makes a run of the method another.
+    """
+    told = {k: "a callable" if callable(v) else v for k, v in settings.items()}
+    rows = topology.allgather({"method": method, **told})
+    for r, row in enumerate(rows):
+        unequal = [
+            f"{k} is {rows[0].get(k)!r} on rank 0 and {row.get(k)!r} on rank {r}"
+            for k in {**rows[0], **row}
+            if rows[0].get(k) != row.get(k)
+        ]
+        if unequal:
             raise ValueError("the settings differ: " + ", ".join(unequal))
     layout = {
         "nodes": topology.allgather(topology.node.rank),
         "groups": topology.groups,
         "shared": topology.shared,
     }
-    return {"method": method, "workers": len(rows), "layout": layout, "model": model, "settings": told}
-
-
-def _listed(kind: str, tensors: list[Any]) -> dict[str, str]:
-    """Shape and dtype of each, and its strides where they are not the usual ones."""
     return {
-        f"{kind} {i}": f"{tuple(t.shape)} {t.dtype}" + ("" if t.is_contiguous() else f" strides {t.stride()}")
-        for i, t in enumerate(tensors)
+        "method": method,
+        "workers": len(rows),
+        "layout": layout,
+        "model": plan.digest(),
+        "settings": told,
     }
-
-
-def _first_difference(here: Sequence[dict[str, str]], there: Sequence[dict[str, str]], rank: int) -> str:
-    for a, b in zip(here, there, strict=True):
-        for name in {**a, **b}:
-            if a.get(name) != b.get(name):
-                return f"{name} is {a.get(name, 'missing')} on rank 0 and {b.get(name, 'missing')} on rank {rank}"
-    return f"other tensors share their memory on rank {rank} than on rank 0"
 
 
 def broadcast_rest(topology: Topology, modules: list[torch.nn.Module], flat: FlatParameters) -> None:

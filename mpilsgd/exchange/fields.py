@@ -127,7 +127,9 @@ def fields_of(cls: type) -> dict[str, Field]:
         own = {name: value for name, value in vars(part).items() if isinstance(value, Field)}
         hints = typing.get_type_hints(part) if own else {}
         for name, value in own.items():
-            filled = Field(value.default, value.help, value.range, value.problem, name, hints.get(name, value.type))
+            filled = Field(
+                value.default, value.help, value.range, value.problem, name, hints.get(name, value.type)
+            )
             found.setdefault(name, filled)
     return found
 

@@ -129,9 +129,7 @@ class InTurn(Exchange):
                     self._of(c, d, low, high), [self._x(d, low, high)], a, r, gauss_seidel=gauss_seidel
                 )
 
-    def push(
-        self, c: Vector, anchor: Vector, velocity: Vector | None = None, momentum: float = 0.0
-    ) -> None:
+    def push(self, c: Vector, anchor: Vector, velocity: Vector | None = None, momentum: float = 0.0) -> None:
         """c <- c + (x - a);  x <- c;  a <- x.  With u: u <- momentum u + (x - a);  c <- c + u;  x <- c + momentum u."""
         if not self.fit:
             self._take_over(c, velocity, momentum)
@@ -227,4 +225,3 @@ class InTurn(Exchange):
         if hasattr(self, "_shards"):
             self._shards.free()
             del self._shards
-

@@ -5,32 +5,28 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 
-from mpilsgd import kernels
 from mpilsgd.comm import Topology, inquiry
 from mpilsgd.exchange import centre, leaving, setup, state
-from mpilsgd.exchange.base import Exchange, average
+from mpilsgd.exchange.base import Exchange
 from mpilsgd.exchange.clocks import Every
 from mpilsgd.exchange.course import COURSE
 from mpilsgd.exchange.fields import REQUIRED, Field, choice, documented, fields_of, signature
-from mpilsgd.exchange.rows import CLOSE, ROUND, Row
+from mpilsgd.exchange.rows import CLOSE, ROUND
 from mpilsgd.exchange.together import Together
-from mpilsgd.exchange.vectors import Span, Vector
-from mpilsgd.exchange.wrapped import Wrapper, forget, gradient_at_x, known, step_toward
+from mpilsgd.exchange.vectors import Vector
+from mpilsgd.exchange.worker import Diverged, Worker
+from mpilsgd.exchange.wrapped import gradient_at_x, known, step_toward
 
 # What a rule may define; everything else of `Method` is the mechanism's.
 HOOKS = ("declare", "clock_of", "start", "before_step", "observe", "measure", "exchange", "shown_centre")
 
 
-class Diverged(RuntimeError):
-    """Every worker's state is non-finite; raised on every rank."""
-
-
-class Method(Wrapper):
+class Method(Worker):
     """A torch optimizer that wraps another one and exchanges parameters with the other workers.
 
     A method of a paper is a subclass, a *rule*: fields (its settings) and some of eight functions, `HOOKS`. See
@@ -53,7 +49,9 @@ class Method(Wrapper):
 
     fields: ClassVar[dict[str, Field]] = {}
     exchanges: ClassVar[dict[Any, type[Exchange]]] = {False: Together}  # by the value of `asynchronous`
-    guard: ClassVar[str] = "x"  # what a worker looks through before a round: "x", "g" (gradients), "" (the pull does)
+    guard: ClassVar[str] = (
+        "x"  # what a worker looks through before a round: "x", "g" (gradients), "" (the pull does)
+    )
     asynchronous: Any = False
 
     init: str = choice(
@@ -74,7 +72,7 @@ class Method(Wrapper):
         wrong = [
             name
             for name in vars(cls)
-            if name in vars(Method) and name not in HOOKS and name not in _SETTINGS and name[:2] != "__"
+            if hasattr(Method, name) and name not in (*HOOKS, *_SETTINGS) and name[:2] != "__"
         ]
         if wrong:
             raise TypeError(
@@ -302,92 +300,6 @@ class Method(Wrapper):
         """
         state.load(self, dict(state_dict))
 
-    # What exchanges ask of a worker
-
-    @contextlib.contextmanager
-    def iterates(self) -> Iterator[None]:
-        """The parameters hold x, which is what is exchanged: between steps MSGD's hold the look-ahead."""
-        self.flat.reseat()  # RNN.flatten_parameters, for one, moves parameters
-        with getattr(self.optimizer, "iterate", contextlib.nullcontext)() if self.guard != "g" else _nothing:
-            yield
-
-    def row(self, purpose: float, stamp: float, fit: bool | None = None) -> Row:
-        fit = self.is_fit(purpose) if fit is None else fit
-        return Row(self.number, purpose, stamp, fit, self.measure(), self.behind)
-
-    def is_fit(self, purpose: float = ROUND) -> bool:
-        """Whether what this worker brings to an exchange is finite: one pass over it, before anyone reads it."""
-        if self.guard == "g":
-            return purpose != ROUND or all([kernels.check(g.mine) for g in self.g.values()])
-        return not self.guard or (self.is_finite() and not self.clock.broken)
-
-    def is_finite(self) -> bool:
-        return all([kernels.check(w.mine[: self.n[d]]) for d, w in self.x.items()])
-
-    def refuse_if_all(self, bad: set[int]) -> None:
-        if bad.issuperset(self.workers):
-            raise Diverged(
-                f"every worker's parameters are non-finite at step {self.t}: the run has diverged; "
-                "a smaller learning rate may help"
-            )
-
-    def set_back(self, bad: set[int]) -> None:
-        """Ends the job if all are bad; this worker, if it is, starts anew."""
-        self.refuse_if_all(bad)
-        if self.topology.world.rank in bad:
-            self.begin_anew()
-
-    def begin_anew(self) -> None:
-        """Counts it, and clears the optimizer's memory, the gradient and what else was taken at broken parameters."""
-        self.metrics.resets += 1
-        forget(self.optimizer)
-        for p in self.flat.parameters:
-            if p.grad is not None:
-                p.grad.zero_()
-        for d, tail in self.fresh.items():
-            self.x[d].mine[self.n[d] :].copy_(tail)
-        for name in self.values:
-            if isinstance(getattr(self, name), deque):
-                getattr(self, name).clear()
-
-    def mean_over(self, spans: list[Span], counted: set[int]) -> None:
-        """The mean over the world ranks that count, to all. Collective, after a barrier."""
-        average(self.fabric.world, self.scratch, spans, counted)
-
-    def copy_from(self, source: int, takers: set[int] | None = None) -> None:
-        """The takers (default: all) get the whole vectors of world rank `source`, to the bit. Collective."""
-        level = self.fabric.world
-        level.table([0.0])
-        for dtype, window in self.x.items():
-            vector = level.bring(window, source, self.scratch.get(dtype), exact=True)[: window.mine.numel()]
-            if level.rank != source and (takers is None or level.rank in takers):
-                window.mine.copy_(vector)
-        level.table([0.0])
-
-    def copy_of_x(self) -> dict[torch.dtype, torch.Tensor]:
-        """What is exchanged of x, as it is now."""
-        with self.iterates():
-            return {d: w.mine[: self.n[d]].clone() for d, w in self.x.items()}
-
-    def note_leaders(self, near: int | None, far: int | None, scores: Any) -> None:
-        """Who leads the group, and all: ranks in the world. scores: of all, if this worker knows them."""
-        m, groups, me = self.metrics, self.topology.groups, self.topology.world.rank
-        group = self.topology.group_index
-        if near is not None:
-            m.leaders[group] = near
-        if far is not None:
-            m.leader = far
-            m.leaders[next(j for j, ranks in enumerate(groups) if far in ranks)] = far
-            for j, ranks in enumerate(groups) if scores is not None else ():
-                m.leaders[j] = min(ranks, key=lambda r: (scores[r], r))
-        elif near is not None and len(groups) == 1:
-            m.leader = near
-        m.leads += me == (near if near is not None else far)
-
-    def count_traffic(self) -> None:
-        traffic = self.fabric.traffic
-        self.metrics.bytes_group, self.metrics.bytes_across = traffic.group, traffic.across
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r})"
 
@@ -401,7 +313,6 @@ class Method(Wrapper):
 
 
 _SETTINGS = ("fields", "exchanges", "guard", "asynchronous", "init", "buffers")
-_nothing = contextlib.nullcontext()
 
 
 def _check_names(cls: type[Method], given: dict[str, Any]) -> None:

@@ -49,7 +49,9 @@ class Published(Exchange):
         self._snapshots = Snapshots(m.fabric, m.n)
         self._turns = Turns(m.fabric.world, [0]) if m.course.round_robin else None
         self._near: Vectors = {d: torch.empty_like(w.mine[: m.n[d]]) for d, w in m.x.items()}
-        self._far = self._near if not m.global_pull else {d: torch.empty_like(v) for d, v in self._near.items()}
+        self._far = (
+            self._near if not m.global_pull else {d: torch.empty_like(v) for d, v in self._near.items()}
+        )
 
     def open(self) -> None:
         m = self.m

@@ -11,11 +11,12 @@ from mpilsgd.exchange import leaving
 from mpilsgd.exchange.behind import BEHIND
 from mpilsgd.exchange.clocks import TwoPeriods
 from mpilsgd.exchange.course import Course, course_problems
-from mpilsgd.exchange.equality import broadcast_rest, check_equal
+from mpilsgd.exchange.equality import agreed, broadcast_rest, laid_out
 from mpilsgd.exchange.metrics import Metrics
 from mpilsgd.exchange.vectors import Span, accumulation_dtype
 from mpilsgd.exchange.wrapped import Members, described, unfit_problem
 from mpilsgd.flat import FlatParameters, find_modules, float_buffers
+from mpilsgd.layout import Plan
 from mpilsgd.transport import Fabric
 
 if TYPE_CHECKING:
@@ -41,22 +42,21 @@ def build(m: Method, model: torch.nn.Module | None, given: dict[str, Any]) -> No
     m.modules = [model] if model is not None else find_modules(parameters)
     # constants such as a mask of -inf are not statistics
     held = [b for b in float_buffers(m.modules) if bool(torch.isfinite(b).all())]
-    m.about = check_equal(topology, cls.__name__, parameters, held, _settings(m))
+    plan = laid_out(topology, parameters, held, m.modules)
+    m.about = agreed(topology, cls.__name__, plan, _settings(m))
     m.number = leaving.number(topology)
     m.workers = list(range(m.p))
-    m.metrics = Metrics(leaders=[-1] * topology.n_groups)
+    m.metrics = Metrics()
     m.clock = m.clock_of()
     kind: Any = m.exchanges[m.asynchronous]
     if getattr(m, "overlap", False):
         kind = BEHIND[kind]
     if m.asynchronous or kind.always_ordered:
-        m.course = Course(
-            topology, *_order(m), {**m.about, "optimizer": described(m.optimizer)}
-        )
+        m.course = Course(topology, *_order(m), {**m.about, "optimizer": described(m.optimizer)})
     m.r = kind(m)
     if m.course is not None:
         m.course.workers = len(m.workers)
-    _allocate(m, parameters, held)
+    _allocate(m, plan)
     m._members = Members(m.optimizer, m.flat)
     m._hooked = _defines(cls, "before_step")
     _start(m)
@@ -83,15 +83,15 @@ def _order(m: Method) -> tuple[str, Any, Any]:
     return "free" if free else "round-robin", getattr(m, "record", None), getattr(m, "replay", None)
 
 
-def _allocate(m: Method, parameters: list[torch.Tensor], held: list[torch.Tensor]) -> None:
-    device, gradients = parameters[0].device, m.guard == "g"
+def _allocate(m: Method, plan: Plan) -> None:
+    device, gradients = plan.parameters[0].device, m.guard == "g"
     nbytes, wide = (
-        sum(-(-t.numel() * kind(t.dtype).itemsize // 64) * 64 for t in [*parameters, *held])
+        sum(-(-t.numel() * kind(t.dtype).itemsize // 64) * 64 for t in [*plan.parameters, *plan.buffers])
         for kind in (lambda dtype: dtype, accumulation_dtype)
     )
     m.fabric = Fabric(m.topology, _shared_bytes(m, nbytes, wide, gradients), device, m.r.private)
     m.device, m.x, m.g, m.windows = device, {}, {}, {}
-    m.flat = FlatParameters(parameters, held, allocate=_allocator(m, m.x))
+    m.flat = FlatParameters(plan, allocate=_allocator(m, m.x))
     if gradients:
         m.flat.attach_grads(_allocator(m, m.g))
     m.edge = m.flat.n_parameters

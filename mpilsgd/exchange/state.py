@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mpilsgd.exchange.metrics import Metrics
-from mpilsgd.exchange.vectors import Vector, load as load_vector, save, shapes
+from mpilsgd.exchange.vectors import Vector, save, shapes
+from mpilsgd.exchange.vectors import load as load_vector
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
@@ -70,7 +71,9 @@ def load(m: Method, state: dict[str, Any]) -> None:
 def _unfit(m: Method, own: Any) -> str | None:
     name = type(m).__name__
     if own is None or own.get("method") != name:
-        return f"this is the state of {'another optimizer' if own is None else own.get('method')}, not of {name}"
+        return (
+            f"this is the state of {'another optimizer' if own is None else own.get('method')}, not of {name}"
+        )
     if own.get("model") != m.about["model"]:  # its vectors are laid out otherwise
         return "this is the state of other parameters (shapes, types, order, memory formats)"
     saved = {n: {d: v.numel() for d, v in of.items()} for n, of in own["vectors"].items()}

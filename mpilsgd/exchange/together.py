@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,9 @@ import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.exchange.base import Exchange, convex, follow, trim
+from mpilsgd.exchange.base import convex, follow, trim
 from mpilsgd.exchange.clocks import ALL, Due, TwoPeriods
+from mpilsgd.exchange.leaders import Leaders
 from mpilsgd.exchange.rows import ROUND, Rows, checked
 from mpilsgd.exchange.vectors import Span, Vector, accumulation_dtype
 from mpilsgd.transport import Level, exhaust
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
 
 
-class Together(Exchange):
+class Together(Leaders):
     """Rounds of all workers, or of a group's. Every rank works on its slice of all the vectors of its island.
 
     Where the clock goes by the total of steps (asynchronous Leader SGD), each joins a round at its next step, whatever
@@ -184,9 +184,7 @@ class Together(Exchange):
             [v for r, v in every.items() if r in self.bad],
         )
 
-    def push(
-        self, c: Vector, anchor: Vector, velocity: Vector | None = None, momentum: float = 0.0
-    ) -> None:
+    def push(self, c: Vector, anchor: Vector, velocity: Vector | None = None, momentum: float = 0.0) -> None:
         """c <- c + sum_i (x_i - a);  x_i <- c;  a <- x_i.  With u: u <- momentum u + sum, c <- c + u, x_i <- c + momentum u.
 
         Buffers move by the mean of the workers' moves.
@@ -206,7 +204,14 @@ class Together(Exchange):
         level.barrier()
 
     def _push(
-        self, c: Vector, anchor: Vector, u: Vector | None, momentum: float, d: torch.dtype, start: int, stop: int
+        self,
+        c: Vector,
+        anchor: Vector,
+        u: Vector | None,
+        momentum: float,
+        d: torch.dtype,
+        start: int,
+        stop: int,
     ) -> None:
         level, alone = self.level, self.level.n_islands == 1
         a, b = level.share(start, stop)
@@ -254,125 +259,3 @@ class Together(Exchange):
             if self.level.is_head or self.level.local_ranks[0] == self.level.rank:
                 c[d][edge:n].copy_(window.mine[edge:n])
         self.level.barrier()
-
-    # Toward leaders
-
-    def pull(self, rate: float, global_rate: float, sequential: bool = False) -> None:
-        """x_i <- x_i - rate (x_i - leader of the group) - global_rate (x_i - leader of all), each where it is due.
-
-        A leader is the worker with the least score. A worker that is not finite takes the place of the best.
-        """
-        m, (near, far) = self.m, self.leaders()
-        if sequential and near is not None and far is not None:
-            rate *= 1.0 - global_rate
-        found = np.zeros(self.level.size + 2)
-        terms = [(m.fabric.group, near, rate), (m.fabric.world, far, global_rate)]
-        terms = [(level, leader, r) for level, leader, r in terms if leader is not None and r]
-        if len(terms) == 2 and m.topology.n_groups == 1:  # one leader of both: it comes once
-            terms = [(m.fabric.world, far, rate + global_rate)]
-        self._pull(terms, found)
-        found = self.level.table(found).sum(axis=0)
-        moved = sum(r for *_, r in terms)
-        if found[-1] and moved:
-            m.metrics.distance = math.sqrt(found[-2] / found[-1]) / moved
-        self.repair({r for r in range(self.level.size) if found[r]})
-
-    def leaders(self) -> tuple[int | None, int | None]:
-        """The ranks, in the group and in the world, of those who lead; None where nobody does, or none is due."""
-        m = self.m
-        near = None if self._mates is None else self._mates.best()
-        group = m.fabric.group.world_ranks
-        far = None if self._everyone is None else self._everyone.best()
-        m.note_leaders(None if near is None else group[near], far, None if self._everyone is None else self._everyone.score)
-        return near, far
-
-    def _pull(self, terms: list[tuple[Level, int, float]], found: np.ndarray) -> None:
-        """Pulls the workers of this island's part of the group, each rank its slice of all their vectors.
-
-        So a leader is read from memory once for all of them, and nobody idles. A local leader that moves to the
-        global one does so last, piece by piece behind the others.
-        """
-        m, group = self.m, self.m.fabric.group
-        leaders = {level.world_ranks[leader] for level, leader, _ in terms}
-        # an only leader stays; one of two moves to the other, behind its followers
-        movers = [r for r in group.local_ranks if {group.world_ranks[r]} != leaders]
-        movers.sort(key=lambda r: group.world_ranks[r] in leaders)
-        for d, window in m.x.items():
-            vectors: list[torch.Tensor] = []
-            parts: Iterable[tuple[int, int]] = ()
-            for level, leader, _ in terms:
-                exhaust(parts)
-                vector, parts = level.coming(window, leader, self._landing(level, d))
-                vectors.append(vector)
-            if not movers or not terms:
-                exhaust(parts)
-                found[self.level.rank] += not kernels.check(window.mine[: m.n[d]])
-                continue
-            for start, stop in parts:  # while the next one comes
-                for low, high, rates in self._convex(d, start, stop, [r for *_, r in terms]):
-                    a, b = group.share(low, high)
-                    peers = [window.views[group.seats[k]][a:b] for k in movers]
-                    moved = kernels.pull(peers, *_two([v[a:b] for v in vectors], rates), stats=True)
-                    assert moved is not None
-                    bad = {group.world_ranks[movers[i]] for i in moved.bad_peers}
-                    if len(leaders) == 1 and not moved.source_finite:  # one of two is seen where it moves
-                        bad |= leaders
-                    for world_rank in bad:
-                        found[self.level.world_ranks.index(world_rank)] += 1
-                    found[-2] += moved.squared_distance
-        found[-1] = len(movers) / len(group.local_ranks)
-
-    def _convex(
-        self, d: torch.dtype, start: int, stop: int, rates: list[float]
-    ) -> Iterator[tuple[int, int, list[float]]]:
-        """Spans and their rates: buffers are pulled by convex ones."""
-        edge, n, most = self.m.edge[d], self.m.n[d], sum(rates)
-        cut = n if most <= 1 else min(edge, n)
-        if start < min(stop, cut):
-            yield start, min(stop, cut), rates
-        if max(start, cut) < min(stop, n):
-            yield max(start, cut), min(stop, n), [r / most for r in rates]
-
-    def _landing(self, level: Level, d: torch.dtype) -> Any:
-        return self.m.landing[d] if level is self.m.fabric.group else self.m.scratch.get(d)
-
-    def keep(self, near: Vector, far: Vector) -> list[bool]:
-        """near, far <- the leaders' parameters as they are now, each where it is due; whether they are there."""
-        m, kept = self.m, []
-        for vector, level, leader in zip((near, far), (m.fabric.group, m.fabric.world), self.leaders(), strict=True):
-            kept.append(leader is not None)
-            for d, x in m.x.items() if leader is not None else ():
-                landing = m.windows[vector.name][d]
-                level.bring(x, leader, landing)
-                if level.rank == leader:
-                    landing.views[0].copy_(x.mine)
-            if leader is not None:
-                level.table([0.0])
-        fit = self.level.table([m.is_finite()])[:, 0]
-        self.repair({r for r, f in enumerate(fit) if not f})
-        return kept
-
-    def repair(self, bad: set[int]) -> None:
-        """Non-finite workers take the place of the best finite one. Collective over the level."""
-        m, level = self.m, self.level
-        if not bad:
-            return
-        if len(bad) == level.size:
-            if level is m.fabric.world or m.topology.n_groups == 1:
-                m.refuse_if_all(set(range(m.fabric.world.size)))
-            return  # a whole group: the next global round sets it back
-        assert self.rows is not None
-        score = self.rows.score
-        source = min((r for r in range(level.size) if r not in bad), key=lambda r: (score[r], r))
-        for d, window in m.x.items():
-            vector = level.bring(window, source, self._landing(level, d))
-            if level.rank in bad:
-                window.mine.copy_(vector)
-        if level.rank in bad:
-            m.begin_anew()
-        level.table([0.0])
-
-
-def _two(vectors: list[torch.Tensor], rates: list[float]) -> tuple[Any, ...]:
-    """The arguments of a kernel that takes one or two leaders."""
-    return (vectors[0], rates[0], *((vectors[1], rates[1]) if len(vectors) > 1 else (None, 0.0)))

@@ -6,9 +6,10 @@ from mpilsgd.methods.allreduce import AllreduceSGD
 from mpilsgd.methods.downpour import Downpour
 from mpilsgd.methods.easgd import EASGD
 from mpilsgd.methods.easgd_tree import EASGDTree
-from mpilsgd.methods.local import MSGD, RunningAverage
 from mpilsgd.methods.localsgd import LocalSGD
 from mpilsgd.methods.lsgd import LSGD
+from mpilsgd.methods.msgd import MSGD
+from mpilsgd.methods.running_average import RunningAverage
 
 __all__ = [
     "ADMM",

@@ -39,13 +39,17 @@ class EASGD(Method):
     Source: thesis (2.3)-(2.6), Algorithms 1 and 2, (6.2)-(6.3).
     """
 
-    center_rate: float = number(0.9, 0, help="beta: rate at which the centre moves to the mean of the workers")
+    center_rate: float = number(
+        0.9, 0, help="beta: rate at which the centre moves to the mean of the workers"
+    )
     moving_rate: float | None = number(
         None, -1, 2, help="alpha: rate at which a worker moves to the centre (null: center_rate / ranks)"
     )
     period: int = whole(10, help="steps between exchanges")
     form: str = choice(
-        "jacobi", "gauss-seidel", help="jacobi: workers and centre move at once; gauss-seidel: the centre moves first"
+        "jacobi",
+        "gauss-seidel",
+        help="jacobi: workers and centre move at once; gauss-seidel: the centre moves first",
     )
     asynchronous: bool = flag(False, help="true: no worker waits for the others")
     overlap: bool = flag(

@@ -74,9 +74,7 @@ class EASGDTree(Method):
 
     def declare(self) -> Iterable[str | None]:
         problem = tree_problem(self.p, self.degree)
-        self.periods = Periods(
-            self.scheme, self.period, self.upper_period, self.up_period, self.down_period
-        )
+        self.periods = Periods(self.scheme, self.period, self.upper_period, self.up_period, self.down_period)
         yield problem
         yield self.periods.problem()
         if problem is None:

@@ -45,7 +45,9 @@ class LSGD(Method):
         None, 0, 1, help="rate of the pull toward the leader of all (null: as pull)"
     )
     period: int = whole(64, help="steps between pulls toward the leader of the group")
-    global_period: int | None = whole(None, help="steps between pulls toward the leader of all (null: 2 period)")
+    global_period: int | None = whole(
+        None, help="steps between pulls toward the leader of all (null: 2 period)"
+    )
     loss_window: int = whole(10, help="batches over whose mean training loss leaders are elected")
     when: str = choice(
         "after_step",
@@ -102,7 +104,9 @@ class LSGD(Method):
 
     def exchange(self, r: Any) -> None:
         if self.when == "every_step":
-            self.known = [old or new for old, new in zip(self.known, r.keep(self.near, self.far), strict=True)]
+            self.known = [
+                old or new for old, new in zip(self.known, r.keep(self.near, self.far), strict=True)
+            ]
         else:
             r.pull(self.pull, self.global_pull, self.sequential)
 

@@ -11,10 +11,10 @@ import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Counter, Progress, Topology, wait_until
-from mpilsgd.transport import Fabric
 from mpilsgd.methods import EASGD, LSGD, Downpour
 from mpilsgd.train.bench_memory import CENTER_RATE, Model
 from mpilsgd.train.table import columns, in_ms
+from mpilsgd.transport import Fabric
 
 _STEPS = 200  # of the counter, in a row
 
@@ -48,7 +48,7 @@ def measure(topology: Topology, numel: int, repetitions: int, still: Any) -> dic
     for method in methods.values():
         method.close()
     seconds = {name: statistics.median(each) if each else 0.0 for name, each in times.items()}
-    fabric = Fabric(topology, 0)
+    fabric = Fabric(topology, 0, torch.device("cpu"))
     seconds["counter, a step"] = _counter(fabric)
     fabric.free()
     seconds |= _progress(topology)

@@ -114,7 +114,9 @@ def _add_method_options(parser: ArgumentParser, options: dict[str, MethodOption]
             type=option.type,
             default=argparse.SUPPRESS,
             metavar=_placeholder(key, option.type),
-            help=f"{owners if len(option.helps) == 1 else ''}: {option.help} [{told}]".lstrip(": ").replace("%", "%%"),
+            help=f"{owners if len(option.helps) == 1 else ''}: {option.help} [{told}]".lstrip(": ").replace(
+                "%", "%%"
+            ),
         )
 
 

@@ -20,8 +20,8 @@ from tree_simulation import Tree as Oracle
 
 from mpilsgd import EASGDTree, Topology
 from mpilsgd.comm import Inbox, Links, Outbox, wait_until
-from mpilsgd.methods import Diverged
 from mpilsgd.exchange.edges import _Edge
+from mpilsgd.methods import Diverged
 from mpilsgd.transport import Fabric
 from mpilsgd.tree import Periods
 
@@ -363,7 +363,7 @@ def test_uneven_steps_end_well_or_say_so() -> None:
         ({"up_period": 2}, 'up_period is of scheme="up-down"'),
         ({"inner": "guests"}, "inner"),
         ({"order": "round-robin"}, "order"),
-        ({"buffers": "keep"}, "inner nodes have no statistics"),
+        ({"buffers": "keep"}, "buffers must be one of"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:

@@ -434,6 +434,4 @@ def test_every_line_of_the_jobs_readme_is_taken() -> None:
     assert {line.split()[1] for line in lines} == set(methods())
     for line in lines:
         config = parse(line.split())
-        assert set(config.method_options) <= set(
-            names_of(config.method, method_options(FIELDS))
-        ), line
+        assert set(config.method_options) <= set(names_of(config.method, method_options(FIELDS))), line

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from mpilsgd import kernels
 from mpilsgd.flat import FlatParameters
-from mpilsgd.methods.local import MSGD, RunningAverage
+from mpilsgd.methods.msgd import MSGD
+from mpilsgd.methods.running_average import RunningAverage
 
 torch.set_num_threads(1)
 

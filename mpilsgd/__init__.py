@@ -1,20 +1,28 @@
-"""mpilsgd: train PyTorch models on many MPI processes that talk rarely."""
+"""mpilsgd: train PyTorch models on many MPI processes that talk rarely.
 
+Importing this starts no MPI: what it names is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from mpilsgd.comm import Topology
-from mpilsgd.flat import FlatParameters
-from mpilsgd.methods import (
-    ADMM,
-    EASGD,
-    LSGD,
-    MSGD,
-    AllreduceSGD,
-    Downpour,
-    EASGDTree,
-    LocalSGD,
-    RunningAverage,
-)
+if TYPE_CHECKING:
+    from mpilsgd.comm import Topology
+    from mpilsgd.flat import FlatParameters
+    from mpilsgd.methods import (
+        ADMM,
+        EASGD,
+        LSGD,
+        MSGD,
+        AllreduceSGD,
+        Downpour,
+        EASGDTree,
+        LocalSGD,
+        RunningAverage,
+    )
 
 try:
     __version__ = version("mpilsgd")
@@ -35,3 +43,15 @@ __all__ = [
     "Topology",
     "__version__",
 ]
+
+_ELSEWHERE = {"Topology": "mpilsgd.comm", "FlatParameters": "mpilsgd.flat"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ELSEWHERE.get(name, "mpilsgd.methods")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

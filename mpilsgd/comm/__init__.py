@@ -1,5 +1,12 @@
 """Everything that talks MPI. No other package of mpilsgd imports mpi4py, and no arithmetic lives here."""
 
+import multiprocessing
+
+import mpi4py
+
+if multiprocessing.parent_process() is not None:  # a DataLoader's worker, say: it is no rank
+    mpi4py.rc.initialize = mpi4py.rc.finalize = False
+
 from mpilsgd.comm.bell import Bell
 from mpilsgd.comm.channel import Channel
 from mpilsgd.comm.heartbeat import Heartbeat

@@ -78,12 +78,13 @@ def hosts(comm: MPI.Comm) -> list[str]:
 
 
 def launched_processes(environment: Mapping[str, str]) -> int | None:
-    """The number of processes that mpiexec or srun started, by the variables it sets; None without them.
+    """The number of processes that mpiexec, srun or torchrun started, by the variables it sets; None without them.
 
     More than COMM_WORLD has means that the launcher belongs to another MPI than the one mpi4py has loaded:
     every process then is a world of its own.
     """
-    for name in LAUNCHER_SIZES:
+    torchrun = ("WORLD_SIZE",) if "LOCAL_WORLD_SIZE" in environment else ()
+    for name in (*LAUNCHER_SIZES, *torchrun):
         if environment.get(name, "").isdigit():
             return int(environment[name])
     return None

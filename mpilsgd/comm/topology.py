@@ -51,6 +51,11 @@ class Topology:
         shared: bool = True,
         across_dtype: torch.dtype | str | None = None,
     ):
+        if not MPI.Is_initialized():
+            raise RuntimeError(
+                "MPI is not started in a process that multiprocessing started, as it is none of the ranks: make the "
+                "Topology in the program's main process"
+            )
         self.world = (MPI.COMM_WORLD if comm is None else comm).Dup()
         if self.world.size > 1:
             _abort_on_exception()

@@ -72,6 +72,10 @@ class BehindTogether(Behind, Together):
     c_t, not c_{t+1}. No worker waits for a round that takes less than a period, or for a worker less than one behind.
     """
 
+    c: Vector
+    alpha: float
+    rate: float
+
     def sizes(self, nbytes: int, wide: int) -> int:
         return wide
 

@@ -50,18 +50,26 @@ def number(
     default: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False, help: str
 ) -> Any:
     """A finite real number in [low, high]; above: low itself is excluded."""
-    left = f"{'(' if above else '['}{low:g}"
-    span = (
-        f"in {left}, {high:g}]" if high < math.inf else f"{'above' if above else 'of at least'} {low:g}"
-    ) * (low > -math.inf)
+    span = _span(low, high, above)
+    return Field(default, help, span, lambda name, v: number_problem(name, v, low, high, above))
 
-    def problem(name: str, value: Any) -> str | None:
-        real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-        if real and low <= value <= high and not (above and value == low):
-            return None
-        return f"{name} must be a {'finite ' * (not span)}number{' ' * bool(span)}{span}, not {value!r}"
 
-    return Field(default, help, span, problem)
+def number_problem(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, above: bool = False
+) -> str | None:
+    """Why a value is no finite number in [low, high]; above: in (low, high]."""
+    real = (
+        isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool) and math.isfinite(value)
+    )
+    if real and low <= value <= high and not (above and value == low):
+        return None
+    return f"{name} must be a number {_span(low, high, above) or 'that is finite'}, not {value!r}"
+
+
+def _span(low: float, high: float, above: bool) -> str:
+    if high < math.inf:
+        return f"in {'(' if above else '['}{low:g}, {high:g}]"
+    return f"{'above' if above else 'of at least'} {low:g}" if low > -math.inf else ""
 
 
 def whole(default: Any, low: int = 1, *, help: str) -> Any:
@@ -74,7 +82,7 @@ def whole(default: Any, low: int = 1, *, help: str) -> Any:
 
 def whole_problem(name: str, value: Any, low: int = 1) -> str | None:
     """Why a value is no whole number of at least `low`."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= low:
+    if isinstance(value, (int, numbers.Integral)) and not isinstance(value, bool) and int(value) >= low:
         return None
     return f"{name} must be a whole number of at least {low}, not {value!r}"
 

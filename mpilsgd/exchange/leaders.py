@@ -33,12 +33,12 @@ class Leaders(Exchange):
         if sequential and near is not None and far is not None:
             rate *= 1.0 - global_rate
         found = np.zeros(self.level.size + 2)
-        terms = [(m.fabric.group, near, rate), (m.fabric.world, far, global_rate)]
-        terms = [(level, leader, r) for level, leader, r in terms if leader is not None and r]
+        due = ((m.fabric.group, near, rate), (m.fabric.world, far, global_rate))
+        terms = [(level, leader, r) for level, leader, r in due if leader is not None and r]
         if len(terms) == 2 and m.topology.n_groups == 1:  # one leader of both: it comes once
-            terms = [(m.fabric.world, far, rate + global_rate)]
+            terms = [(*terms[1][:2], rate + global_rate)]
         self._pull(terms, found)
-        found = self.level.table(found).sum(axis=0)
+        found = self.level.table(found.tolist()).sum(axis=0)
         moved = sum(r for *_, r in terms)
         if found[-1] and moved:
             m.metrics.distance = math.sqrt(found[-2] / found[-1]) / moved

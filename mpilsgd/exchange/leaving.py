@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import itertools
 import os
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 _living: weakref.WeakValueDictionary[int, Method] = weakref.WeakValueDictionary()
 _abandoned: dict[int, Method] = {}  # nobody holds them; they go on serving the others until all let them go
 _process = os.getpid()
+_serials = itertools.count()
+_MANY = 4
 
 
 def number(topology: Topology) -> int:
@@ -25,24 +28,25 @@ def number(topology: Topology) -> int:
 
 
 def enter(m: Method) -> None:
-    _living[id(m)] = m
+    m.serial = next(_serials)
+    _living[m.serial] = m
 
 
 def forget(m: Method) -> None:
-    _living.pop(id(m), None)
-    _abandoned.pop(id(m), None)
+    _living.pop(m.serial, None)
+    _abandoned.pop(m.serial, None)
 
 
 def abandon(m: Method) -> None:
     """Nobody holds the method any more. It cannot be closed here, as the others may not have come so far."""
     if m.__dict__.get("_open") and os.getpid() == _process:
-        _abandoned[id(m)] = m
+        _abandoned[m.serial] = m
 
 
 def reap(topology: Topology) -> None:
     """Closes the methods of a topology that no rank holds any more. Collective."""
-    if any(m.topology is topology for m in list(_living.values())):
-        gc.collect()  # a method is part of a cycle
+    if sum(m.topology is topology for m in list(_living.values())) >= _MANY:
+        gc.collect()  # a method is part of a cycle; what nobody holds may be there still
     mine = {m.number: m for m in list(_abandoned.values()) if m.topology is topology}
     everyone = topology.allgather(sorted(mine))
     for n in sorted(set.intersection(*map(set, everyone))):
@@ -56,8 +60,8 @@ def _rest_at_exit() -> None:
         return
     try:
         left: dict[int, Any] = {**dict(_living.items()), **_abandoned}
-        for m in sorted(left.values(), key=lambda m: m.number):
+        for serial in sorted(left):  # in the same order on all ranks
             if not exit_status():
-                m.close()
+                left[serial].close()
     except Exception as failure:
         end_job(type(failure), failure, failure.__traceback__)

@@ -32,8 +32,8 @@ class Method(Worker):
     A method of a paper is a subclass, a *rule*: fields (its settings) and some of eight functions, `HOOKS`. See
     docs/adding-a-method.md. Its constructor takes
 
-        optimizer: the worker's own optimizer, any of torch's; its parameters are moved, in place, into one flat vector a
-            dtype, which lies in a shared window where the node's memory allows.
+        optimizer: the worker's own optimizer, any of torch's; its parameters are moved, in place, into one flat
+            vector a dtype, which lies in a shared window where the node's memory allows.
         topology: the workers; default `Topology()`.
         model: the module whose float buffers are meant; by default those living modules are found whose trainable
             parameters all belong to the optimizer.
@@ -76,7 +76,8 @@ class Method(Worker):
         ]
         if wrong:
             raise TypeError(
-                f"{cls.__name__} defines {', '.join(wrong)}, which are the mechanism's; a rule defines {', '.join(HOOKS)}"
+                f"{cls.__name__} defines {', '.join(wrong)}, which are the mechanism's; a rule may define "
+                + ", ".join(HOOKS)
             )
         if "asynchronous" in fields_of(cls):
             for name, field in COURSE.items():
@@ -95,6 +96,9 @@ class Method(Worker):
         **given: Any,
     ):
         self._open = self._lent = False
+        for hook in ("clock_of", "exchange"):
+            if getattr(type(self), hook) is getattr(Method, hook):
+                raise TypeError(f"{type(self).__name__} must define {hook}: see docs/adding-a-method.md")
         super().__setstate__({})  # step hooks, without a copy of the parameter groups
         _check_names(type(self), given)
         inquiry.warn_if_apart()
@@ -119,8 +123,8 @@ class Method(Worker):
         return ()
 
     def clock_of(self) -> Every:
-        """When exchanges are due."""
-        raise TypeError(f"{type(self).__name__} must define clock_of()")
+        """When exchanges are due. Every rule defines it."""
+        return Every(1)
 
     def start(self, r: Any) -> None:
         """After all vectors have their start."""
@@ -136,8 +140,7 @@ class Method(Worker):
         return 0.0
 
     def exchange(self, r: Any) -> None:
-        """One exchange, in verbs of r."""
-        raise TypeError(f"{type(self).__name__} must define exchange(r)")
+        """One exchange, in verbs of r. Every rule defines it."""
 
     def shown_centre(self) -> Vector | None:
         """What `center()` shows: a vector (its mean over the workers, if each has one); None: the mean of x."""
@@ -220,7 +223,7 @@ class Method(Worker):
         if self.toward:
             toward, self.toward = self.toward, ()
             return step_toward(self, toward, closure)
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)  # type: ignore[call-arg]
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
     def _refuse_if_unfit(self) -> None:
         self._refuse_if_closed()

@@ -26,8 +26,8 @@ _TRIES = 3
 
 
 class Published(Exchange):
-    """A worker publishes its score and parameters, reads everybody's scores, copies the last snapshot of who is best and
-    is pulled to it. Nobody waits, except by order: in round robin for its turn, in a replay for the version that it
+    """A worker publishes its score and parameters, reads everybody's scores, copies the last snapshot of who is best
+    and is pulled to it. Nobody waits, except by order: in round robin for its turn, in a replay for the version that it
     read in the recorded run.
     """
 
@@ -99,7 +99,8 @@ class Published(Exchange):
         if sequential:
             rate *= 1.0 - global_rate
         near, far = self._leaders(Due(bool(rate), bool(global_rate)))
-        m.note_leaders(*(None if leader < 0 else leader for leader, _ in (near, far)), None)
+        told = [None if leader < 0 else leader for leader, _ in (near, far)]
+        m.note_leaders(told[0], told[1], None)
         if not self.fit:
             self._start_anew(near[0], far[0])
             return

@@ -51,7 +51,7 @@ def checked(table: np.ndarray) -> Rows:
     rows = Rows(*table.T)
     if len(set(rows.method)) > 1:
         raise RuntimeError(
-            "workers came to rounds of different methods: where there are several, give all workers equally many batches"
+            "workers came to rounds of different methods: with several methods, give all workers equally many batches"
         )
     stamps = {int(stamp) for stamp in rows.stamp[rows.purpose == ROUND]}
     if len(stamps) > 1:

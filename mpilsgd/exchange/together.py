@@ -136,7 +136,8 @@ class Together(Leaders):
         else:
             spans = [Span(w, 0, w.mine.numel()) for w in vectors.values()]
             spans += [Span(w, m.edge[d], m.n[d]) for d, w in m.x.items() if m.edge[d] < m.n[d]]
-        fit = self.rows.fit if counted is None and self.rows is not None else counted
+        assert self.rows is not None
+        fit = self.rows.fit if counted is None else counted
         m.mean_over(spans, {r for r, c in enumerate(fit) if c})
 
     def elastic(self, c: Vector, alpha: float, rate: float, gauss_seidel: bool = False) -> None:
@@ -185,8 +186,9 @@ class Together(Leaders):
         )
 
     def push(self, c: Vector, anchor: Vector, velocity: Vector | None = None, momentum: float = 0.0) -> None:
-        """c <- c + sum_i (x_i - a);  x_i <- c;  a <- x_i.  With u: u <- momentum u + sum, c <- c + u, x_i <- c + momentum u.
+        """c <- c + sum_i (x_i - a);  x_i <- c;  a <- x_i.
 
+        With u: u <- momentum u + sum_i (x_i - a);  c <- c + u;  x_i <- c + momentum u;  a <- x_i.
         Buffers move by the mean of the workers' moves.
         """
         m, level = self.m, self.level

@@ -64,11 +64,11 @@ def allot(m: Method, v: Vector) -> None:
         v.memory[d] = window.views[0][: m.n[d]]
 
 
-def save(vector: Mapping[torch.dtype, torch.Tensor]) -> dict[str, torch.Tensor]:
+def save(vector: Mapping[Any, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {str(d): v.clone() for d, v in vector.items()}
 
 
-def load(vector: Mapping[torch.dtype, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+def load(vector: Mapping[Any, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
     for d, v in vector.items():
         v.copy_(saved[str(d)])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,25 +27,10 @@ class Worker(Wrapper):
     parameters; fresh: the rest as it was at the start. scratch, landing: one vector an island, for what arrives.
     """
 
-    topology: Any
-    fabric: Any
-    flat: Any
-    metrics: Any
-    clock: Any
-    guard: Any
-    workers: list[int]
-    values: list[str]
-    x: dict[torch.dtype, Any]
-    g: dict[torch.dtype, Any]
-    n: dict[torch.dtype, int]
-    edge: dict[torch.dtype, int]
-    fresh: dict[torch.dtype, torch.Tensor]
-    scratch: dict[torch.dtype, Any]
-    number: int
-    behind: bool
-    t: int
-
-    def measure(self) -> float: ...  # type: ignore[empty-body]
+    if TYPE_CHECKING:
+        # what `setup` makes, and a rule's values
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     @contextlib.contextmanager
     def iterates(self) -> Iterator[None]:

@@ -163,7 +163,7 @@ def step_toward(m: Method, toward: Any, closure: Callable[[], Any] | None) -> An
     if fused:
         terms = [(dict(v), rate) for v, rate in toward]
         return inner.step(closure, pulls=lambda p: [(m.flat.view(p, flats), rate) for flats, rate in terms])
-    return inner.step() if closure is None else inner.step(closure)  # type: ignore[call-arg]
+    return inner.step() if closure is None else inner.step(closure)
 
 
 def _fuses(optimizer: Any) -> bool:

@@ -39,10 +39,9 @@ class ADMM(Method):
         yield self._rate_problem()
 
     def _rate_problem(self) -> str | None:
-        rates = {group.get("lr") for group in self.param_groups}
-        if None in rates:
+        if any("lr" not in group for group in self.param_groups):
             return "the optimizer needs a learning rate lr: ADMM's eta"
-        rates = set(map(float, rates))
+        rates = {float(group["lr"]) for group in self.param_groups}
         return f"ADMM takes one lr for all parameters, not {sorted(rates)}" if len(rates) > 1 else None
 
     def clock_of(self) -> Every:

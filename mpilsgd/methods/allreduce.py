@@ -19,8 +19,8 @@ class AllreduceSGD(Method):
         x_{t+1} = x_t - eta (1/p) sum_i g_t^i(x_t)
 
     The flat gradients lie in shared windows; each rank averages its slice of all of them in place, so a node holds no
-    copy. Before `step` a parameter's gradient is this worker's own: who clips it there clips each worker's; `max_grad_norm`
-    clips the mean, as torch.nn.utils.clip_grad_norm_ does.
+    copy. Before `step` a parameter's gradient is this worker's own: who clips it there clips each worker's;
+    `max_grad_norm` clips the mean, as torch.nn.utils.clip_grad_norm_ does.
 
     A worker whose gradient is not finite is left out of the mean; if its parameters are not finite either (looked
     at when its gradient or the `loss` given to `step` is not), it takes another's. Both count in `metrics.resets`.

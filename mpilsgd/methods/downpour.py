@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable
 from typing import Any
 
-from mpilsgd.exchange import Every, InTurn, Method, Together, Vector, anything, flag, number, whole
+from mpilsgd.exchange import (
+    Every,
+    InTurn,
+    Method,
+    Together,
+    Vector,
+    anything,
+    flag,
+    number,
+    number_problem,
+    whole,
+)
 
 
 def _average_problem(name: str, value: Any) -> str | None:
-    rate = isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value <= 1
-    fits = value is None or value == "running" or rate
+    fits = value is None or value == "running" or not number_problem(name, value, 0, 1, above=True)
     return None if fits else f'{name} must be None, "running" or a rate in (0, 1], not {value!r}'
 
 

@@ -25,10 +25,11 @@ class EASGDTree(Method):
     three of them the sender sends half as often, until messages get through again.
 
     `tree` says where the nodes are; `tree.parent` lists every rank's parent, -1 at the root. `workers` are the ranks
-    that are leaves; `computes`: whether this one is. The centre is the root. The run ends by `reached(n)`: n steps of all
-    leaves together. What is not finite is marked so in a message and not taken; a node that is not takes over the next
-    one. `center()` raises `Diverged` where no leaf is finite, or was before it was set back at its last step. Memory: two
-    messages for each edge that comes in, and those under way. In lock-step a message sent in tick s is taken in s + 1.
+    that are leaves; `computes`: whether this one is. The centre is the root. The run ends by `reached(n)`: n steps of
+    all leaves together. What is not finite is marked so in a message and not taken; a node that is not takes over the
+    next one. `center()` raises `Diverged` where no leaf is finite, or was before it was set back at its last step.
+    Memory: two messages for each edge that comes in, and those under way. In lock-step a message sent in tick s is
+    taken in tick s + 1.
 
     Source: thesis 6.1, Algorithm 6.
     """

@@ -34,12 +34,12 @@ class LocalSGD(Method):
 
         x^k_{t+1} = x^k_t - eta g^k(x^k_t);    if t+1 in I_T:  x^k_{t+1} <- (1/K) sum_k x^k_{t+1}
 
-    I_T: the multiples of `period` (1 is mini-batch SGD), a collection of step numbers t+1, or those for which a callable
-    says so; None is one-shot averaging, only `center()` at the end takes the mean.
+    I_T: the multiples of `period` (1 is mini-batch SGD), a collection of step numbers t+1, or those for which a
+    callable says so; None is one-shot averaging, only `center()` at the end takes the mean.
 
-    With `until_grad_norm` (T = infinity) each worker steps until its squared gradient norm is at or below it, then waits
-    for the others; a worker that is below already takes no step. `converged` says that no worker took a step between
-    the last two rounds. A gradient that is not finite is a broken worker's.
+    With `until_grad_norm` (T = infinity) each worker steps until its squared gradient norm is at or below it, then
+    waits for the others; a worker that is below already takes no step. `converged` says that no worker took a step
+    between the last two rounds. A gradient that is not finite is a broken worker's.
 
     `average="quadratic"`: the centre is the mean over workers and time, (1/(K S_T)) sum_k sum_t w_t x^k_t with
     w_t = (a+t)^2 (one more vector a worker). The theory wants a >= max(16 kappa, H).
@@ -85,7 +85,7 @@ class LocalSGD(Method):
     def before_step(self) -> None:
         self.moved = True
         if self.z is not None:  # z <- z + w_t / S_{t+1} (x_t - z)
-            w = (self.a + self.t) ** 2
+            w = (self.a + self.t) ** 2  # type: ignore[operator]
             self.weight += w
             with self.iterates():
                 for d, z in self.z.items():

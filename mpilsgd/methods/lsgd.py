@@ -53,8 +53,8 @@ class LSGD(Method):
         "after_step",
         "with_step",
         "every_step",
-        help="after_step, with_step (pull and gradient at the same point) or every_step (pull at every step, toward the "
-        "leaders as they last were)",
+        help="after_step, with_step (pull and gradient at the same point) or every_step (pull at every step, toward "
+        "the leaders as they last were)",
     )
     sequential: bool = flag(False, help="where both pulls are due: the local one first, then the global one")
     score: Callable[[], float] | None = code(
@@ -78,13 +78,15 @@ class LSGD(Method):
         if self.when == "every_step":
             self.near = self.vector("near", per="group")
             self.far = self.vector("far", per="all")
-            self.value("known", [False, False])  # whether they hold a leader yet
+            self.known: list[bool]  # whether they hold a leader yet
+            self.value("known", [False, False])
         if self.asynchronous == "wait-free" and self.when != "after_step":
             yield 'asynchronous="wait-free" goes with when="after_step"'
 
     def clock_of(self) -> TwoPeriods:
         by_total = self.asynchronous is True and self.order == "free"
         first = self.when != "after_step"
+        assert self.global_period is not None
         return TwoPeriods(self.period, self.global_period, first, self.p if by_total else None)
 
     def observe(self, loss: Any) -> None:

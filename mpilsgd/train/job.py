@@ -256,8 +256,7 @@ def _resume(
             trainer.restore(state, step)
         except ValueError as error:  # raised on every rank
             raise Stopped(f"{directory.path}: {error}") from None
-    on_first(topology, directory.cut, trainer.mean_step())
-    trainer.note_evaluated(on_first(topology, directory.evaluated))
+    trainer.resume()
     on_first(topology, directory.begin, config.text())
     done = step is not None and step >= trainer.total
     left = ", which is its end: nothing is left to do" if done else ""

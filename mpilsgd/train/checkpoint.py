@@ -27,8 +27,14 @@ def state_of(model: torch.nn.Module, opt: Method, at: Progress) -> dict[str, Any
 
 
 def restore(state: dict[str, Any], model: torch.nn.Module, opt: Method) -> Progress:
-    """Takes up what `state_of` gave. Collective. Raises: ValueError on every rank if it is another method's."""
-    model.load_state_dict(state["model"])
+    """Takes up what `state_of` gave. Collective.
+
+    Raises: ValueError on every rank if it is of another model or method.
+    """
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint is of another model: {' '.join(str(error).split())}") from None
     opt.load_state_dict(state["optimizer"])
     for key, value in state["metrics"].items():
         setattr(opt.metrics, key, value)
@@ -41,6 +47,6 @@ def restore(state: dict[str, Any], model: torch.nn.Module, opt: Method) -> Progr
 def write(topology: Topology, directory: RunDirectory, name: int, state: dict[str, Any]) -> None:
     """Writes a checkpoint, which counts when all of it is there; its name is a step that no other has. Collective."""
     rank = topology.world.rank
-    together(topology, directory.save, rank, name, state, status=FAILED)
-    on_first(topology, directory.seal, name, topology.world.size, status=FAILED)
+    written = together(topology, directory.save, rank, name, state, status=FAILED)
+    on_first(topology, directory.seal, name, topology.allgather(written), status=FAILED)
     together(topology, directory.sweep, rank, name, status=FAILED)

@@ -257,7 +257,7 @@ def _resume(
         except ValueError as error:  # raised on every rank
             raise Stopped(f"{directory.path}: {error}") from None
     trainer.resume()
-    on_first(topology, directory.begin, config.text())
+    on_first(topology, directory.begin, config.text(), True)
     done = step is not None and step >= trainer.total
     left = ", which is its end: nothing is left to do" if done else ""
     display.say(

@@ -156,8 +156,7 @@ def test_resuming_on_another_number_of_ranks_is_refused(
     if WORLD.rank == 0:
         run = RunDirectory(output)
         run.claim(parse([*QUICK, "--epochs", "1"]).text())
-        run.save(0, 5, {})
-        run.seal(5, 1)
+        run.seal(5, [run.save(0, 5, {})])
         before = (output / "config.yaml").read_text()
     WORLD.Barrier()
     everyone_got(job.main(["--resume", str(output), "--epochs", "7"]), 2)

@@ -2,7 +2,7 @@
 
 from mpilsgd.comm.bell import Bell
 from mpilsgd.comm.fabric import Fabric, Level, SharedMemoryWarning, exhaust
-from mpilsgd.comm.heartbeat import Heartbeat
+from mpilsgd.comm.heartbeat import Heartbeat, Place
 from mpilsgd.comm.links import Inbox, Links, Outbox, Slot, tag_problem
 from mpilsgd.comm.onesided import Counter, Progress, Turns, thread_problem
 from mpilsgd.comm.shards import Shard, Shards
@@ -21,6 +21,7 @@ __all__ = [
     "Level",
     "Links",
     "Outbox",
+    "Place",
     "Progress",
     "Shard",
     "Shards",

@@ -78,7 +78,8 @@ def _main(argv: Sequence[str], base: Topology) -> int:
         _resume(config, trainer, directory, topology, display)
     if left:
         display.say(f"resumed without {' and '.join(left)}, which are of whole runs")
-    heartbeat = Heartbeat(topology)
+    heartbeat = Heartbeat(topology, config.patience)
+    trainer.tell = heartbeat.at
     try:
         summary = trainer.run()
     except Stopped as stop:

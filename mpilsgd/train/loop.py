@@ -7,13 +7,13 @@ import contextlib
 import dataclasses
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from mpilsgd.comm import Topology
+from mpilsgd.comm import Place, Topology
 from mpilsgd.methods import Method
 from mpilsgd.train import checkpoint, diverging
 from mpilsgd.train.config import Config
@@ -68,6 +68,7 @@ class Trainer:
         self.progress = Progress()
         self.rank, self.size = topology.world.rank, topology.world.size
         self.journal = Journal(topology, opt, directory)
+        self.tell: Callable[[int, Place], None] = lambda step, place: None  # where this rank stands
         self._sealed: int | None = None  # the name of the last checkpoint
 
     def run(self) -> dict[str, Any]:
@@ -155,6 +156,7 @@ class Trainer:
     def _step(self, indices: torch.Tensor, epoch: int) -> None:
         at, opt, counts = self.progress, self.opt, self.opt.metrics
         rounds, comm, wait = counts.rounds, counts.t_comm, counts.t_wait
+        self.tell(at.step, Place.BATCH)
         counts.leader, counts.leaders = -1, [-1] * len(counts.leaders)  # to see who is elected in this step
         self.schedule.apply(opt.param_groups, at.step, at.step / self.sampler.batches)
 
@@ -169,6 +171,7 @@ class Trainer:
         self.slowdown.sleep(time.perf_counter() - loaded, self.config.seed, self.rank, at.step)
         if at.step == 0:
             diverging.refuse_first(self.topology, value)
+        self.tell(at.step, Place.EXCHANGE)
         with diverging.stopping():
             opt.step(loss=value)
         end = time.perf_counter()
@@ -182,6 +185,7 @@ class Trainer:
         """A step of a rank that only averages."""
         if self.opt.t == 0:
             diverging.refuse_first(self.topology, 0.0)
+        self.tell(self.opt.t, Place.EXCHANGE)
         start = time.perf_counter()
         self.opt.step()
         self.progress.wall += time.perf_counter() - start
@@ -192,6 +196,7 @@ class Trainer:
         """Evaluates the centre and writes a line; the last time it also returns the centre's state. Collective."""
         at = self.progress
         state = None
+        self.tell(at.step, Place.MEETING)
         self._settle()
         traffic = dataclasses.replace(self.opt.fabric.traffic)
         with self._centre():
@@ -258,10 +263,10 @@ class Trainer:
     # Checkpoints
 
     def _save(self, name: int) -> None:
-        """Writes a checkpoint of this name. Collective."""
-        diverging.refuse(
-            self.topology, self.opt, self.progress.last_loss, name
-        )  # and keeps the last checkpoint
+        """Writes a checkpoint of this name; what has diverged leaves the last one in its place. Collective."""
+        at = self.progress
+        self.tell(at.step, Place.MEETING)
+        diverging.refuse(self.topology, self.opt, at.last_loss, name)
         self._settle()
         self._count_waiting()
         self.journal.write(self.progress.step)

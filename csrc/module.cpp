@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "beats.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -255,6 +256,16 @@ PYBIND11_MODULE(_core, m) {
   m.def("word_swap", &word_swap);
   m.def("word_load", &word_load);
   m.def("word_exchange", &word_exchange);
+
+  py::class_<mpilsgd::Beats>(m, "Beats")
+      .def(py::init([](Address isend, Address test, bool int_handles, Address comm, Address byte,
+                       std::vector<int> peers, Address words, std::size_t n_words, double every) {
+             const mpilsgd::MpiCalls mpi{at(isend), at(test), int_handles, comm, byte};
+             return mpilsgd::start_beats(mpi, std::move(peers), at<std::int64_t>(words), n_words, every);
+           }),
+           py::arg("isend"), py::arg("test"), py::arg("int_handles"), py::arg("comm"), py::arg("byte"),
+           py::arg("peers"), py::arg("words"), py::arg("n_words"), py::arg("every"))
+      .def("stop", &mpilsgd::Beats::stop, py::call_guard<py::gil_scoped_release>());
 
   m.def("instruction_set", &mpilsgd::cpu::instruction_set);
   m.def("instruction_sets", &instruction_sets, "Those that are built in and that this CPU has.");

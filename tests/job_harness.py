@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from mpi4py import MPI
+
+from mpilsgd.train.run_directory import RunDirectory
 
 WORLD = MPI.COMM_WORLD
 METHODS = {
@@ -31,3 +34,40 @@ def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def everyone_got(status: int, expected: int) -> None:
     assert WORLD.allgather(status) == [expected] * WORLD.size
+
+
+# A model that keeps statistics and draws random numbers, as a module of the user's.
+NET = """
+def net(input_shape, classes):
+    layers = torch.nn.Linear(64, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU(), torch.nn.Dropout(0.2)
+    return torch.nn.Sequential(torch.nn.Flatten(), *layers, torch.nn.Linear(32, classes))
+"""
+
+
+def same_run(one: Path, other: Path, step: int) -> None:
+    """Both runs ended after this step with the same bits everywhere, and told the same."""
+    assert untimed(lines(one / "metrics.jsonl")) == untimed(lines(other / "metrics.jsonl"))
+    assert lines(one / "leaders.jsonl") == lines(other / "leaders.jsonl")
+    states = [RunDirectory(run).load(WORLD.rank, step) for run in (one, other)]
+    for state in states:
+        assert state["progress"]["step"] == step
+    equal(states[0]["model"], states[1]["model"])
+    equal(states[0]["optimizer"], states[1]["optimizer"])
+    equal(*[torch.load(run / "checkpoint" / "center.pt", weights_only=True) for run in (one, other)])
+
+
+def equal(one: Any, other: Any) -> None:
+    """The same bits everywhere in two nested states."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            equal(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other

@@ -9,7 +9,7 @@ if multiprocessing.parent_process() is not None:  # a DataLoader's worker, say: 
 
 from mpilsgd.comm.bell import Bell
 from mpilsgd.comm.channel import Channel
-from mpilsgd.comm.heartbeat import Heartbeat
+from mpilsgd.comm.heartbeat import Heartbeat, Place
 from mpilsgd.comm.links import Inbox, Links, Outbox, Slot, tag_problem
 from mpilsgd.comm.onesided import Counter, Progress, Turns, progresses_alone, thread_problem
 from mpilsgd.comm.shards import Shard, Shards
@@ -27,6 +27,7 @@ __all__ = [
     "Inbox",
     "Links",
     "Outbox",
+    "Place",
     "Progress",
     "Shard",
     "Shards",

@@ -1,8 +1,9 @@
-"""A node that vanishes, or its network, leaves the others waiting in MPI for ever: here they notice."""
+"""A node that vanishes leaves the others waiting in MPI for ever, and so does a rank that stands still: it is said."""
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import signal
 import socket
@@ -11,88 +12,145 @@ import threading
 import time
 
 import numpy as np
+import torch
 from mpi4py import MPI
 
+from mpilsgd.comm.beats import Beats, beats
 from mpilsgd.comm.onesided import thread_problem
 from mpilsgd.comm.topology import Topology
+from mpilsgd.comm.windows import Window
 
-_EVERY = 1.0  # seconds between two beats
-PATIENCE = 20.0  # seconds without one after which a node is given up
-_BEAT, _LAST = 0, 1  # what a message holds
+_EVERY = 1.0  # seconds between two beats, and between two looks
+_FLUSH = 5.0  # seconds for small messages to leave at the end
+_BEAT, _LAST = 0, 1  # the first word of a message; the others are the places of the sender's node
+
+
+class Place(enum.IntEnum):
+    """Where a rank may stand, having taken n steps; in the order of a step."""
+
+    MEETING = 0
+    BATCH = 1
+    EXCHANGE = 2
+
+
+_WORDS = (
+    "after batch {}, in an evaluation or a checkpoint",
+    "in batch {next}",
+    "in the exchange after batch {next}",
+)
 
 
 class Heartbeat:
-    """A thread on every rank: the first of each node hears the first of all, and all the others of their node.
+    """Every rank writes where it stands into its node's memory, from where it goes to the first rank of all, and back:
+    between the first ranks of the nodes, every second and without the interpreter's lock.
 
     Where nothing comes from a node for `patience` seconds, its name is told and the job ends, there as well as here.
-    With one node, or an MPI without threads, it does nothing.
+    Where a rank stands still for so long while others are further, it is told where, and the job goes on.
+    With one rank, or where MPI has no threads between nodes, it does nothing.
 
     Args: topology: the nodes; patience: seconds. Collective: creation and `free`.
     """
 
-    def __init__(self, topology: Topology, patience: float = PATIENCE):
+    def __init__(self, topology: Topology, patience: float):
         self._comm = topology.world.Dup()
         self._names = topology.allgather(socket.gethostname())
         self._nodes, self._patience = topology.nodes, patience
+        self._home = next(ranks for ranks in self._nodes if self._comm.rank in ranks)
+        self._seat = 1 + self._home.index(self._comm.rank)
+        self._window = Window(topology.node, torch.int64, 1 + len(self._home), common=True)
+        self._table = self._window.views[
+            0
+        ].numpy()  # whether the job ends, and the place of every rank of the node
+        threads = topology.world.allreduce(thread_problem() is None, MPI.LAND)
+        self._others = neighbours(self._nodes, self._comm.rank) if threads else []
+        self._incoming = {k: np.zeros(1 + self._size(k), np.int64) for k in self._others}
+        self._coming = {k: self._receive(k) for k in self._others}
+        self._unheard: list[int] = []  # whose last message has not come
         self._end = threading.Event()
-        self._unfinished: list[int] = []  # whose last message has not come
+        self._beats: Beats | None = None
         self._thread: threading.Thread | None = None
-        if len(self._nodes) > 1 and topology.world.allreduce(thread_problem() is None, MPI.LAND):
-            self._thread = threading.Thread(target=self._beat, name="mpilsgd heartbeat", daemon=True)
+        if self._others:
+            self._beats = beats(self._comm, self._others, self._table[1:], _EVERY)
+        if self._comm.size > 1 and (threads or len(self._nodes) == 1):
+            self._thread = threading.Thread(target=self._watch, name="mpilsgd heartbeat", daemon=True)
             self._thread.start()
 
-    def _beat(self) -> None:
-        comm = self._comm
-        others = neighbours(self._nodes, comm.rank)
-        buffers = {k: np.zeros(1, np.uint8) for k in others}
-        coming = {k: comm.Irecv([buffers[k], MPI.BYTE], k) for k in others}
-        going: dict[int, MPI.Request] = {}
-        beat, last = (np.full(1, what, np.uint8) for what in (_BEAT, _LAST))
-        heard = dict.fromkeys(others, time.monotonic())
+    def at(self, step: int, place: Place) -> None:
+        """This rank stands there, having taken so many steps."""
+        self._table[self._seat] = step * len(Place) + place
+
+    def _size(self, k: int) -> int:
+        return next(len(ranks) for ranks in self._nodes if k in ranks)
+
+    def _receive(self, k: int) -> MPI.Request:
+        return self._comm.Irecv([self._incoming[k].view(np.uint8), MPI.BYTE], k)
+
+    def _watch(self) -> None:
+        heard = dict.fromkeys(self._others, time.monotonic())
+        known = {k: np.zeros(self._size(k), np.int64) for k in self._others}  # places on other nodes
+        still = Standstill(self._watched(), self._patience)
         looked = time.monotonic()
         while not self._end.wait(_EVERY):
             now = time.monotonic()
             if now - looked > self._patience / 2:  # this rank itself was stopped for a while
                 heard = dict.fromkeys(heard, now)
+                still.forget()
             looked = now
-            for k in others:
+            if self._table[0]:  # the first of this node has given up
+                _end_job()
+            for k in list(heard):
                 try:
-                    if k not in going or going[k].Test():
-                        going[k] = comm.Isend([beat, MPI.BYTE], k)
-                    while k in heard and coming[k].Test():
+                    while k in heard and self._coming[k].Test():
                         heard[k] = now
-                        if buffers[k][0] == _LAST:
+                        known[k][:] = self._incoming[k][1:]
+                        if self._incoming[k][0] == _LAST:
                             del heard[k]
                         else:
-                            coming[k] = comm.Irecv([buffers[k], MPI.BYTE], k)
+                            self._coming[k] = self._receive(k)
                 except MPI.Exception:  # a connection was lost
                     self._give_up(k)
                 if now - heard.get(k, now) > self._patience:
                     self._give_up(k)
-        ends = [comm.Isend([last, MPI.BYTE], k) for k in others]
-        deadline = time.monotonic() + self._patience
-        while not MPI.Request.Testall(ends) and time.monotonic() < deadline:
-            time.sleep(0.001)
+            places = dict(zip(self._home, self._table[1:].tolist(), strict=True))
+            for k, of in known.items():
+                places.update(zip(self._node(k), of.tolist(), strict=True))
+            self._tell(still.look(places, now))
         for k in heard:
-            coming[k].Cancel()
+            self._coming[k].Cancel()
             status = MPI.Status()
-            coming[k].Wait(status)
-            if status.Is_cancelled() or buffers[k][0] != _LAST:
-                self._unfinished.append(k)
+            self._coming[k].Wait(status)
+            if status.Is_cancelled() or self._incoming[k][0] != _LAST:
+                self._unheard.append(k)
+
+    def _watched(self) -> list[int]:
+        """The ranks of which this one says so if they stand still: rank 0 looks at all, and at rank 0 its neighbour."""
+        first = self._nodes[0]
+        if self._comm.rank == first[0]:
+            return list(range(1 if len(first) > 1 else 0, self._comm.size))
+        return [0] if self._comm.rank in first[1:2] else []
+
+    def _node(self, k: int) -> list[int]:
+        return next(ranks for ranks in self._nodes if k in ranks)
+
+    def _tell(self, late: dict[int, int]) -> None:
+        if late:
+            told = [
+                f"rank {r} (on {self._names[r]}) {place_text(place)}" for r, place in list(late.items())[:8]
+            ]
+            told += [f"{len(late) - 8} more"] if len(late) > 8 else []
+            _say(
+                f"for {self._patience:.0f} s, while others are further, nothing has moved on: {'; '.join(told)}"
+            )
 
     def _give_up(self, k: int) -> None:
-        ranks = next(ranks for ranks in self._nodes if k in ranks)
+        ranks = self._node(k)
         which = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        with contextlib.suppress(Exception):
-            sys.stderr.write(
-                f"node {self._names[k]} ({which}) has not been heard of for {self._patience:.0f} s: it has vanished, "
-                "or its network; the job ends\n"
-            )
-            sys.stderr.flush()
-            time.sleep(_EVERY)
-        signal.alarm(5)  # a launcher that cannot be reached leaves Abort waiting, or lets it return
-        MPI.COMM_WORLD.Abort(1)
-        os._exit(1)
+        _say(
+            f"node {self._names[k]} ({which}) has not been heard of for {self._patience:.0f} s: it has vanished, or "
+            "its network; the job ends"
+        )
+        self._table[0] = 1
+        _end_job()
 
     def stop(self) -> None:
         """Nobody waits for this node's beats any more."""
@@ -100,27 +158,80 @@ class Heartbeat:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._beats is not None:
+            self._beats.stop(_FLUSH)
+            self._beats = None
+            last = {k: np.full(1 + len(self._home), _LAST, np.int64) for k in self._others}
+            ends = [self._comm.Isend([m.view(np.uint8), MPI.BYTE], k) for k, m in last.items()]
+            deadline = time.monotonic() + _FLUSH
+            while not MPI.Request.Testall(ends) and time.monotonic() < deadline:
+                time.sleep(0.001)
 
     def free(self) -> None:
         """Waits for the last beats of the others, as patiently as before."""
         self.stop()
-        buffer = np.zeros(1, np.uint8)
-        for k in self._unfinished:
-            while buffer[0] != _LAST:
-                coming, waited = self._comm.Irecv([buffer, MPI.BYTE], k), 0.0
+        for k in self._unheard:
+            self._incoming[k][0] = _BEAT
+            while self._incoming[k][0] != _LAST:
+                coming, waited = self._receive(k), 0.0
                 while not coming.Test():
                     if waited > self._patience:
                         self._give_up(k)
                     time.sleep(0.01)
                     waited += 0.01  # not the clock: this rank itself may be stopped for a while
-            buffer[0] = _BEAT
         self._comm.Free()
+        self._window.free()
+
+
+class Standstill:
+    """Finds those that stay where they are while others are further; each is found once at a place.
+
+    Args: ranks: those to look at; patience: seconds.
+    """
+
+    def __init__(self, ranks: list[int], patience: float):
+        self._ranks, self._patience = ranks, patience
+        self._since: dict[int, tuple[int, float]] = {}
+
+    def look(self, places: dict[int, int], now: float) -> dict[int, int]:
+        """The ranks that are late now, and where. places: of all ranks; now: seconds."""
+        furthest, late = max(places.values()), {}
+        for r in self._ranks:
+            place, since = self._since.get(r, (-1, now))
+            if place != places[r]:
+                self._since[r] = (places[r], now)
+            elif place < furthest and now - since > self._patience:
+                late[r] = place
+                self._since[r] = (place, np.inf)
+        return late
+
+    def forget(self) -> None:
+        """Time has passed in which nobody looked."""
+        self._since = {}
+
+
+def place_text(place: int) -> str:
+    """Where a rank stands, in words."""
+    step, what = divmod(place, len(Place))
+    return _WORDS[what].format(step, next=step + 1)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(Exception):
+        sys.stderr.write(f"mpilsgd: {text}\n")
+        sys.stderr.flush()
+
+
+def _end_job() -> None:
+    time.sleep(_EVERY)  # for what was said to be passed on
+    signal.alarm(5)  # a launcher that cannot be reached leaves Abort waiting, or lets it return
+    MPI.COMM_WORLD.Abort(1)
+    os._exit(1)
 
 
 def neighbours(nodes: list[list[int]], rank: int) -> list[int]:
-    """The ranks that this one hears, and that hear it."""
+    """The ranks of other nodes that this one hears, and that hear it: the first of all and the first of each."""
     firsts = [ranks[0] for ranks in nodes]
-    here = next(ranks for ranks in nodes if rank in ranks)
-    if rank != here[0]:
-        return here[:1]
-    return here[1:] + (firsts[1:] if rank == firsts[0] else firsts[:1])
+    if rank not in firsts:
+        return []
+    return firsts[1:] if rank == firsts[0] else firsts[:1]

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.config import DEFAULT_EPOCHS, FIELDS, RESUMABLE, Config
 from mpilsgd.train.options import NO_DEFAULT, MethodOption, enlist, match, method_options, methods, suggestion
+from mpilsgd.train.run_directory import RunDirectory
 
 
 class ConfigError(InputError):
@@ -231,9 +232,13 @@ def _collect(argv: Sequence[str], parser: ArgumentParser) -> tuple[dict[str, Any
     if resumed is not None:
         forbidden = [key for key, _ in items if key in known and key not in RESUMABLE]
         mistakes += [
-            f"{key}: cannot change when a run is resumed; {', '.join(RESUMABLE[:6])} can" for key in forbidden
+            f"{key}: cannot change when a run is resumed; {', '.join(RESUMABLE[:7])} can" for key in forbidden
         ]
-        items = [("config", str(Path(resumed) / "config.yaml")), *items]
+        try:
+            RunDirectory(resumed).check_config()
+            items = [("config", str(Path(resumed) / "config.yaml")), *items]
+        except InputError as unfit:
+            mistakes.append(str(unfit))
     for file in [value for key, value in items if key == "config"]:
         content, error = _read(file)
         mistakes += [error] if error else []
@@ -243,10 +248,8 @@ def _collect(argv: Sequence[str], parser: ArgumentParser) -> tuple[dict[str, Any
     for key, text in items:
         if key not in ("config", "print_config"):
             if text is None:
-                mistakes.append(
-                    f"{key}: "
-                    + ("needs a value" if key in known else f"unknown option{suggestion(key, known)}")
-                )
+                wrong = "needs a value" if key in known else f"unknown option{suggestion(key, known)}"
+                mistakes.append(f"{key}: {wrong}")
             else:
                 take(key, text, True)
     if resumed is not None:

@@ -21,7 +21,17 @@ OPTIMIZERS = ("SGD", "MSGD", "Adam", "AdamW")
 PATH = "package.module:callable"
 DEFAULT_EPOCHS = 20
 # What may change when a run is resumed: nothing that the state of its checkpoint depends on.
-RESUMABLE = ("epochs", "steps", "eval_every", "checkpoint_every", "threads", "data_dir", "resume", "device")
+RESUMABLE = (
+    "epochs",
+    "steps",
+    "eval_every",
+    "checkpoint_every",
+    "threads",
+    "data_dir",
+    "patience",
+    "resume",
+    "device",
+)
 
 
 _OPTIMIZER, _COURSE = "Optimizer of each worker", "Course of the training"  # titles in the help
@@ -101,7 +111,7 @@ class Config:
     )
     overwrite: bool = _option(False, "Run", "replace the run that the output directory holds")
     resume: str | None = _option(
-        None, "Run", f"continue the run of this directory; may come with {', '.join(RESUMABLE[:6])}"
+        None, "Run", f"continue the run of this directory; may come with {', '.join(RESUMABLE[:7])}"
     )
     checkpoint_every: float | str | None = _option(
         1, "Run", "epochs between checkpoints, or '200 steps' (null: at the start and the end)"
@@ -110,6 +120,12 @@ class Config:
         None, "Run", "threads a rank (null: OMP_NUM_THREADS, or a fair share of the cores)"
     )
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "Run", "auto: a GPU if there is one")
+    patience: float = _option(
+        300.0,
+        "Run",
+        "seconds after which a node that nothing is heard of ends the run with its name, and a rank that stands still "
+        "while others are further is named",
+    )
     slow: str | list[str | int | float] | int | float | None = dataclasses.field(
         default=None,
         metadata={
@@ -177,6 +193,7 @@ class Config:
         return [
             *counts,
             ("lr", 0 < self.lr < math.inf, "above 0"),
+            ("patience", 3 <= self.patience < math.inf, "at least 3 seconds"),
             (
                 "momentum",
                 0 <= self.momentum < 1 or (self.optimizer == "MSGD" and -1 < self.momentum < 0),

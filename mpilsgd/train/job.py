@@ -78,7 +78,8 @@ def _main(argv: Sequence[str], base: Topology) -> int:
         _resume(config, trainer, directory, topology, display)
     if left:
         display.say(f"resumed without {' and '.join(left)}, which are of whole runs")
-    heartbeat = Heartbeat(topology)
+    heartbeat = Heartbeat(topology, config.patience)
+    trainer.tell = heartbeat.at
     try:
         summary = trainer.run()
     except Stopped as stop:
@@ -257,9 +258,8 @@ def _resume(
             trainer.restore(state, step)
         except ValueError as error:  # raised on every rank
             raise Stopped(f"{directory.path}: {error}") from None
-    on_first(topology, directory.cut, trainer.mean_step())
-    trainer.note_evaluated(on_first(topology, directory.evaluated))
-    on_first(topology, directory.begin, config.text())
+    trainer.resume()
+    on_first(topology, directory.begin, config.text(), True)
     done = step is not None and step >= trainer.total
     left = ", which is its end: nothing is left to do" if done else ""
     display.say(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 
+from mpilsgd.train import manifest
 from mpilsgd.train.callables import InputError
+from mpilsgd.train.files import Written, digest, named, replace, written
+from mpilsgd.train.manifest import Manifest, file_name
 
 METRICS = (
     *("step", "epoch", "wall_s", "grad_evals", "rounds", "bytes_group", "bytes_across"),
@@ -36,6 +38,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.config = self.path / "config.yaml"
         self.checkpoint = self.path / "checkpoint"
         self.manifest = self.checkpoint / "manifest.json"
         self.interrupted = self.path / "interrupted"
@@ -51,9 +54,9 @@ class RunDirectory:
         Raises:
             InputError: it holds a run already, cannot be written, or the disk is full.
         """
-        if resume and not (self.path / "config.yaml").is_file():
-            raise InputError(f"{self.path}: holds no run to resume (no config.yaml)")
-        if not (resume or overwrite) and any((self.path / name).exists() for name in _FILES):
+        if resume:
+            self.check_config()
+        if not (resume or overwrite) and self._holds_a_run():
             raise InputError(
                 f"{self.path}: holds a run already; choose another --output, continue it with "
                 f"--resume {self.path}, or replace it with --overwrite"
@@ -74,9 +77,24 @@ class RunDirectory:
             self._leave()
             raise
 
-    def begin(self, config_text: str) -> None:
-        """Writes config.yaml: a run begins or has been taken up."""
-        _replace(self.path / "config.yaml", lambda file: file.write(config_text.encode()))
+    def _holds_a_run(self) -> bool:
+        return any((self.path / name).exists() for name in _FILES) or any(self.checkpoint.glob("step-*.pt"))
+
+    def begin(self, config_text: str, resume: bool = False) -> None:
+        """Writes config.yaml: a run begins or is taken up, perhaps with other options.
+
+        The manifest knows the new configuration before it is there, and the old one until the next checkpoint: whenever
+        the job is killed, the two fit.
+        """
+        content = config_text.encode()
+        now = Manifest([])
+        if resume:
+            now = manifest.read(self.manifest)
+            now.config = [digest(self.config.read_bytes())]  # one of those it knows
+        if digest(content) not in now.config:
+            now.config.append(digest(content))
+            now.write(self.manifest)
+        replace(self.config, lambda file: file.write(content))
 
     def probe(self, size: int = 1) -> None:
         """Writes and removes a file, to find out before training what would fail after it."""
@@ -116,7 +134,7 @@ class RunDirectory:
     def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         """Adds lines to metrics.jsonl or leaders.jsonl."""
         lines = [json.dumps(_plain(record), allow_nan=False) + "\n" for record in records]
-        with _named(self.path / name), open(self.path / name, "ab") as file:
+        with named(self.path / name), open(self.path / name, "ab") as file:
             file.write("".join(lines).encode())
 
     def cut(self, step: float) -> None:
@@ -127,7 +145,7 @@ class RunDirectory:
                 kept = [
                     line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step
                 ]
-                _replace(path, lambda file, kept=kept: file.writelines(kept))  # type: ignore[misc]
+                replace(path, lambda file, kept=kept: file.write(b"".join(kept)))  # type: ignore[misc]
 
     def evaluated(self) -> float:
         """The step of the last line of metrics.jsonl; 0 without any."""
@@ -138,31 +156,32 @@ class RunDirectory:
     def summarize(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
         text = json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n"
-        _replace(self.path / "summary.json", lambda file: file.write(text.encode()))
+        replace(self.path / "summary.json", lambda file: file.write(text.encode()))
 
     def save_center(self, state: dict[str, Any]) -> None:
         """Writes the centre's state_dict, the model that was trained: torch.load and load_state_dict take it."""
-        _replace(self.checkpoint / "center.pt", lambda file: torch.save(state, file))
+        replace(self.checkpoint / "center.pt", lambda file: torch.save(state, file))
 
     # Checkpoints
 
-    def save(self, rank: int, step: int, state: dict[str, Any]) -> None:
+    def save(self, rank: int, step: int, state: dict[str, Any]) -> Written:
         """Writes one rank's file of the checkpoint at a step. It counts after `seal`."""
-        _replace(self.checkpoint / _file_name(step, rank), lambda file: torch.save(_loadable(state), file))
+        return replace(
+            self.checkpoint / file_name(step, rank), lambda file: torch.save(_loadable(state), file)
+        )
 
-    def seal(self, step: int, world_size: int) -> None:
-        """Rank 0, when all ranks' files are written: from now on this is the checkpoint."""
-        files = {
-            name: (self.checkpoint / name).stat().st_size
-            for name in (_file_name(step, r) for r in range(world_size))
-        }
-        text = json.dumps({"step": step, "world_size": world_size, "files": files}, indent=2) + "\n"
-        _replace(self.manifest, lambda file: file.write(text.encode()))
+    def seal(self, step: int, files: Sequence[Written]) -> None:
+        """Rank 0, when all ranks' files are written: from now on this is the checkpoint.
+
+        files: what `save` gave, on every rank.
+        """
+        config = manifest.read(self.manifest).config[-1:]
+        Manifest(config, step, list(files)).write(self.manifest)
 
     def sweep(self, rank: int, step: int) -> None:
         """Removes this rank's files of other checkpoints than the sealed one."""
         for path in self.checkpoint.glob(f"step-*.rank{rank:05d}.pt*"):
-            if path.name != _file_name(step, rank):
+            if path.name != file_name(step, rank):
                 path.unlink(missing_ok=True)
 
     def sealed_step(self, world_size: int) -> int | None:
@@ -171,63 +190,49 @@ class RunDirectory:
         Raises:
             InputError: it is of another number of ranks, or damaged.
         """
-        if not self.manifest.exists():
-            return None
-        try:
-            manifest = json.loads(self.manifest.read_text())
-            step, ranks, files = int(manifest["step"]), int(manifest["world_size"]), dict(manifest["files"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.manifest}: cannot be read: {error!r}") from error
-        if ranks != world_size:
+        found = manifest.read(self.manifest)
+        if found.step is not None and len(found.files) != world_size:
             raise InputError(
-                f"{self.path}: is a run of {ranks} rank(s); it cannot be resumed on {world_size}"
+                f"{self.path}: is a run of {len(found.files)} rank(s); it cannot be resumed on {world_size}"
             )
-        for name, size in files.items():
-            path = self.checkpoint / name
-            found = path.stat().st_size if path.exists() else None
-            if found != size:
-                raise InputError(
-                    f"{path}: expected {size} bytes, found {'no file' if found is None else found}"
-                )
-        return step
+        return found.step
 
     def load(self, rank: int, step: int) -> dict[str, Any]:
-        """One rank's part of the checkpoint."""
-        path = self.checkpoint / _file_name(step, rank)
+        """One rank's part of the checkpoint.
+
+        Raises:
+            InputError: it is not the file that was saved.
+        """
+        path = self.checkpoint / file_name(step, rank)
+        expected = manifest.read(self.manifest).files[rank]
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged file
-            raise InputError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from error
+            with open(path, "rb") as file:
+                found = written(file)
+                if found.bytes != expected.bytes:
+                    raise InputError(f"{path}: expected {expected.bytes} bytes, found {found.bytes}")
+                if found.sha256 != expected.sha256:
+                    raise InputError(
+                        f"{path}: is not the file that this run saved, or was damaged: its SHA-256 begins with "
+                        f"{found.sha256[:12]}, that in {self.manifest.name} with {expected.sha256[:12]}"
+                    )
+                file.seek(0)
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise InputError(f"{path}: is missing") from None
 
+    def check_config(self) -> None:
+        """Whether config.yaml is what the run was told.
 
-def _file_name(step: int, rank: int) -> str:
-    return f"step-{step:010d}.rank{rank:05d}.pt"
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file beside `path` and renames it into place when it is safely on the disk."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with _named(path), open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """A full disk is reported without the file's name, and by torch as a RuntimeError."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    except RuntimeError as error:
-        raise OSError(errno.EIO, f"cannot be written: {str(error).splitlines()[0]}", str(path)) from error
+        Raises:
+            InputError: it is not, or there is no run.
+        """
+        if not self.config.is_file():
+            raise InputError(f"{self.path}: holds no run to resume (no config.yaml)")
+        if digest(self.config.read_bytes()) not in manifest.read(self.manifest).config:
+            raise InputError(
+                f"{self.config}: is not the configuration that this run was started with (it was changed or damaged): "
+                "put that back; options that may change are given on the command line"
+            )
 
 
 def _step_of(line: bytes) -> float:

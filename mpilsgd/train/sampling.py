@@ -4,7 +4,9 @@ state of the random numbers that it draws besides.
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -102,3 +104,17 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+@contextlib.contextmanager
+def other_random_numbers(seed: int, purpose: str, *position: int) -> Iterator[None]:
+    """What is drawn inside leaves the global random numbers outside as they were."""
+    before = random_state()
+    own = derived_seed(seed, purpose, *position)
+    torch.manual_seed(own)
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    try:
+        yield
+    finally:
+        restore_random_state(before)

@@ -68,7 +68,8 @@ def test_a_node_that_vanishes_ends_the_job_with_its_name(tmp_path: Path) -> None
 
         cut = threading.Thread(target=vanish, daemon=True)
         cut.start()
-        train = ["-m", "mpi4py", "-m", "mpilsgd.cli", "train", "--epochs", 100000, "--output", rows.parent]
+        train = ["-m", "mpi4py", "-m", "mpilsgd.cli", "train", "--epochs", 100000, "--patience", 10]
+        train += ["--output", rows.parent]
         done = run(2, *train)
     cut.join(1)
     assert done.returncode != 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from job_harness import METHODS, QUICK, WORLD, everyone_got, lines, untimed
+from job_harness import METHODS, NET, QUICK, WORLD, everyone_got, lines, same_run
 
 from mpilsgd.train import job, loop
 from mpilsgd.train.command_line import parse
@@ -111,12 +111,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     name: str, folder: Path, module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at a step that is neither evaluation nor checkpoint; dropout and BatchNorm in the model."""
-    text = (
-        "def net(input_shape, classes):\n"
-        "    layers = torch.nn.Linear(64, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU(), torch.nn.Dropout(0.2)\n"
-        "    return torch.nn.Sequential(torch.nn.Flatten(), *layers, torch.nn.Linear(32, classes))\n"
-    )
-    argv = ["--model", f"{module(text)}:net", *QUICK, "--lr", "0.05", *RESUMED[name], "--batch_size", "25"]
+    argv = ["--model", f"{module(NET)}:net", *QUICK, "--lr", "0.05", *RESUMED[name], "--batch_size", "25"]
     argv += ["--steps", "47", "--eval_every", "10 steps", "--checkpoint_every", "13 steps"]
     whole, cut = folder / "whole", folder / "cut"
     everyone_got(job.main([*argv, "--output", str(whole)]), 0)
@@ -132,32 +127,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         everyone_got(job.main([*argv, "--output", str(cut)]), FAILED)
     assert [row["step"] for row in lines(cut / "metrics.jsonl")] == [10, 20, 30]
     everyone_got(job.main(["--resume", str(cut)]), 0)
-    assert untimed(lines(cut / "metrics.jsonl")) == untimed(lines(whole / "metrics.jsonl"))
-    assert lines(cut / "leaders.jsonl") == lines(whole / "leaders.jsonl")
-    states = [RunDirectory(run).load(WORLD.rank, 47) for run in (whole, cut)]
-    assert states[0]["progress"]["step"] == states[1]["progress"]["step"] == 47
-    for key in states[0]["model"]:
-        assert torch.equal(states[0]["model"][key], states[1]["model"][key]), key
-    equal(states[0]["optimizer"], states[1]["optimizer"])
-    centres = [torch.load(run / "checkpoint" / "center.pt", weights_only=True) for run in (whole, cut)]
-    equal(*centres)
-
-
-def equal(one: Any, other: Any) -> None:
-    """The same bits everywhere in two nested states."""
-    assert type(one) is type(other)
-    if isinstance(one, dict):
-        assert list(one) == list(other)
-        for key in one:
-            equal(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            equal(a, b)
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other
+    same_run(cut, whole, 47)
 
 
 def test_a_run_without_a_checkpoint_starts_anew_and_a_finished_one_goes_on(folder: Path, capsys: Any) -> None:
@@ -186,8 +156,7 @@ def test_resuming_on_another_number_of_ranks_is_refused(
     if WORLD.rank == 0:
         run = RunDirectory(output)
         run.claim(parse([*QUICK, "--epochs", "1"]).text())
-        run.save(0, 5, {})
-        run.seal(5, 1)
+        run.seal(5, [run.save(0, 5, {})])
         before = (output / "config.yaml").read_text()
     WORLD.Barrier()
     everyone_got(job.main(["--resume", str(output), "--epochs", "7"]), 2)

@@ -196,3 +196,32 @@ def test_a_disk_that_fills_up_ends_every_rank(
     everyone_got(job.main(argv), FAILED)
     assert time.monotonic() - started < 10
     assert ("the/file: No space left on device" in capsys.readouterr().err) == (WORLD.rank == 0)
+
+
+def test_what_was_changed_since_is_not_resumed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused with one line that names the file; nothing is written."""
+    run = RunDirectory(folder / "run")
+    everyone_got(job.main([*QUICK, "--steps", "4", "--output", str(run.path)]), 0)
+    part = run.checkpoint / f"step-0000000004.rank{WORLD.size - 1:05d}.pt"
+    for path, change in (
+        (part, lambda content: content[:2000] + bytes([content[2000] ^ 16]) + content[2001:]),
+        (part, lambda content: (run.checkpoint / "center.pt").read_bytes()),
+        (run.config, lambda content: b""),
+        (run.config, lambda content: content[:99]),
+        (run.manifest, lambda content: None),
+    ):
+        content = path.read_bytes()
+        WORLD.Barrier()
+        if WORLD.rank == 0:
+            changed = change(content)
+            path.unlink() if changed is None else path.write_bytes(changed)
+        before = {file: file.read_bytes() for file in run.path.rglob("*.*") if file.is_file()}
+        capsys.readouterr()
+        everyone_got(job.main(["--resume", str(run.path), "--steps", "6"]), 2)
+        told = capsys.readouterr().err
+        if WORLD.rank == 0:
+            assert str(path) in told and "Traceback" not in told, told
+            assert before == {file: file.read_bytes() for file in run.path.rglob("*.*") if file.is_file()}
+            path.write_bytes(content)
+        WORLD.Barrier()
+    everyone_got(job.main(["--resume", str(run.path), "--steps", "6"]), 0)

@@ -15,6 +15,7 @@ from mpilsgd.cli import main
 from mpilsgd.train.command_line import ConfigError, parse
 from mpilsgd.train.config import FIELDS, Config, default_output, parse_every
 from mpilsgd.train.options import keyword_arguments, method_options, methods, names_of, required
+from mpilsgd.train.run_directory import RunDirectory
 
 
 def write(folder: Path, text: str, name: str = "c.yaml") -> str:
@@ -333,13 +334,17 @@ def test_help_is_grouped_and_names_everything(capsys: pytest.CaptureFixture[str]
 
 
 def test_resume_takes_the_run_s_configuration(tmp_path: Path) -> None:
-    write(tmp_path, parse(["--method", "EASGD", "--epochs", "3", "--lr", "0.5"]).text(), "config.yaml")
+    text = parse(["--method", "EASGD", "--epochs", "3", "--lr", "0.5"]).text()
+    RunDirectory(tmp_path).claim(text)
     config = parse(["--resume", str(tmp_path), "--epochs", "5"])
     assert (config.method, config.lr, config.epochs, config.output) == ("EASGD", 0.5, 5, str(tmp_path))
     config = parse(["--resume", str(tmp_path), "--steps", "50"])
     assert (config.epochs, config.steps) == (None, 50)
     assert "lr: cannot change when a run is resumed" in refused("--resume", str(tmp_path), "--lr", "1")[0]
-    assert "cannot be read" in refused("--resume", str(tmp_path / "nowhere"))[0]
+    assert "holds no run to resume" in refused("--resume", str(tmp_path / "nowhere"))[0]
+    write(tmp_path, text[: len(text) // 2], "config.yaml")
+    (told,) = refused("--resume", str(tmp_path))
+    assert f"{tmp_path}/config.yaml: is not the configuration" in told
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from mpilsgd.train import run_directory
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.run_directory import RunDirectory
 
@@ -33,7 +33,7 @@ def lines(run: RunDirectory, name: str = "metrics.jsonl") -> list[dict[str, Any]
 
 def test_claim_makes_it_and_refuses_a_second_run(run: RunDirectory) -> None:
     assert (run.path / "config.yaml").read_text() == "lr: 0.1\n"
-    assert list(run.checkpoint.iterdir()) == []
+    assert list(run.checkpoint.iterdir()) == [run.manifest]
     with pytest.raises(InputError, match=r"holds a run already.*--resume.*--overwrite"):
         run.claim("lr: 1\n")
     assert (run.path / "config.yaml").read_text() == "lr: 0.1\n"
@@ -41,12 +41,11 @@ def test_claim_makes_it_and_refuses_a_second_run(run: RunDirectory) -> None:
 
 def test_overwrite_leaves_nothing_of_the_old_run_but_what_is_not_its_own(run: RunDirectory) -> None:
     run.append("metrics.jsonl", [{"step": 1}])
-    run.save(0, 5, {})
-    run.seal(5, 1)
+    run.seal(5, [run.save(0, 5, {})])
     (run.path / "notes.txt").write_text("mine")
     run.claim("lr: 1\n", overwrite=True)
     assert sorted(path.name for path in run.path.iterdir()) == ["checkpoint", "config.yaml", "notes.txt"]
-    assert list(run.checkpoint.iterdir()) == []
+    assert list(run.checkpoint.iterdir()) == [run.manifest] and run.sealed_step(1) is None
 
 
 def test_resume_wants_a_run(tmp_path: Path) -> None:
@@ -64,7 +63,7 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytes
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_directory.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(InputError, match="cannot be written: No space left on device"):
         directory.claim("")
@@ -100,16 +99,14 @@ def test_cut_drops_what_will_be_written_again_and_half_lines(run: RunDirectory) 
 
 def test_a_checkpoint_counts_when_it_is_sealed(run: RunDirectory) -> None:
     assert run.sealed_step(2) is None
-    for rank in range(2):
-        run.save(rank, 10, {"x": torch.tensor([rank])})
+    files = [run.save(rank, 10, {"x": torch.tensor([rank])}) for rank in range(2)]
     assert run.sealed_step(2) is None
-    run.seal(10, 2)
+    run.seal(10, files)
     assert run.sealed_step(2) == 10
     assert run.load(1, 10)["x"].item() == 1
-    run.save(0, 20, {"x": torch.tensor([7])})  # the job is killed here
+    files = [run.save(0, 20, {"x": torch.tensor([7])})]  # the job is killed here
     assert run.sealed_step(2) == 10 and run.load(0, 10)["x"].item() == 0
-    run.save(1, 20, {"x": torch.tensor([8])})
-    run.seal(20, 2)
+    run.seal(20, [*files, run.save(1, 20, {"x": torch.tensor([8])})])
     for rank in range(2):
         run.sweep(rank, 20)
     assert run.sealed_step(2) == 20
@@ -121,13 +118,12 @@ def test_a_checkpoint_counts_when_it_is_sealed(run: RunDirectory) -> None:
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.save(0, 1, {"x": 1})
-    run.seal(1, 1)
+    run.seal(1, [run.save(0, 1, {"x": 1})])
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_directory.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         run.save(0, 2, {"x": 2})
     assert run.sealed_step(1) == 1
@@ -147,34 +143,84 @@ def test_a_disk_that_fills_up_names_the_file(run: RunDirectory) -> None:
     with pytest.raises(OSError) as caught:
         run.save(0, 1, {"x": torch.zeros(10**6)})
     assert caught.value.filename == str(run.checkpoint / "step-0000000001.rank00000.pt")
-    assert list(run.checkpoint.iterdir()) == []
+    assert list(run.checkpoint.iterdir()) == [run.manifest]
 
 
-def test_damaged_checkpoints_are_refused(run: RunDirectory) -> None:
-    run.save(0, 3, {"x": torch.zeros(100)})
-    run.seal(3, 1)
+def test_damaged_checkpoints_are_refused(run: RunDirectory, tmp_path: Path) -> None:
+    run.seal(3, [run.save(0, 3, {"x": torch.zeros(100)})])
     with pytest.raises(InputError, match=r"is a run of 1 rank.*cannot be resumed on 4"):
         run.sealed_step(4)
     path = run.checkpoint / "step-0000000003.rank00000.pt"
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    with pytest.raises(InputError, match=f"expected {len(content)} bytes, found {len(content) - 1}"):
-        run.sealed_step(1)
-    path.write_bytes(bytes(len(content)))
-    assert run.sealed_step(1) == 3
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match=f"{path}: expected {len(content)} bytes, found {len(content) - 1}"):
+        run.load(0, 3)
+    for place in (0, len(content) // 2, len(content) - 1):  # one bit
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(InputError, match=f"{path}: is not the file that this run saved"):
+            run.load(0, 3)
+    other = RunDirectory(tmp_path / "other")
+    other.claim("lr: 0.1\n")
+    other.save(0, 3, {"x": torch.ones(100)})
+    path.write_bytes((other.checkpoint / path.name).read_bytes())
+    with pytest.raises(InputError, match=f"{path}: is not the file that this run saved"):
         run.load(0, 3)
     path.unlink()
-    with pytest.raises(InputError, match="found no file"):
-        run.sealed_step(1)
-    run.manifest.write_text("{}")
-    with pytest.raises(InputError, match=r"manifest.json: cannot be read"):
-        run.sealed_step(1)
+    with pytest.raises(InputError, match=f"{path}: is missing"):
+        run.load(0, 3)
+    for text in ("{}", "", "[]", run.manifest.read_text().replace('"step": 3', '"step": 2')):
+        run.manifest.write_text(text)
+        with pytest.raises(InputError, match=r"manifest.json: cannot be read"):
+            run.sealed_step(1)
+
+
+def test_a_run_without_its_manifest_is_left_alone(run: RunDirectory) -> None:
+    run.seal(3, [run.save(0, 3, {})])
+    run.manifest.unlink()
+    with pytest.raises(InputError, match=r"manifest.json: is missing.*--overwrite"):
+        run.claim("", resume=True)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run.path / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="holds a run already"):
+        run.claim("")
+    assert (run.checkpoint / "step-0000000003.rank00000.pt").exists()
+
+
+def test_a_configuration_that_was_changed_is_refused(run: RunDirectory) -> None:
+    for text in ("", "lr: 0", "lr: 0.2\n"):
+        run.config.write_text(text)
+        with pytest.raises(InputError, match=r"config.yaml: is not the configuration"):
+            run.claim("lr: 0.2\n", resume=True)
+        assert run.config.read_text() == text
+
+
+def test_configuration_and_manifest_fit_whenever_the_job_is_killed(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is taken up with other options again and again, and killed at every renaming of a file."""
+    run.seal(3, [run.save(0, 3, {})])
+    rename, left = os.replace, 0
+
+    def killed(*names: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        rename(*names)
+
+    monkeypatch.setattr(os, "replace", killed)
+    for left in (0, 1, 2, 3, 4):
+        run.check_config()
+        with contextlib.suppress(KeyboardInterrupt):
+            run.begin(f"lr: {left}\n", resume=True)
+            run.seal(4, [run.save(0, 4, {})])
+    run.check_config()
+    assert run.config.read_text() == "lr: 4\n" and run.sealed_step(1) == 4
 
 
 def test_numpy_s_numbers_can_be_loaded(run: RunDirectory) -> None:
     state = {"a": np.float64(1.5), "b": [np.int64(2), (np.bool_(True), "x")], "c": torch.ones(2)}
-    run.save(0, 1, state)
+    run.seal(1, [run.save(0, 1, state)])
     loaded = run.load(0, 1)
     assert loaded["a"] == 1.5 and loaded["b"] == [2, (True, "x")] and torch.equal(loaded["c"], torch.ones(2))
 

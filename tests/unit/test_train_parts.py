@@ -15,14 +15,9 @@ from mpilsgd.train.data import TensorSet
 from mpilsgd.train.display import Display, closing, duration, opening, size
 from mpilsgd.train.elections import Election, merged, on_common_clock
 from mpilsgd.train.evaluation import evaluate, evaluating
+from mpilsgd.train.events import Event, events_between, steps_of
 from mpilsgd.train.job import fair_share
-from mpilsgd.train.loop import (
-    Event,
-    events_between,
-    histogram,
-    mean,
-    steps_of,
-)
+from mpilsgd.train.progress import histogram, mean
 from mpilsgd.train.sampling import random_state, restore_random_state
 from mpilsgd.train.stragglers import Slowdown, parse_slow
 from mpilsgd.train.table import in_ms

@@ -1,0 +1,102 @@
+"""From what all ranks measured to a line of metrics.jsonl and to summary.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mpilsgd.comm import Topology
+from mpilsgd.methods import Method
+from mpilsgd.train.config import Config
+from mpilsgd.train.evaluation import Result
+from mpilsgd.train.progress import Progress, histogram, mean
+from mpilsgd.train.run_directory import METRICS
+
+_OF_PROGRESS = ("step", "wall", "compute", "data", "comm", "loss_sum", "loss_count")
+_OF_METHOD = ("rounds", "bytes_group", "bytes_across")
+
+
+def measured(at: Progress, opt: Method) -> dict[str, Any]:
+    """What this rank brings to `metrics_line`."""
+    return {
+        key: getattr(of, key) for of, keys in ((at, _OF_PROGRESS), (opt.metrics, _OF_METHOD)) for key in keys
+    }
+
+
+def metrics_line(
+    rows: Sequence[dict[str, Any]], workers: int, batches: int, leader: int, result: Result
+) -> dict[str, Any]:
+    """A line of metrics.jsonl.
+
+    Args:
+        rows: `measured` of every rank; workers: how many of them train; batches: in an epoch.
+        leader: the last known leader of all, -1 for none; result: of the centre.
+    """
+    totals = {key: sum(row[key] for row in rows) for key in rows[0]}
+    step = mean((row["step"] for row in rows), workers)
+    line = {
+        "step": step,
+        "epoch": step / batches,
+        "wall_s": totals["wall"] / len(rows),
+        "grad_evals": totals["step"],
+        "rounds": max(row["rounds"] for row in rows),
+        "bytes_group": totals["bytes_group"],
+        "bytes_across": totals["bytes_across"],
+        "train_loss": totals["loss_sum"] / max(totals["loss_count"], 1),
+        "test_loss": result.loss,
+        "test_error": result.error,
+        "leader": leader if leader >= 0 else None,
+        **{f"t_{key}": totals[key] / workers for key in ("compute", "data", "comm")},
+    }
+    assert tuple(line) == METRICS
+    return line
+
+
+def summary_of(
+    rows: Sequence[dict[str, Any]],
+    config: Config,
+    topology: Topology,
+    opt: Method,
+    batches: int,
+    result: Result,
+) -> dict[str, Any]:
+    """What summary.json holds.
+
+    Args:
+        rows: of every rank its progress, its method's metrics, its own test error ("error") and its "peak" memory.
+        batches: in an epoch; result: of the centre.
+    """
+    columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0]}
+    workers, size = opt.workers, len(rows)
+    best = min(workers, key=lambda r: (columns["error"][r], r))
+    steps = mean(columns["step"], len(workers))
+    summary = {
+        "method": config.method,
+        "world_size": size,
+        "group_size": max(map(len, topology.groups)),
+        "groups": topology.groups,
+        "steps": steps,
+        "epochs": steps / batches,
+        "grad_evals": sum(columns["step"]),
+        "test_error": result.error,
+        "test_loss": result.loss,
+        "best_worker": {"rank": best, "test_error": columns["error"][best]},
+        "worker_test_errors": [columns["error"][r] for r in workers],
+        "leads": columns["leads"],
+        "resets": columns["resets"],
+        "rounds": max(columns["rounds"]),
+        "bytes_group": sum(columns["bytes_group"]),
+        "bytes_across": sum(columns["bytes_across"]),
+        "wall_s": sum(columns["wall"]) / size,
+        "peak_memory": columns["peak"],
+        **{f"t_{key}": [columns[key][r] for r in workers] for key in ("compute", "data", "comm", "wait")},
+    }
+    if opt.asynchronous:
+        summary["worker_steps"] = [columns["step"][r] for r in workers]
+    if len(workers) < size:
+        summary["workers"] = workers
+    if any(columns["skipped"]):
+        summary["skipped"] = columns["skipped"]
+    if any(columns["staleness"]):
+        summary["staleness"] = histogram(columns["staleness"])
+    return summary

@@ -9,9 +9,10 @@ if multiprocessing.parent_process() is not None:  # a DataLoader's worker, say: 
 
 from mpilsgd.comm.bell import Bell
 from mpilsgd.comm.channel import Channel
+from mpilsgd.comm.counting import Counter, Progress, progresses_alone, thread_problem
 from mpilsgd.comm.heartbeat import Heartbeat, Place
-from mpilsgd.comm.links import Inbox, Links, Outbox, Slot, tag_problem
-from mpilsgd.comm.onesided import Counter, Progress, Turns, progresses_alone, thread_problem
+from mpilsgd.comm.links import Edge, Inbox, Links, Outbox, Slot, tag_problem
+from mpilsgd.comm.onesided import Turns
 from mpilsgd.comm.shards import Shard, Shards
 from mpilsgd.comm.snapshots import Snapshots
 from mpilsgd.comm.topology import Topology, end_job, exit_status
@@ -23,6 +24,7 @@ __all__ = [
     "Bell",
     "Channel",
     "Counter",
+    "Edge",
     "Heartbeat",
     "Inbox",
     "Links",

@@ -16,7 +16,7 @@ import torch
 from mpi4py import MPI
 
 from mpilsgd.comm.beats import Beats, beats
-from mpilsgd.comm.onesided import thread_problem
+from mpilsgd.comm.counting import thread_problem
 from mpilsgd.comm.topology import Topology
 from mpilsgd.comm.windows import Window
 

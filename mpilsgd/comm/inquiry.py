@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mpi4py
 from mpi4py import MPI
 
-from mpilsgd.comm.onesided import progresses_alone
+from mpilsgd.comm.counting import progresses_alone
 from mpilsgd.comm.windows import free_shared_memory
 
 THREAD_LEVELS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from mpi4py import MPI
 from mpilsgd.comm.waiting import wait_until
 
 _PIECE = 1 << 30  # bytes a message: MPI counts are C ints
+_LONGEST = 64  # a sender whose messages are not taken waits so many periods at most
+_MISSES = 3  # times in a row that the last message was not taken, before it sends half as often
 Memory = np.ndarray  # of bytes
 
 
@@ -222,6 +225,35 @@ class Slot:
     def put(self, messages: Sequence[Memory]) -> None:
         self._lies.clear()
         self._lies.extend(messages)
+
+
+@dataclasses.dataclass
+class Edge:
+    """An edge as one of its ends sees it.
+
+    above: whether the other end is the parent; rank: where it is; narrow: whether messages are rounded; send_every,
+    take_every: steps between the messages of this end and of the other; stride: of its own, every how many-th is sent.
+    """
+
+    out: Outbox | Slot
+    into: Inbox | Slot
+    above: bool
+    rank: int
+    narrow: bool  # messages travel in the topology's across_dtype
+    send_every: int
+    take_every: int
+    stride: int = 1
+    misses: int = 0  # in a row
+
+    def gets_through(self) -> bool:
+        """Whether a message that is due can be sent. Where several cannot, the next ones will be further apart."""
+        if self.out.ready():
+            self.stride, self.misses = max(1, self.stride // 2), 0
+            return True
+        self.misses += 1
+        if self.misses % _MISSES == 0:
+            self.stride = min(2 * self.stride, _LONGEST)
+        return False
 
 
 def _pieces(memory: Memory) -> Iterator[Memory]:

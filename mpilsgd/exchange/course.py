@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from mpilsgd.comm import Counter, Progress, Topology, progresses_alone, thread_problem
-from mpilsgd.exchange.fields import Field, choice, path
+from mpilsgd.exchange.fields import choice, fields_of, path
 from mpilsgd.transport import Fabric
 
 if TYPE_CHECKING:
@@ -17,33 +17,20 @@ FORMAT = 2
 BEYOND = "this run goes on beyond the recorded one: it has taken other steps"
 
 
-COURSE = {
-    "order": Field(
+class _Ordered:
+    order: str = choice(
         "free",
-        "order of the workers' exchanges in an asynchronous run: free (as it comes) or round-robin (worker 0's step, "
-        "then worker 1's, ...), the same every time",
-        "one of 'free', 'round-robin'",
-        choice("free", "round-robin", help="").problem,
-        "order",
-        str,
-    ),
-    "record": Field(
-        None,
-        "file for the order of events of an asynchronous run, to replay it",
-        "the path of a file",
-        path(help="").problem,
-        "record",
-        str | None,
-    ),
-    "replay": Field(
-        None,
-        "file that record wrote: the same run again, bit for bit, with the same other options",
-        "the path of a file",
-        path(help="").problem,
-        "replay",
-        str | None,
-    ),
-}
+        "round-robin",
+        help="order of the workers' exchanges in an asynchronous run: free (as it comes) or round-robin (worker 0's "
+        "step, then worker 1's, ...), the same every time",
+    )
+    record: str | None = path(help="file for the order of events of an asynchronous run, to replay it")
+    replay: str | None = path(
+        help="file that record wrote: the same run again, bit for bit, with the same other options"
+    )
+
+
+COURSE = fields_of(_Ordered)  # what every asynchronous method has
 
 
 def course_problems(m: Method) -> list[str]:

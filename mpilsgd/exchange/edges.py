@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Inbox, Links, Outbox, Slot, wait_until
+from mpilsgd.comm import Edge, Inbox, Links, wait_until
 from mpilsgd.exchange.base import Exchange
 from mpilsgd.exchange.rows import CENTER
 from mpilsgd.exchange.vectors import Span, Vector, load, save
@@ -28,40 +28,6 @@ _MEMORY = 0.9  # of the mean of a step's seconds
 _PAUSED = 4.0  # times its seconds a step counts at most
 _PATIENCE = 10.0  # seconds that lock-step waits for a rank which has ended its steps
 _SLOWEST = 1e6  # bytes a second: what takes longer is not under way
-_LONGEST = 64  # a sender whose messages are not taken waits so many periods at most
-_MISSES = 3  # times in a row that the last message was not taken, before it sends half as often
-_OTHER_TREE = (
-    "the state is of another tree: another degree, inner, across_dtype, or ranks that lay otherwise on nodes"
-)
-
-
-@dataclasses.dataclass
-class _Edge:
-    """An edge as one of its ends sees it.
-
-    above: whether the other end is the parent; rank: where it is; narrow: whether messages are rounded; send_every,
-    take_every: steps between the messages of this end and of the other; stride: of its own, every how many-th is sent.
-    """
-
-    out: Outbox | Slot
-    into: Inbox | Slot
-    above: bool
-    rank: int
-    narrow: bool  # messages travel in the topology's across_dtype
-    send_every: int
-    take_every: int
-    stride: int = 1
-    misses: int = 0  # in a row
-
-    def gets_through(self) -> bool:
-        """Whether a message that is due can be sent. Where several cannot, the next ones will be further apart."""
-        if self.out.ready():
-            self.stride, self.misses = max(1, self.stride // 2), 0
-            return True
-        self.misses += 1
-        if self.misses % _MISSES == 0:
-            self.stride = min(2 * self.stride, _LONGEST)
-        return False
 
 
 @dataclasses.dataclass
@@ -70,7 +36,7 @@ class _Node:
 
     index: int
     x: Vectors
-    edges: list[_Edge]
+    edges: list[Edge]
     t: int = 0
 
 
@@ -114,7 +80,7 @@ class Edges(Exchange):
         edges = [] if i == tree.root else [self._edge(i, tree.parent[i], up=True)]
         return _Node(i, x, edges + [self._edge(child, child, up=False) for child in tree.children[i]])
 
-    def _edge(self, child: int, other: int, up: bool) -> _Edge:
+    def _edge(self, child: int, other: int, up: bool) -> Edge:
         """The edge above `child`, seen from its lower end (up) or its upper end, to the tree node `other`."""
         assert self._links is not None
         every, tags = self.periods.of(self.tree.is_leaf(child)), (2 * child, 2 * child + 1)
@@ -123,7 +89,7 @@ class Edges(Exchange):
         narrow = peer not in self.m.fabric.world.local_ranks
         out = self._links.out(peer, tags[ours])
         into = self._links.into(peer, tags[theirs], self._message_bytes(narrow))
-        return _Edge(out, into, up, peer, narrow, every[ours], every[theirs])
+        return Edge(out, into, up, peer, narrow, every[ours], every[theirs])
 
     def _start_at_mean(self) -> None:
         """Inner nodes start at the leaves' mean."""
@@ -200,7 +166,7 @@ class Edges(Exchange):
                 m.count_traffic()
             edge.into.release()
 
-    def _came(self, node: _Node, edge: _Edge) -> bool:
+    def _came(self, node: _Node, edge: Edge) -> bool:
         if not self.lock_step:
             return edge.into.has()
         if node.t == 0 or (node.t - 1) % edge.take_every:
@@ -224,7 +190,7 @@ class Edges(Exchange):
         for d, v in x.items():
             v.copy_(vectors[d])
 
-    def _wait(self, true: Callable[[], bool], edge: _Edge) -> None:
+    def _wait(self, true: Callable[[], bool], edge: Edge) -> None:
         """Lock-step: until the other end has come as far."""
         end = time.perf_counter() + _PATIENCE + self._message_bytes(edge.narrow) / _SLOWEST
 
@@ -313,7 +279,8 @@ class Edges(Exchange):
         return [self.tree.parent, self.tree.host, sizes]
 
     def misfit(self, state: dict[str, Any]) -> str | None:
-        return None if state.get("layout") == self._layout() else _OTHER_TREE
+        other = "the state is of another tree: another degree, inner, across_dtype, or ranks that lay otherwise on nodes"
+        return None if state.get("layout") == self._layout() else other
 
     def load(self, state: dict[str, Any]) -> None:
         assert self._links is not None

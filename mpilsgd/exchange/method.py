@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -14,22 +13,19 @@ from mpilsgd.comm import Topology, inquiry
 from mpilsgd.exchange import centre, leaving, setup, state
 from mpilsgd.exchange.base import Exchange
 from mpilsgd.exchange.clocks import Every
-from mpilsgd.exchange.course import COURSE
-from mpilsgd.exchange.fields import REQUIRED, Field, choice, documented, fields_of, signature
+from mpilsgd.exchange.fields import Field, choice, fields_of
 from mpilsgd.exchange.rows import CLOSE, ROUND
+from mpilsgd.exchange.rules import check_names, check_rule, complete
 from mpilsgd.exchange.together import Together
 from mpilsgd.exchange.vectors import Vector
 from mpilsgd.exchange.worker import Diverged, Worker
 from mpilsgd.exchange.wrapped import gradient_at_x, known, step_toward
 
-# What a rule may define; everything else of `Method` is the mechanism's.
-HOOKS = ("declare", "clock_of", "start", "before_step", "observe", "measure", "exchange", "shown_centre")
-
 
 class Method(Worker):
     """A torch optimizer that wraps another one and exchanges parameters with the other workers.
 
-    A method of a paper is a subclass, a *rule*: fields (its settings) and some of eight functions, `HOOKS`. See
+    A method of a paper is a subclass, a *rule*: fields (its settings) and some of eight functions, `rules.HOOKS`. See
     docs/adding-a-method.md. Its constructor takes
 
         optimizer: the worker's own optimizer, any of torch's; its parameters are moved, in place, into one flat
@@ -49,9 +45,8 @@ class Method(Worker):
 
     fields: ClassVar[dict[str, Field]] = {}
     exchanges: ClassVar[dict[Any, type[Exchange]]] = {False: Together}  # by the value of `asynchronous`
-    guard: ClassVar[str] = (
-        "x"  # what a worker looks through before a round: "x", "g" (gradients), "" (the pull does)
-    )
+    # what a worker looks through before a round: "x", "g" (gradients), or "" where the verb does
+    guard: ClassVar[str] = "x"
     asynchronous: Any = False
 
     init: str = choice(
@@ -69,23 +64,7 @@ class Method(Worker):
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        wrong = [
-            name
-            for name in vars(cls)
-            if hasattr(Method, name) and name not in (*HOOKS, *_SETTINGS) and name[:2] != "__"
-        ]
-        if wrong:
-            raise TypeError(
-                f"{cls.__name__} defines {', '.join(wrong)}, which are the mechanism's; a rule may define "
-                + ", ".join(HOOKS)
-            )
-        if "asynchronous" in fields_of(cls):
-            for name, field in COURSE.items():
-                if name not in fields_of(cls):
-                    setattr(cls, name, field)
-        cls.fields = fields_of(cls)
-        cls.__doc__ = documented(cls.__doc__, cls.fields)
-        cls.__signature__ = signature(cls.fields)  # type: ignore[attr-defined]
+        complete(cls, Method)
 
     def __init__(
         self,
@@ -96,11 +75,9 @@ class Method(Worker):
         **given: Any,
     ):
         self._open = self._lent = False
-        for hook in ("clock_of", "exchange"):
-            if getattr(type(self), hook) is getattr(Method, hook):
-                raise TypeError(f"{type(self).__name__} must define {hook}: see docs/adding-a-method.md")
+        check_rule(type(self), Method)
         super().__setstate__({})  # step hooks, without a copy of the parameter groups
-        _check_names(type(self), given)
+        check_names(type(self), given)
         inquiry.warn_if_apart()
         self.topology = Topology() if topology is None else topology
         self._owns_topology = topology is None
@@ -313,21 +290,6 @@ class Method(Worker):
 
     def __del__(self) -> None:
         leaving.abandon(self)
-
-
-_SETTINGS = ("fields", "exchanges", "guard", "asynchronous", "init", "buffers")
-
-
-def _check_names(cls: type[Method], given: dict[str, Any]) -> None:
-    """As Python does for a function with these arguments."""
-    for name in given:
-        if name not in cls.fields:
-            close = difflib.get_close_matches(name, cls.fields, 1)
-            hint = f". Did you mean '{close[0]}'?" if close else ""
-            raise TypeError(f"{cls.__name__}() got an unexpected keyword argument '{name}'{hint}")
-    missing = [f.name for f in cls.fields.values() if f.default is REQUIRED and f.name not in given]
-    if missing:
-        raise TypeError(f"{cls.__name__}() missing required keyword-only argument(s): {', '.join(missing)}")
 
 
 Method.fields = fields_of(Method)

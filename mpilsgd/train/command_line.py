@@ -16,7 +16,16 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.config import DEFAULT_EPOCHS, FIELDS, RESUMABLE, Config
-from mpilsgd.train.options import NO_DEFAULT, MethodOption, enlist, match, method_options, methods, suggestion
+from mpilsgd.train.options import (
+    NO_DEFAULT,
+    MethodOption,
+    describe,
+    enlist,
+    match,
+    method_options,
+    methods,
+    suggestion,
+)
 from mpilsgd.train.run_directory import RunDirectory
 
 
@@ -290,22 +299,3 @@ def _read(file: str | None) -> tuple[dict[str, Any], str | None]:
     if not isinstance(content, dict):
         return {}, f"{file}: must hold lines of the form `option: value`"
     return content, None
-
-
-def describe(hint: Any) -> str:
-    """A type in a user's words."""
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-        type(None): "null",
-    }
-    if hint in words:
-        return words[hint]
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if typing.get_origin(hint) is list:
-        return "a list such as [30, 40]"
-    return " or ".join(describe(argument) for argument in arguments) or "another value"

@@ -113,6 +113,25 @@ def suggestion(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def describe(hint: Any) -> str:
+    """A type in a user's words."""
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        type(None): "null",
+    }
+    if hint in words:
+        return words[hint]
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if typing.get_origin(hint) is list:
+        return "a list such as [30, 40]"
+    return " or ".join(describe(argument) for argument in arguments) or "another value"
+
+
 def _parser_type(hint: Any) -> Any:
     """The hint, if the command line can parse it strictly; else anything, and the field itself checks the value."""
     return hint if all(member in _SIMPLE for member in _members(hint)) else Any

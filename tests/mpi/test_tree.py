@@ -19,8 +19,7 @@ from simulation import Local
 from tree_simulation import Tree as Oracle
 
 from mpilsgd import EASGDTree, Topology
-from mpilsgd.comm import Inbox, Links, Outbox, wait_until
-from mpilsgd.exchange.edges import _Edge
+from mpilsgd.comm import Edge, Inbox, Links, Outbox, wait_until
 from mpilsgd.methods import Diverged
 from mpilsgd.transport import Fabric
 from mpilsgd.tree import Periods
@@ -323,7 +322,7 @@ def test_the_newest_message_is_taken() -> None:
 def test_a_sender_backs_off_and_comes_back() -> None:
     """A message left out now and then changes nothing; many in a row do, and once they get through it is over."""
     taken: list[bool] = []
-    edge = _Edge(SimpleNamespace(ready=lambda: taken.pop(0)), None, True, 0, False, 1, 1)  # type: ignore[arg-type]
+    edge = Edge(SimpleNamespace(ready=lambda: taken.pop(0)), None, True, 0, False, 1, 1)  # type: ignore[arg-type]
     strides = []
     for free in [True, False, True, False, False, True] + 9 * [False] + 3 * [True]:
         taken.append(free)

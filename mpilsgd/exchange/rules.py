@@ -1,0 +1,67 @@
+"""What a rule is: a class with fields and hooks, complete and checked when Python reads it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from mpilsgd.exchange.course import COURSE
+from mpilsgd.exchange.fields import REQUIRED, documented, fields_of, signature
+
+# What a rule may define; everything else of `Method` is the mechanism's.
+HOOKS = ("declare", "clock_of", "start", "before_step", "observe", "measure", "exchange", "shown_centre")
+_SETTINGS = ("fields", "exchanges", "guard", "asynchronous", "init", "buffers")
+# attributes of a worker, which a setting would hide
+_TAKEN = (
+    "t",
+    "p",
+    "r",
+    "x",
+    "g",
+    "n",
+    "edge",
+    "flat",
+    "model",
+    "optimizer",
+    "topology",
+    "metrics",
+    "vectors",
+    "values",
+)
+
+
+def complete(cls: Any, base: Any) -> None:
+    """Gives a rule its fields, signature and list of arguments; a TypeError where it defines what is not a rule's."""
+    own = [name for name in vars(cls) if name not in (*HOOKS, *_SETTINGS) and name[:2] != "__"]
+    wrong = [name for name in own if hasattr(base, name) or name in _TAKEN]
+    if wrong:
+        raise TypeError(
+            f"{cls.__name__} defines {', '.join(wrong)}, which are the mechanism's; "
+            f"a rule may define {', '.join(HOOKS)}"
+        )
+    if "asynchronous" in fields_of(cls):
+        for name, field in COURSE.items():
+            if name not in fields_of(cls):
+                setattr(cls, name, field)
+    cls.fields = fields_of(cls)
+    cls.__doc__ = documented(cls.__doc__, cls.fields)
+    cls.__signature__ = signature(cls.fields)
+
+
+def check_rule(cls: Any, base: Any) -> None:
+    """A TypeError where a rule lacks what every rule defines."""
+    for hook in ("clock_of", "exchange"):
+        if getattr(cls, hook) is getattr(base, hook):
+            raise TypeError(f"{cls.__name__} must define {hook}: see docs/adding-a-method.md")
+
+
+def check_names(cls: Any, given: dict[str, Any]) -> None:
+    """Of arguments, as Python does for a function."""
+    for name in given:
+        if name not in cls.fields:
+            close = difflib.get_close_matches(name, cls.fields, 1)
+            hint = f". Did you mean '{close[0]}'?" if close else ""
+            raise TypeError(f"{cls.__name__}() got an unexpected keyword argument '{name}'{hint}")
+    missing = [f.name for f in cls.fields.values() if f.default is REQUIRED and f.name not in given]
+    if missing:
+        raise TypeError(f"{cls.__name__}() missing required keyword-only argument(s): {', '.join(missing)}")

@@ -2,11 +2,12 @@
 
 from mpilsgd.comm.bell import Bell
 from mpilsgd.comm.fabric import Fabric, Level, SharedMemoryWarning, exhaust
-from mpilsgd.comm.heartbeat import Heartbeat, Place
+from mpilsgd.comm.heartbeat import Heartbeat
 from mpilsgd.comm.links import Inbox, Links, Outbox, Slot, tag_problem
 from mpilsgd.comm.onesided import Counter, Progress, Turns, thread_problem
 from mpilsgd.comm.shards import Shard, Shards
 from mpilsgd.comm.snapshots import Snapshots
+from mpilsgd.comm.standstill import Place
 from mpilsgd.comm.topology import Topology, end_job, exit_status
 from mpilsgd.comm.waiting import Background, wait_until
 from mpilsgd.comm.windows import Window, free_shared_memory

@@ -10,11 +10,12 @@ if multiprocessing.parent_process() is not None:  # a DataLoader's worker, say: 
 from mpilsgd.comm.bell import Bell
 from mpilsgd.comm.channel import Channel
 from mpilsgd.comm.counting import Counter, Progress, progresses_alone, thread_problem
-from mpilsgd.comm.heartbeat import Heartbeat, Place
+from mpilsgd.comm.heartbeat import Heartbeat
 from mpilsgd.comm.links import Edge, Inbox, Links, Outbox, Slot, tag_problem
 from mpilsgd.comm.onesided import Turns
 from mpilsgd.comm.shards import Shard, Shards
 from mpilsgd.comm.snapshots import Snapshots
+from mpilsgd.comm.standstill import Place
 from mpilsgd.comm.topology import Topology, end_job, exit_status
 from mpilsgd.comm.waiting import Background, complete, wait_until
 from mpilsgd.comm.windows import Window, free_shared_memory

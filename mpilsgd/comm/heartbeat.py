@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import os
 import signal
 import socket
@@ -17,27 +16,14 @@ from mpi4py import MPI
 
 from mpilsgd.comm.beats import Beats, beats
 from mpilsgd.comm.counting import thread_problem
+from mpilsgd.comm.standstill import ENDED, Place, Sign, Standstill, position
 from mpilsgd.comm.topology import Topology
 from mpilsgd.comm.windows import Window
 
 _EVERY = 1.0  # seconds between two beats, and between two looks
 _FLUSH = 5.0  # seconds for small messages to leave at the end
-_BEAT, _LAST = 0, 1  # the first word of a message; the others are the places of the sender's node
-
-
-class Place(enum.IntEnum):
-    """Where a rank may stand, having taken n steps; in the order of a step."""
-
-    MEETING = 0
-    BATCH = 1
-    EXCHANGE = 2
-
-
-_WORDS = (
-    "after batch {}, in an evaluation or a checkpoint",
-    "in batch {next}",
-    "in the exchange after batch {next}",
-)
+_BEAT, _LAST = 0, 1  # the first word of a message; the others are what the ranks of the sender's node show
+_MOST = 8  # ranks that are named
 
 
 class Heartbeat:
@@ -45,7 +31,7 @@ class Heartbeat:
     between the first ranks of the nodes, every second and without the interpreter's lock.
 
     Where nothing comes from a node for `patience` seconds, its name is told and the job ends, there as well as here.
-    Where a rank stands still for so long while others are further, it is told where, and the job goes on.
+    Where a rank is stopped for so long, or stands still while others are further, it is told where; the job goes on.
     With one rank, or where MPI has no threads between nodes, it does nothing.
 
     Args: topology: the nodes; patience: seconds. Collective: creation and `free`.
@@ -56,14 +42,14 @@ class Heartbeat:
         self._names = topology.allgather(socket.gethostname())
         self._nodes, self._patience = topology.nodes, patience
         self._home = next(ranks for ranks in self._nodes if self._comm.rank in ranks)
-        self._seat = 1 + self._home.index(self._comm.rank)
-        self._window = Window(topology.node, torch.int64, 1 + len(self._home), common=True)
-        self._table = self._window.views[
-            0
-        ].numpy()  # whether the job ends, and the place of every rank of the node
+        n, seat = len(self._home), self._home.index(self._comm.rank)
+        self._window = Window(topology.node, torch.int64, 1 + 2 * n, common=True)
+        # whether the job ends; the position of every rank of the node; its pulse
+        self._table = self._window.views[0].numpy()
+        self._own = self._table[1 + seat :: n]
         threads = topology.world.allreduce(thread_problem() is None, MPI.LAND)
         self._others = neighbours(self._nodes, self._comm.rank) if threads else []
-        self._incoming = {k: np.zeros(1 + self._size(k), np.int64) for k in self._others}
+        self._incoming = {k: np.zeros(1 + 2 * len(self._node(k)), np.int64) for k in self._others}
         self._coming = {k: self._receive(k) for k in self._others}
         self._unheard: list[int] = []  # whose last message has not come
         self._end = threading.Event()
@@ -77,17 +63,14 @@ class Heartbeat:
 
     def at(self, step: int, place: Place) -> None:
         """This rank stands there, having taken so many steps."""
-        self._table[self._seat] = step * len(Place) + place
-
-    def _size(self, k: int) -> int:
-        return next(len(ranks) for ranks in self._nodes if k in ranks)
+        self._own[0] = position(step, place)
 
     def _receive(self, k: int) -> MPI.Request:
         return self._comm.Irecv([self._incoming[k].view(np.uint8), MPI.BYTE], k)
 
     def _watch(self) -> None:
         heard = dict.fromkeys(self._others, time.monotonic())
-        known = {k: np.zeros(self._size(k), np.int64) for k in self._others}  # places on other nodes
+        known = {k: of[1:].copy() for k, of in self._incoming.items()}
         still = Standstill(self._watched(), self._patience)
         looked = time.monotonic()
         while not self._end.wait(_EVERY):
@@ -96,13 +79,14 @@ class Heartbeat:
                 heard = dict.fromkeys(heard, now)
                 still.forget()
             looked = now
+            self._own[1] += 1
             if self._table[0]:  # the first of this node has given up
                 _end_job()
             for k in list(heard):
                 try:
                     while k in heard and self._coming[k].Test():
                         heard[k] = now
-                        known[k][:] = self._incoming[k][1:]
+                        known[k][:] = self._incoming[k][1:]  # the last one, too: all have ended
                         if self._incoming[k][0] == _LAST:
                             del heard[k]
                         else:
@@ -111,10 +95,10 @@ class Heartbeat:
                     self._give_up(k)
                 if now - heard.get(k, now) > self._patience:
                     self._give_up(k)
-            places = dict(zip(self._home, self._table[1:].tolist(), strict=True))
-            for k, of in known.items():
-                places.update(zip(self._node(k), of.tolist(), strict=True))
-            self._tell(still.look(places, now))
+            signs = _signs(self._home, self._table[1:])
+            for k, words in known.items():
+                signs |= _signs(self._node(k), words)
+            self._tell(still.look(signs, now))
         for k in heard:
             self._coming[k].Cancel()
             status = MPI.Status()
@@ -132,15 +116,11 @@ class Heartbeat:
     def _node(self, k: int) -> list[int]:
         return next(ranks for ranks in self._nodes if k in ranks)
 
-    def _tell(self, late: dict[int, int]) -> None:
-        if late:
-            told = [
-                f"rank {r} (on {self._names[r]}) {place_text(place)}" for r, place in list(late.items())[:8]
-            ]
-            told += [f"{len(late) - 8} more"] if len(late) > 8 else []
-            _say(
-                f"for {self._patience:.0f} s, while others are further, nothing has moved on: {'; '.join(told)}"
-            )
+    def _tell(self, late: dict[int, str]) -> None:
+        for r, text in list(late.items())[:_MOST]:
+            _say(f"rank {r} (on {self._names[r]}) has not moved on for {self._patience:.0f} s: {text}")
+        if len(late) > _MOST:
+            _say(f"and so do {len(late) - _MOST} more ranks")
 
     def _give_up(self, k: int) -> None:
         ranks = self._node(k)
@@ -158,10 +138,13 @@ class Heartbeat:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            self._own[1] = ENDED
         if self._beats is not None:
             self._beats.stop(_FLUSH)
             self._beats = None
-            last = {k: np.full(1 + len(self._home), _LAST, np.int64) for k in self._others}
+            words = np.full(self._table.size, ENDED, np.int64)
+            words[0] = _LAST
+            last = {k: words.copy() for k in self._others}
             ends = [self._comm.Isend([m.view(np.uint8), MPI.BYTE], k) for k, m in last.items()]
             deadline = time.monotonic() + _FLUSH
             while not MPI.Request.Testall(ends) and time.monotonic() < deadline:
@@ -183,37 +166,8 @@ class Heartbeat:
         self._window.free()
 
 
-class Standstill:
-    """Finds those that stay where they are while others are further; each is found once at a place.
-
-    Args: ranks: those to look at; patience: seconds.
-    """
-
-    def __init__(self, ranks: list[int], patience: float):
-        self._ranks, self._patience = ranks, patience
-        self._since: dict[int, tuple[int, float]] = {}
-
-    def look(self, places: dict[int, int], now: float) -> dict[int, int]:
-        """The ranks that are late now, and where. places: of all ranks; now: seconds."""
-        furthest, late = max(places.values()), {}
-        for r in self._ranks:
-            place, since = self._since.get(r, (-1, now))
-            if place != places[r]:
-                self._since[r] = (places[r], now)
-            elif place < furthest and now - since > self._patience:
-                late[r] = place
-                self._since[r] = (place, np.inf)
-        return late
-
-    def forget(self) -> None:
-        """Time has passed in which nobody looked."""
-        self._since = {}
-
-
-def place_text(place: int) -> str:
-    """Where a rank stands, in words."""
-    step, what = divmod(place, len(Place))
-    return _WORDS[what].format(step, next=step + 1)
+def _signs(ranks: list[int], words: np.ndarray) -> dict[int, Sign]:
+    return {r: Sign(*pair) for r, pair in zip(ranks, words.reshape(2, -1).T.tolist(), strict=True)}
 
 
 def _say(text: str) -> None:

@@ -11,7 +11,8 @@ from harness import WORLD
 
 from mpilsgd import Topology
 from mpilsgd.comm import Heartbeat, Place
-from mpilsgd.comm.heartbeat import Standstill, neighbours, place_text
+from mpilsgd.comm.heartbeat import neighbours
+from mpilsgd.comm.standstill import ENDED, Sign, Standstill
 
 pytestmark = [pytest.mark.mpi]
 
@@ -24,18 +25,28 @@ def test_a_node_is_heard_and_hears(nodes: list[list[int]]) -> None:
     assert heard[0] == firsts[1:] and all(heard[r] == [0] * (r in firsts) for r in heard if r)
 
 
-def test_who_stands_still_while_others_are_further_is_found_once() -> None:
-    still = Standstill([0, 1, 2], patience=10.0)
-    assert still.look({0: 1, 1: 1, 2: 4}, 0.0) == {}
-    assert still.look({0: 1, 1: 2, 2: 4}, 9.0) == {}
-    assert still.look({0: 1, 1: 2, 2: 4}, 11.0) == {0: 1}
-    assert still.look({0: 1, 1: 2, 2: 4}, 20.0) == {1: 2}
-    assert still.look({0: 4, 1: 4, 2: 4}, 40.0) == {}
-    assert still.look({0: 4, 1: 4, 2: 4}, 60.0) == {}  # an evaluation that takes long
-    assert still.look({0: 4, 1: 5, 2: 5}, 61.0) == {0: 4}
+def test_who_holds_the_others_up_is_found_once() -> None:
+    still, pulse = Standstill([0, 1, 2], patience=10.0), 0
+
+    def look(now: float, *positions: int, stopped: tuple[int, ...] = ()) -> dict[int, str]:
+        nonlocal pulse
+        pulse += 1
+        return still.look({r: Sign(p, 0 if r in stopped else pulse) for r, p in enumerate(positions)}, now)
+
+    assert look(0.0, 1, 1, 4) == {}
+    assert look(9.0, 1, 2, 4) == {}
+    assert look(11.0, 1, 2, 4) == {0: "it stands in batch 1"}
+    assert look(20.0, 1, 2, 4) == {1: "it stands in the exchange after batch 1"}
+    assert look(40.0, 4, 4, 4) == look(60.0, 4, 4, 4) == {}  # an evaluation that takes long
+    assert look(61.0, 4, 5, 5) == {0: "it stands in batch 2"}
     still.forget()
-    assert still.look({0: 4, 1: 5, 2: 5}, 99.0) == {}
-    assert place_text(7) == "in batch 3" and place_text(8) == "in the exchange after batch 3"
+    assert look(99.0, 4, 5, 5) == {}
+    assert look(105.0, 6, 6, 6, stopped=(2,)) == {}
+    (told,) = look(116.0, 6, 6, 6, stopped=(2,)).items()
+    assert told[0] == 2 and "is stopped" in told[1] and "after batch 2, in an evaluation" in told[1]
+    assert look(130.0, 6, 6, 6, stopped=(2,)) == {}
+    assert still.look(dict.fromkeys(range(3), Sign(6, ENDED)), 150.0) == {}
+    assert still.look(dict.fromkeys(range(3), Sign(6, ENDED)), 170.0) == {}
 
 
 def test_ranks_end_at_different_times() -> None:
@@ -61,6 +72,6 @@ def test_a_rank_that_holds_the_interpreter_s_lock_is_slow_and_not_gone(
     topology.barrier()
     beats.free()
     told = capsys.readouterr().err
-    assert ("while others are further" in told and f"rank {last} (on " in told) == (WORLD.rank == 0), told
-    assert ("in batch 5" in told) == (WORLD.rank == 0) and "vanished" not in told
+    assert (f"rank {last} (on " in told and " in batch 5\n" in told) == (WORLD.rank == 0), told
+    assert "vanished" not in told
     topology.free()

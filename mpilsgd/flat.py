@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mpilsgd import forks
 from mpilsgd.layout import Place, Plan, digest, find_modules, float_buffers, padded
+from mpilsgd.pieces import Vectors, clear_gaps, grad_keeper, piece, seats
 
-__all__ = ["Allocate", "FlatParameters", "digest", "find_modules", "float_buffers"]
+__all__ = ["Allocate", "FlatParameters", "digest", "find_modules", "float_buffers", "touched"]
 
 Allocate = Callable[[torch.dtype, int], Tensor]
-Vectors = dict[torch.dtype, Tensor]
 
 
 class FlatParameters:
@@ -69,8 +70,8 @@ class FlatParameters:
         self.data = self._allocate(plan.sizes, allocate)
         for tensor in self._tensors():
             self._seat(tensor, copy=id(tensor) in plan.primaries)
-        _clear_gaps(self.data, [self._places[i] for i in plan.primaries])
-        self._seats = _seats(self._tensors())
+        clear_gaps(self.data, [self._places[i] for i in plan.primaries])
+        self._seats = seats(self._tensors())
         self._spans = {
             id(t): (
                 t.data_ptr(),
@@ -82,6 +83,7 @@ class FlatParameters:
         }
         for parameter in self.parameters:
             _flats[id(parameter)] = self
+        forks.watch(self)
         if grads:
             self.attach_grads()
 
@@ -94,7 +96,7 @@ class FlatParameters:
         """The piece of other vectors of this layout that stands for `tensor`, with its shape and strides."""
         place = self._place(tensor)
         start = place.slot if flats is self.grads else place.start
-        return _piece(flats[place.dtype], place, start)
+        return piece(flats[place.dtype], place, start)
 
     def span(self, parameter: Tensor) -> slice | None:
         """Where the parameter and its gap lie in the vector; None if it is not (or shares) its place."""
@@ -119,7 +121,7 @@ class FlatParameters:
         for parameter in self.parameters:
             view = self.view(parameter, grads)
             self._grad_views[id(parameter)] = view
-            keep = _grad_keeper(view)
+            keep = grad_keeper(view)
             keep(parameter)
             self._hooks.append(parameter.register_post_accumulate_grad_hook(keep))
 
@@ -135,7 +137,7 @@ class FlatParameters:
                 view.zero_()
                 missing.append(parameter)
             elif grad is not view:
-                _grad_keeper(view)(parameter)
+                grad_keeper(view)(parameter)
         return missing
 
     def reseat(self) -> list[Tensor]:
@@ -144,7 +146,7 @@ class FlatParameters:
         RNN's `flatten_parameters` and `Module._apply` do that.
         """
         tensors = self._tensors()
-        if _seats(tensors) == self._seats:
+        if seats(tensors) == self._seats:
             return []
         strays = [t for t in tensors if not self._seated(t)]
         for tensor in strays:
@@ -157,6 +159,11 @@ class FlatParameters:
         for tensor in strays:
             self._seat(tensor, copy=True)
         return strays
+
+    def touched(self) -> None:
+        """To be called when kernels or messages have written the parameters and buffers: `touched` of them all."""
+        touched(self._tensors())
+        forks.drop()
 
     def release(self) -> None:
         """Moves everything back to ordinary private memory; the vectors may be freed afterwards."""
@@ -178,6 +185,7 @@ class FlatParameters:
                 copies[key].copy_(self.data[place.dtype][place.start : place.start + place.numel])
             tensor.data = copies[key].as_strided(place.shape, place.strides)
         self._hooks, self.data, self.grads = [], {}, {}
+        forks.drop()
 
     def _tensors(self) -> list[Tensor]:
         return [*self.parameters, *self.buffers, *self._followers]
@@ -198,10 +206,10 @@ class FlatParameters:
 
     def _seat(self, tensor: Tensor, copy: bool) -> None:
         place = self._places[id(tensor)]
-        piece = _piece(self.data[place.dtype], place, place.start)
+        own = piece(self.data[place.dtype], place, place.start)
         if copy:
-            piece.copy_(tensor.detach())
-        tensor.data = piece  # the old memory is freed here, tensor by tensor: no second model at the peak
+            own.copy_(tensor.detach())
+        tensor.data = own  # the old memory is freed here, tensor by tensor: no second model at the peak
 
     def _allocate(self, sizes: dict[torch.dtype, int], allocate: Allocate | None) -> Vectors:
         vectors = {}
@@ -229,6 +237,15 @@ class FlatParameters:
         )
 
 
+def touched(tensors: Sequence[Tensor]) -> None:
+    """Tells autograd of writes behind its back, so that a graph from before them fails as after torch's own."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except TypeError:  # older torches take one tensor at a time
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
+
+
 _flats: weakref.WeakValueDictionary[int, FlatParameters] = weakref.WeakValueDictionary()
 
 
@@ -242,54 +259,5 @@ def _check_free(plan: Plan) -> None:
             raise ValueError(f"{name} lies in another flat vector: close() or release() its owner first")
 
 
-def _piece(vector: Tensor, place: Place, start: int) -> Tensor:
-    """A tensor on vector[start : start + numel] whose storage is those bytes and no others."""
-    if vector.dim() != 1 or vector.numel() < start + place.numel:
-        end = start + place.numel
-        raise ValueError(f"a vector of shape {tuple(vector.shape)} has no elements {start} to {end}")
-    size = vector.element_size()
-    begin = (vector.storage_offset() + start) * size
-    storage = vector.untyped_storage()[begin : begin + place.numel * size]
-    return vector.new_empty(0).set_(storage, 0, place.shape, place.strides)
-
-
-def _clear_gaps(vectors: Vectors, places: list[Place]) -> None:
-    for dtype, vector in vectors.items():
-        end, short = 0, list[int]()
-        mine = sorted((p.start, p.numel) for p in places if p.dtype == dtype)
-        for start, numel in [*mine, (vector.numel(), 0)]:
-            if start - end < 64:
-                short.extend(range(end, start))
-            else:
-                vector[end:start].zero_()
-            end = start + numel
-        vector[torch.tensor(short, dtype=torch.int64, device=vector.device)] = 0  # one call, not one a gap
-
-
-def _seats(tensors: list[Tensor]) -> list[tuple[int, torch.dtype, torch.Size, tuple[int, ...]]]:
-    """Where and how the tensors lie in memory, quickly: every round asks."""
-    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
-
-
 def _same_memory(one: Tensor, two: Tensor) -> bool:
     return one.data_ptr() == two.data_ptr() and one.layout == two.layout
-
-
-def _grad_keeper(view: Tensor) -> Callable[[Tensor], None]:
-    """A hook that brings a parameter's gradient to `view`; it holds the view alone: no reference cycle."""
-
-    def keep(parameter: Tensor) -> None:
-        grad = parameter.grad
-        if grad is None or grad is view:
-            return
-        with torch.no_grad():
-            if grad.layout != torch.strided:
-                view.copy_(grad.to_dense())
-            elif grad.data_ptr() != view.data_ptr():
-                view.copy_(grad)
-            else:
-                return
-        if not grad.requires_grad:  # a gradient with a graph (create_graph=True) must stay the one it is
-            parameter.grad = view
-
-    return keep

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mpilsgd import kernels
-from mpilsgd.flat import FlatParameters
+from mpilsgd.flat import FlatParameters, touched
 from mpilsgd.runs import Row, companions, lines, pull_settings
 
 Pulls = Callable[[Tensor], "list[tuple[Tensor, float]]"]
@@ -81,11 +81,15 @@ class MSGD(Optimizer):
             for p, x, (velocity,), grad in lines(rows, merge=pulls is None):
                 settings = pull_settings(p, pulls(p)) if pulls is not None else {}
                 kernels.msgd(x, grad, velocity, lr, momentum, bool(group["nesterov"]), decay, **settings)
+            touched([p for p, _ in moving])
         return loss
 
     @contextmanager
     def iterate(self) -> Iterator[None]:
-        """Inside, the parameters hold the iterate x, not the look-ahead; may be nested."""
+        """Inside, the parameters hold the iterate x, not the look-ahead; may be nested.
+
+        They are written on the way in and out: a graph from before either does not survive it.
+        """
         if not self._inside:
             self._look(lambda group: 0.0)
         self._inside += 1
@@ -147,6 +151,7 @@ class MSGD(Optimizer):
                 moving = [p for p in group["params"] if "velocity" in self.state[p]]
                 for _, x, (velocity,), _ in lines((p, (self.state[p]["velocity"],), None) for p in moving):
                     kernels.iterate(x, velocity, abs(change), int(math.copysign(1, change)))
+                touched(moving)
             group["lookahead"] = ahead(group)
 
 

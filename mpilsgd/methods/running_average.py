@@ -41,8 +41,7 @@ class RunningAverage(Optimizer):
         self._inside = False
         super().__setstate__({})  # the hooks' tables; state and groups are the wrapped optimizer's
 
-    # as the wrapped optimizer's, so that schedulers work around either
-    param_groups = property(lambda self: self.optimizer.param_groups)
+    param_groups = property(lambda self: self.optimizer.param_groups)  # so that schedulers work around either
     state = property(lambda self: self.optimizer.state)
     defaults = property(lambda self: self.optimizer.defaults)
 
@@ -63,8 +62,7 @@ class RunningAverage(Optimizer):
     def center(self) -> Iterator[None]:
         """Inside, the parameters hold the average z; afterwards what they held before, exactly.
 
-        What is written into them inside does not reach z. May be nested. Needs memory for the parameters once
-        more while it is open.
+        What is written inside does not reach z. May be nested. Takes memory for the parameters once more.
         """
         if self._inside:
             yield

@@ -309,6 +309,72 @@ def test_memory_handed_in_and_release() -> None:
     FlatParameters(model)  # and once more
 
 
+FORKS = """
+import mmap, os, torch
+from mpilsgd import forks
+from mpilsgd.flat import FlatParameters
+
+torch.set_num_threads(1)
+shared = []
+def allocate(dtype, numel):  # as a window: in the middle of pages that other processes write
+    shared.append(torch.frombuffer(mmap.mmap(-1, 4 * numel + 8192), dtype=dtype)[100 : 100 + numel])
+    return shared[-1]
+
+model = torch.nn.Sequential(torch.nn.Linear(200, 30), torch.nn.BatchNorm1d(30))
+weight, mean = model[0].weight, model[1].running_mean
+flat = FlatParameters(model, allocate=allocate)
+flat.attach_grads(allocate)
+private = FlatParameters(torch.nn.Linear(3, 3))
+
+def forked(do):
+    ready, go = os.pipe()
+    child = os.fork()
+    if child:
+        return child, go
+    os.read(ready, 1)
+    try:
+        do()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+def write(value):
+    with torch.no_grad():
+        for t in (weight, mean, flat.grads[torch.float32]):
+            assert (t == value).all(), (t, value)
+            t.fill_(7.0)
+            assert (t == 7).all() and (flat.data[torch.float32][:6000] == 7).all()
+
+def fill(value):
+    for t in (weight.detach(), mean, flat.grads[torch.float32]):
+        t.fill_(value)
+
+fill(1.0)
+children = [forked(lambda: write(1.0)) for _ in range(2)]
+files = dict(forks._copies)
+assert len(files) == 2 and None not in files.values()
+fill(2.0)  # the children see the moment of the fork, and leave this alone
+children.append(forked(lambda: write(2.0)))
+assert all(forks._copies[k] is not None for k in files)
+fill(3.0)
+for child, go in children:
+    os.write(go, b"!")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert all((t == 3).all() for t in (weight, mean, flat.grads[torch.float32]))
+flat.touched()
+assert not forks._copies
+flat.release()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what is shared is known on Linux only")
+def test_a_forked_child_has_parameters_of_its_own() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 PEAK = """
 import resource, torch
 from mpilsgd.flat import FlatParameters

@@ -263,6 +263,44 @@ def test_deepcopy_with_the_model(make: Make) -> None:
     assert torch.equal(before, flat.data[torch.float32])
 
 
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_graph_from_before_a_write_is_refused(make: Make, flat: bool) -> None:
+    """As with torch's own optimizers; what is written is told to autograd, and nothing else."""
+    model = net()
+    holder = FlatParameters(model, grads=True) if flat else None
+    optimizer = make(model)
+    step(model, optimizer, 2)
+    x = torch.randn(8, 5, requires_grad=True)
+
+    def stale(write: Callable[[], object]) -> None:
+        loss = model(x).sum()
+        write()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    model(x).sum().backward()
+    stale(optimizer.step)
+    if isinstance(optimizer, RunningAverage):
+        loss = model(x).sum()
+        with optimizer.center(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    if optimizer.param_groups[0].get("lookahead"):
+        loss = model(x).sum()
+        with optimizer.iterate(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        with optimizer.iterate():
+            model(x).sum().backward()  # a graph of the iterate is as good as any
+    before = [p._version for p in model.parameters()]
+    for p in list(model.parameters())[1:]:
+        p.grad = None
+    optimizer.step()
+    moved = [p._version > v for p, v in zip(model.parameters(), before, strict=True)]
+    assert moved == [True, *[False] * (len(moved) - 1)]
+    if holder is not None:
+        stale(holder.touched)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     model, plain = net().to(dtype), net()

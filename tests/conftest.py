@@ -203,7 +203,7 @@ ONLY_ALL = "in bash tests/run.sh --all"
 MARKERS = (
     "gpu: on a CUDA device; left out where there is none",
     "ranks(n, ...): only at these numbers of ranks",
-    "brief(n, ...): without --all only at these numbers of ranks (2), or of ranks and nodes ('4x2'); none: with --all only",
+    "brief(n, ...): without --all only at so many ranks (2), or ranks and nodes ('4x2'); none given: with --all only",
 )
 
 

@@ -47,7 +47,11 @@ def main(folder: Path) -> int:
     # Parameters that depend on the number of ranks: the function has to have run with some of them.
     ran |= {function(test) for test in ran}
     never = {test: reason for test, reason in never.items() if test not in ran and function(test) not in ran}
-    failures += [f"{test}: ran nowhere: {why}" for test, why in never.items() if not re.search(f"{MACHINE}|{ONLY_ALL}", why)]
+    failures += [
+        f"{test}: ran nowhere: {why}"
+        for test, why in never.items()
+        if not re.search(f"{MACHINE}|{ONLY_ALL}", why)
+    ]
     for reason, count in Counter(never.values()).most_common():
         print(f"ran nowhere: {count}, {reason}")
     if not total["passed"] and not failures:

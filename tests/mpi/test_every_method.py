@@ -11,8 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import FEW, LAYOUTS, MESSAGES, MOST, TOLERANCE, WORLD, Case, Layout, check_together, compare, distance
-from harness import layouts, running
+from harness import (
+    FEW,
+    LAYOUTS,
+    MESSAGES,
+    MOST,
+    TOLERANCE,
+    WORLD,
+    Case,
+    Layout,
+    check_together,
+    compare,
+    distance,
+    layouts,
+    running,
+)
 from method_cases import (
     BOTH,
     CASES,
@@ -31,7 +44,6 @@ from method_cases import (
     free,
     in_turns,
     named,
-    one_rank,
     several,
     work,
 )
@@ -39,7 +51,7 @@ from mpi4py import MPI
 from problems import Accumulated, Buffered, LeastSquares, Problem, Quadratic, TanhNet
 from simulation import Local, Simulation
 
-from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, LocalSGD, Topology
+from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, LocalSGD
 from mpilsgd.methods import Diverged
 
 pytestmark = pytest.mark.mpi
@@ -200,11 +212,14 @@ def test_consensus_is_a_fixed_point_in_any_order(case: Case) -> None:
 ALONE = [
     Case(AllreduceSGD),
     Case(LocalSGD, {"period": 2}),
-    *(Case(LSGD, {"pull": 0.4, "period": 2, "when": when}) for when in ("after_step", "with_step")),
-    Case(LSGD, {"pull": 0.4, "period": 1, "global_period": 1, "when": "every_step"}),
-    *(Case(EASGD, {"center_rate": 0, "period": 2, "form": form}) for form in ("jacobi", "gauss-seidel")),
+    *(Case(LSGD, {"pull": 0.4, "period": 2, "when": when}, when) for when in ("after_step", "with_step")),
+    Case(LSGD, {"pull": 0.4, "period": 1, "global_period": 1, "when": "every_step"}, "every-step"),
+    *(
+        Case(EASGD, {"center_rate": 0, "period": 2, "form": form}, form)
+        for form in ("jacobi", "gauss-seidel")
+    ),
     Case(EASGD, {"center_rate": 0, "period": 2, "overlap": True}, "overlap"),
-    Case(Downpour, {"period": 2, "asynchronous": False}),
+    Case(Downpour, {"period": 2, "asynchronous": False}, "synchronous"),
     *(case for case in FREE if case.method not in (ADMM, EASGD)),
     *(free(EASGD, f"free-{form}", center_rate=0, period=2, form=form) for form in ("jacobi", "gauss-seidel")),
     free(EASGD, "free-overlap", center_rate=0, period=2, overlap=True),
@@ -212,14 +227,16 @@ ALONE = [
 
 
 @pytest.mark.brief(1, 2)
-@pytest.mark.parametrize("case", ALONE, ids=lambda case: f"{case} {case.options.get('when', '')}{case.options.get('form', '')}")
+@pytest.mark.parametrize("case", ALONE, ids=str)
 def test_one_worker_is_its_optimizer(case: Case) -> None:
     """Each rank alone in a world of its own (COMM_SELF): SGD or MSGD; momentum on the centre is MSGD."""
     delta = case.options.get("momentum", 0.0)
     errors: list[str] = []
     for layout in layouts(MPI.COMM_SELF):
         for local in (SGD,) if delta else (SGD, MSGD):
-            plain = Simulation(TanhNet(), 1, Local("msgd", 0.05, delta, True, 0.02) if delta else local).run(7)
+            plain = Simulation(TanhNet(), 1, Local("msgd", 0.05, delta, True, 0.02) if delta else local).run(
+                7
+            )
             with running(case, TanhNet(), local, layout, comm=MPI.COMM_SELF) as run:
                 x = run.run(7).x()
                 errors += close(x, (plain.points() if delta else plain.x)[0], f"{case} {layout} {local.kind}")
@@ -385,12 +402,18 @@ def test_metrics_start_at_nothing_and_grow(case: Case) -> None:
 BREAKABLE = [
     Case(AllreduceSGD),
     Case(LocalSGD, {"period": 1}),
-    *(Case(LSGD, {**PULLS, "period": 1, "when": when}, when) for when in ("after_step", "with_step", "every_step")),
+    *(
+        Case(LSGD, {**PULLS, "period": 1, "when": when}, when)
+        for when in ("after_step", "with_step", "every_step")
+    ),
     Case(EASGD, {"period": 1}, "jacobi"),
     Case(EASGD, {"period": 1, "overlap": True}, "overlap"),
     Case(EASGD, {"period": 1, "form": "gauss-seidel"}, "gauss-seidel"),
     *FREE,
-    *(in_turns(case.method, f"turns-{case.name}", **{**case.options, "order": "round-robin"}) for case in FREE),
+    *(
+        in_turns(case.method, f"turns-{case.name}", **{**case.options, "order": "round-robin"})
+        for case in FREE
+    ),
 ]
 
 

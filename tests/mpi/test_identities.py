@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import FEW, LAYOUTS, WORLD, Case, Layout, Run, check_together, distance, layouts, running
-from mpi4py import MPI
 from numpy.typing import NDArray
 from problems import Problem, Quadratic, Sinc, TanhNet
 from simulation import Local, Simulation
@@ -33,29 +32,6 @@ def final(
     with running(case, problem, local, layout, **options) as run:
         run.run(steps)
         return np.concatenate([run.x(), run.center()])
-
-
-@pytest.mark.parametrize(
-    "local", [SGD, Local("msgd", lr=0.05, momentum=0.8, nesterov=True)], ids=["SGD", "MSGD"]
-)
-def test_one_worker_is_sgd(local: Local) -> None:
-    """Each rank alone in a world of its own (COMM_SELF)."""
-    plain = Simulation(TanhNet(), 1, local).run(7).x[0]
-    errors: list[str] = []
-    for layout in layouts(MPI.COMM_SELF):
-        for case in (
-            Case(AllreduceSGD),
-            Case(LocalSGD, {"period": 2}),
-            *(Case(LSGD, {"pull": 0.4, "period": 2, "when": when}) for when in ("after_step", "with_step")),
-            Case(LSGD, {"pull": 0.4, "period": 1, "global_period": 1, "when": "every_step"}),
-            *(
-                Case(EASGD, {"center_rate": 0, "period": 2, "form": form})
-                for form in ("jacobi", "gauss-seidel")
-            ),
-        ):
-            with running(case, TanhNet(), local, layout, comm=MPI.COMM_SELF) as run:
-                errors += close(run.run(7).x(), plain, f"{case} {layout}")
-    check_together(errors)
 
 
 @by_layout

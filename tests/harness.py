@@ -118,6 +118,20 @@ def optimizer(local: Local, parameters: Any) -> torch.optim.Optimizer:
     )
 
 
+def topology(layout: Layout, comm: MPI.Comm) -> tuple[mpilsgd.Topology, bool]:
+    """Made once a layout and kept, as it takes as long as a short run; and whether it is the caller's to free."""
+    key = layout.group_size, layout.shared, comm == WORLD
+    if key not in TOPOLOGIES or comm not in (WORLD, MPI.COMM_SELF):
+        made = mpilsgd.Topology(comm, group_size=layout.group_size, shared=layout.shared)
+        if comm not in (WORLD, MPI.COMM_SELF):
+            return made, True
+        TOPOLOGIES[key] = made
+    return TOPOLOGIES[key], False
+
+
+TOPOLOGIES: dict[tuple[int | None, bool, bool], mpilsgd.Topology] = {}
+
+
 class Run:
     """This rank's worker: its model, its optimizer, its method."""
 
@@ -136,8 +150,7 @@ class Run:
         topo: mpilsgd.Topology | None = None,
         **options: Any,
     ):
-        self.own_topo = topo is None
-        self.topo = topo or mpilsgd.Topology(comm, group_size=layout.group_size, shared=layout.shared)
+        self.topo, self.owned = (topo, False) if topo else topology(layout, comm)
         self.rank, self.size = self.topo.world.rank, self.topo.world.size
         self.problem, self.losses, self.t = problem, losses, 0
         # Every rank starts elsewhere; init="same" has to bring them to rank 0's start.
@@ -181,7 +194,7 @@ class Run:
 
     def close(self) -> None:
         self.opt.close()
-        if self.own_topo:
+        if self.owned:
             self.topo.free()
 
 

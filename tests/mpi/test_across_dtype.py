@@ -14,7 +14,7 @@ from problems import TanhNet, flatten, state_of
 
 from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, EASGDTree, LocalSGD, Topology
 
-pytestmark = [pytest.mark.mpi(min_size=2)]
+pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.brief(2, "3x2", "4x2")]
 
 NODE = WORLD.Split_type(MPI.COMM_TYPE_SHARED)
 ALONE = WORLD.allreduce(NODE.size, MPI.MAX) == 1

@@ -49,6 +49,7 @@ pytestmark = pytest.mark.mpi
 # In turns
 
 
+@pytest.mark.brief(1, 2, 3)
 @by_transport
 @pytest.mark.parametrize(
     "case", [case for case in FORMS if case.asynchronous and case.method is not LSGD], ids=str
@@ -106,6 +107,7 @@ def test_easgd_conserves_the_sum(layout: Layout) -> None:
     conserve(layout, 500, 1.0, False, size=50_000)
 
 
+@pytest.mark.brief(1, 2, 3)
 @by_transport
 @pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
 def test_easgd_conserves_the_sum_but_for_gradients(overlap: bool, layout: Layout) -> None:
@@ -118,6 +120,7 @@ def test_easgd_conserves_the_sum_over_100000_exchanges(layout: Layout) -> None:
     conserve(layout, 100_000, 1.0, False)
 
 
+@pytest.mark.brief(1, 2, 3)
 @by_transport
 @pytest.mark.parametrize("period", [1, 3])
 def test_downpour_loses_no_gradient(period: int, layout: Layout) -> None:
@@ -138,6 +141,7 @@ def test_downpour_loses_no_gradient(period: int, layout: Layout) -> None:
     check_together(errors)
 
 
+@pytest.mark.brief(1, 2, 3)
 @by_layout
 def test_admm_keeps_its_centre(layout: Layout) -> None:
     """c is the mean of all x − λ (3.54); each worker's λ follows from its own x alone."""
@@ -159,6 +163,7 @@ def test_admm_keeps_its_centre(layout: Layout) -> None:
     check_together(errors)
 
 
+@pytest.mark.brief(1, 2, 3, "4x2")
 @by_free_and_transport
 def test_the_run_ends_on_the_total_of_steps(case: Case, layout: Layout) -> None:
     """Not before it is reached, nor much later, with unequal workers; and `reached` stays as it was."""
@@ -179,6 +184,7 @@ def test_the_run_ends_on_the_total_of_steps(case: Case, layout: Layout) -> None:
             check_together(errors)
 
 
+@pytest.mark.brief(1, 2, 3)
 @pytest.mark.parametrize(
     "case",
     [
@@ -203,6 +209,7 @@ def test_reached_where_workers_keep_step(case: Case) -> None:
     check_together(errors)
 
 
+@pytest.mark.brief(1, 2, 3, "4x2")
 @several
 @by_free_and_transport
 def test_a_slow_worker_holds_nobody_up(case: Case, layout: Layout) -> None:
@@ -223,6 +230,7 @@ def test_a_slow_worker_holds_nobody_up(case: Case, layout: Layout) -> None:
     check_together(errors)
 
 
+@pytest.mark.brief(1, 2, 3, "4x2")
 @by_transport
 def test_rounds_of_leader_sgd_follow_the_total(layout: Layout) -> None:
     """A round each time the total of steps crosses a multiple of p τ, for all workers the same rounds."""
@@ -240,6 +248,7 @@ def test_rounds_of_leader_sgd_follow_the_total(layout: Layout) -> None:
     check_together(errors)
 
 
+@pytest.mark.brief(1, 2, 3)
 @several
 @by_transport
 def test_snapshots_are_whole(layout: Layout) -> None:
@@ -271,6 +280,7 @@ def two_parts(run: Run, seed: int) -> list[Vector]:
     return seen
 
 
+@pytest.mark.brief(1, 2, 3, "4x2")
 @by_transport
 @by_free
 def test_replay_is_the_recorded_run(case: Case, layout: Layout, folder: Path) -> None:
@@ -287,6 +297,7 @@ def test_replay_is_the_recorded_run(case: Case, layout: Layout, folder: Path) ->
     check_together(errors)
 
 
+@pytest.mark.brief(1, 2, 3)
 def test_replays_of_another_run_are_refused(folder: Path) -> None:
     """Of other settings, another method or model or number of workers, and files that are none."""
     file, small, text, other = (folder / name for name in ("run", "small", "text", "other"))

@@ -16,7 +16,7 @@ from torch import nn
 
 import mpilsgd
 
-pytestmark = [pytest.mark.mpi(min_size=2)]
+pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.brief(2, 3, "4x2")]
 
 METHODS: dict[str, Callable[[Any, Any], Any]] = {
     "AllreduceSGD": lambda o, t: mpilsgd.AllreduceSGD(o, t),

@@ -127,6 +127,7 @@ def test_lock_step_equals_the_oracle(periods: Periods, inner: str, degree: int) 
     check_together(errors)
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 def test_float32_and_messages() -> None:
     errors: list[str] = []
     problem, periods = LeastSquares(), SCHEMES[0]
@@ -141,6 +142,7 @@ def test_float32_and_messages() -> None:
     check_together(errors)
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 @by_inner
 @pytest.mark.parametrize("order", ["free", "lock-step"])
 def test_equal_nodes_stay_equal_without_gradient(inner: str, order: str) -> None:
@@ -153,6 +155,7 @@ def test_equal_nodes_stay_equal_without_gradient(inner: str, order: str) -> None
         check_together([] if max(gaps) <= 1e-14 else [f"moved by {gaps}"])
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 @by_inner
 def test_without_coupling_leaves_are_sgd(inner: str) -> None:
     """ERRATA: alpha = 0 leaves = SGD."""
@@ -206,6 +209,7 @@ def test_the_run_ends_by_the_total_of_leaf_steps(shared: bool) -> None:
         check_together([] if fine else [f"{total} steps"])
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 @by_inner
 @pytest.mark.parametrize("saved", [0, 7])
 def test_resumes_bit_for_bit(inner: str, saved: int) -> None:
@@ -257,6 +261,7 @@ def test_a_broken_leaf_never_reaches_the_root() -> None:
     check_together(errors)
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 @by_inner
 @pytest.mark.parametrize("steps", [8, 9])
 def test_a_tree_whose_leaves_all_break_has_diverged(inner: str, steps: int) -> None:
@@ -313,12 +318,14 @@ def test_the_newest_message_is_taken() -> None:
     check_together(errors)
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 def test_a_sender_backs_off_and_comes_back() -> None:
     """A message left out now and then changes nothing; many in a row do, and once they get through it is over."""
     free = [True, False, True, False, False, True] + 9 * [False] + 3 * [True]
     assert strides(free) == 6 * [1] + [1, 1, 2, 2, 2, 4, 4, 4, 8] + [4, 2, 1]
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 def test_a_state_of_another_tree_is_refused() -> None:
     with running(TanhNet(), SGD, SCHEMES[0], order="lock-step") as run:
         run.center()

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mpilsgd import EASGD, LSGD, AllreduceSGD, Downpour, LocalSGD, Topology
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.ranks(1, 2, 3)]
 
 SGD = Local(lr=0.05, weight_decay=0.02)
 NESTEROV = Local("msgd", lr=0.05, momentum=0.7, nesterov=True, weight_decay=0.02)

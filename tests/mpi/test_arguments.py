@@ -14,7 +14,7 @@ from simulation import Local
 
 from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, EASGDTree, LocalSGD, Topology
 
-pytestmark = [pytest.mark.mpi, pytest.mark.brief(1, 2)]
+pytestmark = [pytest.mark.mpi, pytest.mark.ranks(1, 2, 3), pytest.mark.brief(1, 2)]
 
 ASYNCHRONOUS: dict[str, Any] = {"asynchronous": True}
 METHODS = (AllreduceSGD, LocalSGD, LSGD, EASGD, Downpour, ADMM)

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torch.testing._internal.common_optimizers import optim_db
 
-pytestmark = [pytest.mark.mpi, pytest.mark.brief()]
+pytestmark = [pytest.mark.mpi, pytest.mark.ranks(2), pytest.mark.brief()]
 STEPS = 6
 
 
@@ -67,9 +67,15 @@ def trained(info: Any, settings: dict[str, Any], wrap: Callable[[Any], Any]) -> 
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["windows", "messages"])
-@pytest.mark.parametrize("method", [LocalSGD, LSGD, EASGD])
-def test_torch_s_own_table(method: Any, shared: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """Equal to torch alone, or refused with the reason when it is wrapped."""
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(LocalSGD, {}), (LSGD, {}), (EASGD, {"moving_rate": 0.0})],
+    ids=["LocalSGD", "LSGD", "EASGD"],
+)
+def test_torch_s_own_table(
+    method: Any, options: dict[str, Any], shared: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal to torch alone, or refused with the reason when it is wrapped. (EASGD's centre lags behind, and pulls.)"""
     topo = Topology(shared=shared)
     equal, refused, errors = 0, [], []
     for info in optim_db:
@@ -79,7 +85,9 @@ def test_torch_s_own_table(method: Any, shared: bool, capsys: pytest.CaptureFixt
                 warnings.simplefilter("ignore")  # torch's about its own settings
                 expected = trained(info, setting.kwargs, lambda inner: inner)
                 try:
-                    found = trained(info, setting.kwargs, lambda inner: method(inner, topo, period=2))
+                    found = trained(
+                        info, setting.kwargs, lambda inner: method(inner, topo, period=2, **options)
+                    )
                 except ValueError as refusal:
                     refused.append(f"{label}: {refusal}")
                     continue

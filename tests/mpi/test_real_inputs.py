@@ -24,7 +24,7 @@ from torch.nn.functional import mse_loss
 from mpilsgd import ADMM, EASGD, LSGD, MSGD, AllreduceSGD, Downpour, EASGDTree, LocalSGD, Topology
 from mpilsgd.methods import Diverged
 
-pytestmark = [pytest.mark.mpi, pytest.mark.brief(1, 2)]
+pytestmark = [pytest.mark.mpi, pytest.mark.ranks(1, 2, 3), pytest.mark.brief(1, 2)]
 
 METHODS: dict[str, Callable[..., Any]] = {
     "AllreduceSGD": AllreduceSGD,
@@ -463,7 +463,7 @@ def held_by_this_process() -> tuple[int, int, float]:
 
 
 @several
-@pytest.mark.brief(2)
+@pytest.mark.ranks(2)
 @pytest.mark.parametrize("kind", ["plain", "cycles", "refused", "own topologies", "asynchronous"])
 def test_trials_that_are_never_closed(kind: str) -> None:
     """A search in one job: what goes out of scope is freed, with its windows and communicators."""

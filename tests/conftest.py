@@ -20,6 +20,7 @@ RUN = os.environ.get("MPILSGD_TEST_RUN", "")  # the run's name, as tally.py prin
 RECORD = os.environ.get("MPILSGD_TEST_RECORD")  # the folder of the outcomes
 RANKS = int(os.environ.get("MPILSGD_TEST_RANKS", "0"))  # the world's size, 0 for any
 NODES = int(os.environ.get("MPILSGD_TEST_NODES", "0"))  # shared-memory nodes there have to be, 0 for any
+ALL = os.environ.get("MPILSGD_TEST_ALL", "") == "1"  # also what the marker `brief` leaves out
 SECONDS = float(os.environ.get("MPILSGD_TEST_SECONDS", "240"))  # the longest one test may take
 SLOW = 15  # times as long for a test marked slow
 
@@ -110,6 +111,8 @@ def write(descriptor: int, text: str) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
     rank, label = 0, RUN or "pytest"
     with_mpi = bool(config.getoption("--with-mpi", False))
     if with_mpi:
@@ -158,21 +161,50 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out, instead of skipping, the tests that want more ranks: another run has to have them."""
-    if not config.getoption("--with-mpi", False):
-        return
-    from mpi4py import MPI
+    """Leaves out, instead of skipping, what this run need not have: tally.py sees to it that another has it."""
+    rank, size = 0, 1
+    if config.getoption("--with-mpi", False):
+        from mpi4py import MPI
 
-    def wanted(item: pytest.Item) -> int:
-        return max((mark.kwargs.get("min_size") or 1 for mark in item.iter_markers("mpi")), default=1)
+        rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+    reasons = {item: why for item in items if (why := left_out(item, size))}
+    if reasons:
+        config.hook.pytest_deselected(items=list(reasons))
+        if RECORD and rank == 0:
+            for item, why in reasons.items():
+                append(Path(RECORD, f"{RUN}.0.jsonl"), item.nodeid, "left out", why)
+        items[:] = [item for item in items if item not in reasons]
 
-    small = [item for item in items if wanted(item) > MPI.COMM_WORLD.size]
-    if small:
-        config.hook.pytest_deselected(items=small)
-        if RECORD and MPI.COMM_WORLD.rank == 0:
-            for item in small:
-                append(Path(RECORD, f"{RUN}.0.jsonl"), item.nodeid, "left out", f"needs {wanted(item)} ranks")
-        items[:] = [item for item in items if item not in small]
+
+def left_out(item: pytest.Item, size: int) -> str:
+    """Why the markers leave this test out at so many ranks; else nothing. See MARKERS."""
+    if "gpu" in item.keywords and not gpu():
+        return "needs a GPU"
+    least = max((mark.kwargs.get("min_size") or 1 for mark in item.iter_markers("mpi")), default=1)
+    if least > size:
+        return f"needs {least} ranks"
+    for mark in item.iter_markers("ranks"):
+        if size not in mark.args:
+            return f"needs {' or '.join(map(str, mark.args))} ranks"
+    for mark in item.iter_markers("brief"):
+        layout = f"{size}x{NODES}" if NODES > 1 else str(size)
+        if not ALL and layout not in map(str, mark.args):
+            return ONLY_ALL if not mark.args else f"needs {' or '.join(map(str, mark.args))} ranks"
+    return ""
+
+
+def gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+ONLY_ALL = "in bash tests/run.sh --all"
+MARKERS = (
+    "gpu: on a CUDA device; left out where there is none",
+    "ranks(n, ...): only at these numbers of ranks",
+    "brief(n, ...): without --all only at so many ranks (2), or ranks and nodes ('4x2'); none given: with --all only",
+)
 
 
 @pytest.hookimpl(trylast=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import asynchronous_simulation
 import numpy as np
 import simulation
 import torch
@@ -68,6 +69,7 @@ def chosen() -> list[Layout]:
 
 
 MOST = chosen()
+MESSAGES = next(layout for layout in LAYOUTS if not layout.shared)
 FEW = LAYOUTS[:1] + [
     layout for layout in MOST[-2:] if layout != LAYOUTS[0]
 ]  # a group a node, and one with smaller groups both ways
@@ -75,7 +77,7 @@ FEW = LAYOUTS[:1] + [
 
 @dataclass(frozen=True)
 class Case:
-    """A method with its arguments."""
+    """A method with its arguments; asynchronous ones in turns (round-robin) have an oracle, too."""
 
     method: type[mpilsgd.AllreduceSGD] | Any
     options: dict[str, Any] = field(default_factory=dict)
@@ -84,14 +86,25 @@ class Case:
     def __str__(self) -> str:
         return f"{self.method.__name__}{'-' + self.name if self.name else ''}"
 
+    @property
+    def asynchronous(self) -> Any:
+        return self.options.get("asynchronous", self.method is mpilsgd.Downpour)
+
     def simulate(self, problem: Problem, local: Local, layout: Layout, **options: Any) -> Simulation:
-        own = {name: value for name, value in self.options.items() if name not in ("average", "overlap")}
+        name, source = self.method.__name__, simulation
+        own = {k: v for k, v in self.options.items() if k not in ("order", "asynchronous")}
         if self.method is mpilsgd.LSGD:
             own["groups"] = layout.groups
+            if self.asynchronous == "wait-free":
+                name, source = "WaitFreeLSGD", asynchronous_simulation
+        elif self.method in (mpilsgd.Downpour, mpilsgd.ADMM) or self.asynchronous:
+            source = asynchronous_simulation
+            if self.method is mpilsgd.Downpour:
+                own["asynchronous"] = self.asynchronous
+        else:  # what changes how it is done, or only what the centre is
+            own = {k: v for k, v in own.items() if k not in ("average", "overlap")}
         workers = sum(len(group) for group in layout.groups)
-        made: Simulation = getattr(simulation, self.method.__name__)(
-            problem, workers, local, **own, **options
-        )
+        made: Simulation = getattr(source, name)(problem, workers, local, **own, **options)
         return made
 
 
@@ -103,6 +116,20 @@ def optimizer(local: Local, parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         parameters, lr=rate, momentum=local.momentum, nesterov=local.nesterov, weight_decay=local.weight_decay
     )
+
+
+def topology(layout: Layout, comm: MPI.Comm) -> tuple[mpilsgd.Topology, bool]:
+    """Made once a layout and kept, as it takes as long as a short run; and whether it is the caller's to free."""
+    key = layout.group_size, layout.shared, comm == WORLD
+    if key not in TOPOLOGIES or comm not in (WORLD, MPI.COMM_SELF):
+        made = mpilsgd.Topology(comm, group_size=layout.group_size, shared=layout.shared)
+        if comm not in (WORLD, MPI.COMM_SELF):
+            return made, True
+        TOPOLOGIES[key] = made
+    return TOPOLOGIES[key], False
+
+
+TOPOLOGIES: dict[tuple[int | None, bool, bool], mpilsgd.Topology] = {}
 
 
 class Run:
@@ -117,15 +144,17 @@ class Run:
         *,
         same: bool = True,
         dtype: torch.dtype = torch.float64,
+        device: str = "cpu",
         losses: Callable[[int, int], float] | None = None,
         comm: MPI.Comm = WORLD,
+        topo: mpilsgd.Topology | None = None,
         **options: Any,
     ):
-        self.topo = mpilsgd.Topology(comm, group_size=layout.group_size, shared=layout.shared)
+        self.topo, self.owned = (topo, False) if topo else topology(layout, comm)
         self.rank, self.size = self.topo.world.rank, self.topo.world.size
         self.problem, self.losses, self.t = problem, losses, 0
         # Every rank starts elsewhere; init="same" has to bring them to rank 0's start.
-        self.model = problem.build(dtype, problem.start(self.rank))
+        self.model = problem.build(dtype, problem.start(self.rank)).to(device)
         self.inner = optimizer(local, self.model.parameters())
         self.opt: Any = case.method(
             self.inner, self.topo, **{**case.options, **options}, init="same" if same else "different"
@@ -165,7 +194,8 @@ class Run:
 
     def close(self) -> None:
         self.opt.close()
-        self.topo.free()
+        if self.owned:
+            self.topo.free()
 
 
 @contextlib.contextmanager

@@ -109,8 +109,8 @@ class Regression(Problem):
         return inputs[index], targets[index]
 
     def loss(self, model: torch.nn.Module, worker: int, step: int) -> torch.Tensor:
-        dtype = next(model.parameters()).dtype
-        inputs, targets = (torch.from_numpy(array).to(dtype) for array in self.batch(worker, step))
+        like = next(model.parameters())
+        inputs, targets = (torch.from_numpy(array).to(like) for array in self.batch(worker, step))
         return 0.5 * (model(inputs) - targets).square().sum() / len(inputs)
 
     def pieces(self, x: Vector) -> Arrays:

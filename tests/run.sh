@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the tests:  bash tests/run.sh [unit] [mpi] [cluster] [--slow NAME] [-- PYTEST OPTIONS]
+# Sets everything up and runs the tests:  bash tests/run.sh [unit] [mpi] [cluster] [--all] [--slow NAME] [-- PYTEST OPTIONS]
 #
 #   unit          the tests of one process
 #   mpi           the tests of several ranks: 1, 2, 3 and 4, on one node and on emulated ones (MPICH), and once more on
-#                 a second MPI where one can be had; trees at 5, 7, 13 and 21
+#                 a second MPI where one can be had; trees at 5 and 7
 #   cluster       MPICH on several hosts with TCP between them (needs root, iproute2 and util-linux), and batch jobs on a
 #                 Slurm that is started for them (needs root, slurm-wlm and munge)
+#   --all         also what is left out for time, as it says little that is new: the tests that are marked `brief`, at
+#                 all numbers of ranks; whole jobs at 3 and 4 ranks; trees of 13 and 21; 4 ranks on the second MPI
 #   --slow NAME   instead of these, the long tests whose name contains NAME (as pytest's -k), at MPILSGD_RANKS (4) ranks
 #
 # The last line is "N passed, N failed, N skipped" over all runs; the status is not 0 if any test failed, hung, died or
@@ -17,10 +19,11 @@ usage() {
   exit "$1"
 }
 
-parts=() slow="" options=()
+parts=() slow="" all="" options=()
 while (($#)); do
   case $1 in
     unit | mpi | cluster) parts+=("$1") ;;
+    --all) all=1 ;;
     --slow)
       [[ $# -ge 2 ]] || usage 2 >&2
       slow=$2
@@ -59,7 +62,7 @@ trap 'exit 130' INT TERM
 record=$scratch/record
 mkdir "$record"
 
-export OMP_NUM_THREADS=1 MPILSGD_TEST_RECORD=$record MPILSGD_MPIEXEC=$MPIEXEC
+export OMP_NUM_THREADS=1 MPILSGD_TEST_RECORD=$record MPILSGD_MPIEXEC=$MPIEXEC MPILSGD_TEST_ALL=$all
 select_tests=(-m "not slow")
 [[ -t 1 ]] || select_tests+=(--color=no) # Open MPI's ranks always see a terminal
 [[ -z $slow ]] || select_tests+=(-m slow -k "$slow")
@@ -86,7 +89,7 @@ mpi() { # mpi NAME RANKS [NODES]
   for one in $without; do ignored+=("--ignore-glob=*/test_$one*"); done
   export MPILSGD_TEST_RANKS=$2 MPILSGD_TEST_NODES=${3:-0}
   run "$1" run_ranks "$2" "$PY" -m mpi4py -m pytest --with-mpi -x -q --no-summary -p no:cacheprovider \
-    "${select_tests[@]}" ${ignored[@]+"${ignored[@]}"} ${options[@]+"${options[@]}"} "$paths"
+    "${select_tests[@]}" ${ignored[@]+"${ignored[@]}"} ${options[@]+"${options[@]}"} $paths
 }
 
 cliques() { # cliques RANKS NODES: MPICH makes blocks of the ranks take each other for other nodes
@@ -102,7 +105,7 @@ all_ranks() { # all_ranks COUNT...
 
 trees() { # the larger ones; those of 13 and 21 ranks in lock-step only
   paths=tests/mpi/test_tree.py all_ranks 5 7
-  paths=tests/mpi/test_tree.py::test_lock_step_equals_the_oracle all_ranks 13 21
+  [[ -z $all ]] || paths=tests/mpi/test_tree.py::test_lock_step_equals_the_oracle all_ranks 13 21
 }
 
 cluster() {
@@ -113,7 +116,8 @@ cluster() {
 # What a run leaves out for time: the tests of jobs, asynchrony and life cycles need not run on every layout.
 emulated_nodes() {
   without="train asynchronous" cliques 3 2
-  without="" paths=tests/mpi/test_tree.py cliques 3 3 # one rank a node is also what every run does by messages
+  # one rank a node is also what every run does by messages
+  [[ -z $all ]] || without="" paths=tests/mpi/test_tree.py cliques 3 3
   without="train life_cycle" cliques 4 2
 }
 without="" paths=tests/mpi
@@ -134,7 +138,8 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
   cat "$scratch/alone"
   all_ranks 2
   without="train asynchronous life_cycle" all_ranks 3
-  all_ranks 4
+  jobs="train_asynchronous train_signals" # with more ranks than cores they take their time
+  without=$([[ -n $all ]] || echo "$jobs") all_ranks 4
   trees
   [[ $MPI != MPICH ]] || emulated_nodes
   other=MPICH
@@ -143,7 +148,11 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
     say "now $MPI, started by $MPIEXEC"
     export MPILSGD_MPIEXEC=$MPIEXEC
     all_ranks 2
-    without="train asynchronous life_cycle" all_ranks 4
+    if [[ -n $all ]]; then
+      without="train asynchronous life_cycle" all_ranks 4
+    else
+      paths="tests/mpi/test_onesided.py tests/mpi/test_tree.py" all_ranks 3
+    fi
     [[ $MPI != MPICH ]] || emulated_nodes
   else
     say "$other: none here and none to be had, so not tested"

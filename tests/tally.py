@@ -16,6 +16,7 @@ from pathlib import Path
 # The only reasons for which a test may be skipped, as regular expressions searched in pytest's reason. What
 # the machine lacks no run can have; another layout of the ranks some run has to have.
 MACHINE = r"needs a GPU|needs (\d+|several) GPUs|needs a machine without GPU|needs root|this CPU has no "
+ONLY_ALL = r"in bash tests/run.sh --all"
 LAYOUT = r"needs (exactly |at least )?\d+ (ranks|nodes)|needs one node|needs several nodes"
 
 ORDER = ("left out", "skipped", "passed", "failed")  # over the ranks of one run, the last of these counts
@@ -46,7 +47,11 @@ def main(folder: Path) -> int:
     # Parameters that depend on the number of ranks: the function has to have run with some of them.
     ran |= {function(test) for test in ran}
     never = {test: reason for test, reason in never.items() if test not in ran and function(test) not in ran}
-    failures += [f"{test}: ran nowhere: {why}" for test, why in never.items() if not re.search(MACHINE, why)]
+    failures += [
+        f"{test}: ran nowhere: {why}"
+        for test, why in never.items()
+        if not re.search(f"{MACHINE}|{ONLY_ALL}", why)
+    ]
     for reason, count in Counter(never.values()).most_common():
         print(f"ran nowhere: {count}, {reason}")
     if not total["passed"] and not failures:

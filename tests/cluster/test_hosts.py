@@ -14,7 +14,7 @@ pytestmark = needs_hosts
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("hosts", [2, 3])
+@pytest.mark.parametrize("hosts", [pytest.param(2, marks=pytest.mark.brief()), 3])
 def test_one_copy_a_host_crosses(hosts: int) -> None:
     """Bytes on the interfaces a round, and those counted, against the theory: nothing for the second rank of a host."""
     with emulated_hosts(hosts) as run:
@@ -32,7 +32,7 @@ def test_one_copy_a_host_crosses(hosts: int) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        "--method LSGD --period 8",
+        pytest.param("--method LSGD --period 8", marks=pytest.mark.brief()),  # as on Slurm's nodes
         "--method EASGD --asynchronous true --period 4",
         "--method EASGDTree --period 2 --degree 2",
     ],

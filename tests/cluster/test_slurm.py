@@ -146,6 +146,7 @@ def test_a_rank_that_leaves_late_does_not_hide_the_status(slurm: None, tmp_path:
     assert wait_for(job, ENDED)["ExitCode"] == "75:0", log.read_text()
 
 
+@pytest.mark.brief()
 def test_without_requeueing_the_status_is_75(slurm: None, tmp_path: Path) -> None:
     """Another job then goes on with the run."""
     log, run = tmp_path / "log", tmp_path / "run"
@@ -179,6 +180,7 @@ def test_a_sweep_gives_one_report(slurm: None, tmp_path: Path) -> None:
     assert "task 4 of the array, but 2 rates and 2 pulls make 4 pairs" in logs
 
 
+@pytest.mark.brief()
 def test_scaling_gives_a_table_and_one_report(slurm: None, tmp_path: Path) -> None:
     log, output = tmp_path / "log", tmp_path / "scaling"
     export = f"--export=ALL,STEPS=20,OUTPUT={output}"

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from harness import WORLD, check_together, distance
+from internals import small_pieces
 from mpi4py import MPI
 from problems import TanhNet, flatten, state_of
 
 from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, EASGDTree, LocalSGD, Topology
-from mpilsgd.comm import channel as fabric
 
-pytestmark = [pytest.mark.mpi(min_size=2)]
+pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.brief(2, "3x2", "4x2")]
 
 NODE = WORLD.Split_type(MPI.COMM_TYPE_SHARED)
 ALONE = WORLD.allreduce(NODE.size, MPI.MAX) == 1
@@ -71,8 +71,7 @@ def test_pieces_change_nothing(
 ) -> None:
     """A vector that comes in many parts, each of many messages, and is used part by part: the same bits."""
     whole = [trained(method, options, across, shared=shared)[0] for shared in (True, False)]
-    for name, nbytes in {"_CHUNK": 256, "_PIECE": 64, "_SMALLEST": 16}.items():
-        monkeypatch.setattr(fabric, name, nbytes)
+    small_pieces(monkeypatch)
     pieces = [trained(method, options, across, shared=shared)[0] for shared in (True, False)]
     same = [np.array_equal(*pair) for pair in zip(whole, pieces, strict=True)]
     check_together([] if all(same) else [f"shared, messages: equal {same}"])
@@ -95,44 +94,40 @@ def test_half_the_bytes_and_a_small_error(method: Any, options: dict[str, Any], 
 
 
 def test_what_is_rounded_away_comes_back() -> None:
-    """EASGD, asynchronous: sum of x, centre and residuals stays as it was, in bfloat16."""
+    """EASGD, asynchronous, in bfloat16: the sum of x and centre stays as it was but for what is still to be sent.
+
+    Less what the workers' own steps add. 300 roundings would add up to some ten times as much as the last one of each.
+    """
     topology = Topology(shared=False, across_dtype="bfloat16")
     random = torch.Generator().manual_seed(WORLD.rank)
     parameter = torch.nn.Parameter(torch.randn(1000, generator=random))
-    start = parameter.detach().double().clone()
     opt = EASGD(
         torch.optim.SGD([parameter], lr=0.1),
         topology,
         period=1,
-        center_rate=0.8,
+        center_rate=0.5 * WORLD.size,
+        moving_rate=0.5,
         asynchronous=True,
         init="different",
     )
-    shards = opt.r._shards
-    assert shards is not None
 
     def total() -> np.ndarray:
-        WORLD.Barrier()
-        own = opt.x[torch.float32].mine.double().numpy().copy()
-        for (_, d, k), residual in shards.residuals.items():
-            a, b = shards._spans[k][d]
-            own[a:b] += residual.double().numpy()
-        centre = np.zeros_like(own)
-        a, b = shards.span(torch.float32)
-        centre[a:b] = shards.own["c"][torch.float32].mine.double().numpy()
-        return np.sum(WORLD.allgather(own + centre), 0)
+        own = parameter.detach().double().numpy().copy()
+        with opt.center():
+            centre = parameter.detach().double().numpy().copy()
+        return np.sum(WORLD.allgather(own), 0) + centre
 
     before = total()
+    moved = np.zeros_like(before)
     for _ in range(300):
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.randn(1000, generator=random)
+        moved -= 0.1 * parameter.grad.double().numpy()
         opt.step(loss=1.0)
-    gap = float(np.abs(total() - before).max())
-    moved = float((parameter.detach().double() - start).abs().max())
+    gap = np.abs(total() - before - np.sum(WORLD.allgather(moved), 0))
     opt.close()
     topology.free()
-    check_together(
-        [] if gap < 1e-4 and moved > 0.1 else [f"the sum moved by {gap:.1e}, the workers by {moved:.1e}"]
-    )
+    largest, mean = float(gap.max()), float(gap.mean())
+    check_together([f"the sum moved by {largest:.1e}, on average by {mean:.1e}"] if mean > 0.008 else [])
 
 
 @pytest.mark.parametrize("across", ["float32", "int8", torch.float64, 16])

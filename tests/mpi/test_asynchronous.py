@@ -1,103 +1,59 @@
-"""The asynchronous methods in round-robin order, against the oracle, and saved and resumed."""
+"""The asynchronous methods: staleness in turns; in free order what no order may change; recorded and replayed."""
 
 from __future__ import annotations
 
-import io
+import json
 import time
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from asynchronous_cases import (
-    BY_NAME,
-    CASES,
-    FREE,
-    LOCALS,
-    MESSAGES,
-    MSGD,
-    ONE_EACH,
-    SGD,
-    SOME,
-    by_transport,
-    close,
-    several,
-)
 from harness import (
-    FEW,
     LAYOUTS,
-    TOLERANCE,
     WORLD,
     Case,
     Layout,
+    Run,
     check_together,
-    compare,
-    distance,
     running,
 )
-from problems import Buffered, LeastSquares, Problem, TanhNet
+from method_cases import (
+    BY_NAME,
+    FORMS,
+    MSGD,
+    PULLS,
+    SGD,
+    Vector,
+    by_free,
+    by_free_and_transport,
+    by_layout,
+    by_transport,
+    close,
+    free,
+    one_rank,
+    refused,
+    several,
+    work,
+)
+from mpi4py import MPI
+from problems import LeastSquares, Quadratic, TanhNet
 from simulation import Local
 
-from mpilsgd import ADMM, LSGD, Downpour, LocalSGD
+from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, LocalSGD
 
 pytestmark = pytest.mark.mpi
 
-# Round-robin order: the oracle's numbers
+# In turns
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_oracle(case: Case) -> None:
-    """Convex and not, both precisions, both ways to start; the centre in mid-period and at the end."""
-    errors: list[str] = []
-    runs: list[tuple[Problem, torch.dtype, bool, Layout]] = [(TanhNet(), torch.float64, False, FEW[0])]
-    if case in SOME:
-        runs.append((LeastSquares(), torch.float64, True, FEW[-1]))
-        runs.append((TanhNet(), torch.float32, True, FEW[1]))
-    for problem, dtype, same, layout in runs:
-        label = f"{type(problem).__name__} {dtype} {'same' if same else 'different'} start, {layout}"
-        with running(case, problem, SGD, layout, same=same, dtype=dtype) as run:
-            errors += compare(run, case.simulate(problem, SGD, layout, same=same), 7, TOLERANCE[dtype], label)
-    check_together(errors)
-
-
-@pytest.mark.parametrize("name", LOCALS)
-@pytest.mark.parametrize("case", ONE_EACH, ids=str)
-def test_local_optimizers(case: Case, name: str) -> None:
-    """Momentum is the worker's own; of MSGD the iterate is exchanged, not the look-ahead."""
-    with running(case, TanhNet(), LOCALS[name], LAYOUTS[0], same=False) as run:
-        simulated = case.simulate(TanhNet(), LOCALS[name], LAYOUTS[0], same=False)
-        errors = compare(run, simulated, 7, 1e-12)
-    check_together(errors)
-
-
-@pytest.mark.parametrize("case", SOME, ids=str)
-def test_float_buffers_follow_the_exchange(case: Case) -> None:
-    """Not those of parameters that are added up or have multipliers: see the oracle's `statistics`."""
-    more = {"statistics": 3} if case.method in (Downpour, ADMM) else {}
-    layout = FEW[0] if case in ONE_EACH else MESSAGES
-    with running(case, Buffered(), Local(lr=0.05), layout) as run:
-        errors = compare(run, case.simulate(Buffered(), Local(lr=0.05), layout, **more), 7, 1e-12)
-    check_together(errors)
-
-
-@pytest.mark.parametrize("case", ONE_EACH, ids=str)
-def test_schedules(case: Case) -> None:
-    """A schedule set on the method reaches the wrapped optimizer (and ADMM's η)."""
-    local = Local(lr=lambda t: 0.05 * 0.5 ** (t // 3))
-    errors: list[str] = []
-    with running(case, TanhNet(), local, LAYOUTS[0]) as run:
-        simulated = case.simulate(TanhNet(), local, LAYOUTS[0])
-        scheduler = torch.optim.lr_scheduler.StepLR(run.opt, step_size=3, gamma=0.5)
-        for t in range(7):
-            run.step()
-            scheduler.step()
-            simulated.step()
-            errors += close(run.x(), simulated.x[run.rank], f"t={t}")
-    check_together(errors)
-
-
+@pytest.mark.brief(1, 2, 3)
 @by_transport
-@pytest.mark.parametrize("case", [case for case in SOME if case.method is not LSGD], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in FORMS if case.asynchronous and case.method is not LSGD], ids=str
+)
 def test_staleness_in_turns(case: Case, layout: Layout) -> None:
     """Between two turns of a worker all others take theirs; before its first, those of lower rank."""
     tau = case.options.get("period", 1)
@@ -111,70 +67,262 @@ def test_staleness_in_turns(case: Case, layout: Layout) -> None:
     check_together(errors)
 
 
+# Free order: what every order has to keep
+
+
+def kick(run: Run, gradient: Vector) -> None:
+    (parameter,) = run.model.parameters()
+    parameter.grad = torch.from_numpy(gradient.copy())
+    run.opt.step(loss=float(run.rank))
+
+
+def conserve(
+    layout: Layout, exchanges: int, rate: float, gradients: bool, size: int = 8, **options: Any
+) -> None:
+    """Σx + c, less what the workers' own steps add, over exchanges of all ranks on a vector of some values.
+
+    At zero gradient the workers soon agree, and then nothing is left to be lost. With α = 1 they never do: x and c
+    change places. Exchanges of a long vector are more often under way at the same time.
+    """
+    each = -(-exchanges // WORLD.size)
+    case = free(EASGD, "", period=1, center_rate=rate * WORLD.size, moving_rate=rate, **options)
+    with running(case, Quadratic(0.0, size=size), Local(lr=0.125), layout, same=False) as run:
+        before = np.sum(WORLD.allgather(run.x()), axis=0) + run.center()
+        # multiples of 1/64, whose sums do not round
+        random = np.random.default_rng([23, run.rank])
+        own = random.integers(-64, 65, size=(each, size)) / 64 if gradients else np.zeros((1, size))
+        for t in range(each):
+            kick(run, own[t % len(own)])
+        moved = np.sum(WORLD.allgather(-0.125 * own.sum(0)), axis=0)
+        after = np.sum(WORLD.allgather(run.x()), axis=0) + run.center()
+        errors = close(after, before + moved, "Σx + c", 1e-12)
+        rounds = sum(run.opt.metrics.staleness.values())
+        errors += [] if rounds == each else [f"{rounds} updates of the centre, not {each}"]
+    check_together(errors)
+
+
+@by_layout
+def test_easgd_conserves_the_sum(layout: Layout) -> None:
+    conserve(layout, 1500, 1.0, False)
+    conserve(layout, 500, 1.0, False, size=50_000)
+
+
+@pytest.mark.brief(1, 2, 3)
+@by_transport
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+def test_easgd_conserves_the_sum_but_for_gradients(overlap: bool, layout: Layout) -> None:
+    conserve(layout, 200, 0.15, True, overlap=overlap)
+
+
+@pytest.mark.slow
+@by_layout
+def test_easgd_conserves_the_sum_over_100000_exchanges(layout: Layout) -> None:
+    conserve(layout, 100_000, 1.0, False)
+
+
+@pytest.mark.brief(1, 2, 3)
+@by_transport
+@pytest.mark.parametrize("period", [1, 3])
+def test_downpour_loses_no_gradient(period: int, layout: Layout) -> None:
+    """c + Σ (x − a) = c₀ − η Σ g over all gradients, also of workers in mid-period and with unequal clocks."""
+    with running(free(Downpour, "", period=period), TanhNet(), Local(lr=0.01), layout, same=False) as run:
+        start = run.center()
+        pauses = np.random.default_rng(run.rank)
+        received, total = run.x(), np.zeros_like(start)
+        for t in range(40 + 7 * run.rank):
+            total += TanhNet().gradient(run.x(), run.rank, t)[1]
+            run.step()
+            if (t + 1) % period == 0:
+                received = run.x()
+            time.sleep(pauses.uniform(0, 5e-4))
+        unpushed = np.sum(WORLD.allgather(run.x() - received), axis=0)
+        expected = start - 0.01 * np.sum(WORLD.allgather(total), axis=0)
+        errors = close(run.center() + unpushed, expected, tolerance=1e-11)
+    check_together(errors)
+
+
+@pytest.mark.brief(1, 2, 3)
+@by_layout
+def test_admm_keeps_its_centre(layout: Layout) -> None:
+    """c is the mean of all x − λ (3.54); each worker's λ follows from its own x alone."""
+    eta, rho = 0.5, 2.0
+    r = eta * rho
+    with running(
+        free(ADMM, "", rho=rho), Quadratic(0.4, optimum=1.0), Local(lr=eta), layout, same=False
+    ) as run:
+        dual = np.zeros_like(run.x())
+        for _ in range(40 + 7 * run.rank):
+            x = run.x()
+            y = x - eta * run.problem.gradient(x, run.rank, 0)[1]
+            run.step()
+            time.sleep(2e-4 * (run.rank % 2))
+            # x' (1 + r) = y + r (λ' + c) and λ' = λ − x + c
+            dual = ((run.x() * (1 + r) - y) / r + dual - x) / 2
+        expected = np.mean(WORLD.allgather(run.x() - dual), axis=0)
+        errors = close(run.center(), expected, tolerance=1e-11)
+    check_together(errors)
+
+
+@pytest.mark.brief(1, 2, 3, "4x2")
+@by_free_and_transport
+def test_the_run_ends_on_the_total_of_steps(case: Case, layout: Layout) -> None:
+    """Not before it is reached, nor much later, with unequal workers; and `reached` stays as it was."""
+    slow = WORLD.size - 1
+    with running(case, TanhNet(), MSGD, layout) as run:
+        for total in (5 * run.size, 15 * run.size):
+            work(run, total, longest=5e-3 if run.rank == slow else 0.0)
+            center = run.center()  # now the ranks may talk
+            taken = WORLD.allreduce(run.t)
+            # Each may be within a step; several islands of several ranks count in batches of so many.
+            ranks = WORLD.allreduce(run.topo.node.size if layout.shared else 1, MPI.MAX)
+            most = total + (3 if 1 < ranks < run.size else 1) * run.size
+            errors = [] if total <= taken < most else [f"{taken} steps for a total of {total}"]
+            errors += [] if run.opt.reached(total) and run.opt.reached(1) else ["reached() took it back"]
+            errors += [] if run.opt.t == run.t else [f"t is {run.opt.t} after {run.t} steps"]
+            errors += [] if all((center == c).all() for c in WORLD.allgather(center)) else ["centres differ"]
+            errors += [] if np.isfinite(center).all() else [f"the centre is {center}"]
+            check_together(errors)
+
+
+@pytest.mark.brief(1, 2, 3)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(AllreduceSGD),
+        Case(LocalSGD),
+        Case(LSGD),
+        Case(EASGD),
+        BY_NAME["EASGD-turns-3"],
+        Case(ADMM, {"rho": 1.0}),
+    ],
+    ids=str,
+)
+def test_reached_where_workers_keep_step(case: Case) -> None:
+    """t p ≥ n, by one's own clock."""
+    with running(case, TanhNet(), SGD, LAYOUTS[0]) as run:
+        answers = [run.opt.reached(3 * run.size)]
+        for _ in range(4):
+            run.step()
+            answers.append(run.opt.reached(3 * run.size))
+        expected = [False, False, False, True, True]
+        errors = [] if answers == expected else [f"{answers}"]
+    check_together(errors)
+
+
+@pytest.mark.brief(1, 2, 3, "4x2")
+@several
+@by_free_and_transport
+def test_a_slow_worker_holds_nobody_up(case: Case, layout: Layout) -> None:
+    """Of methods without rounds, the others finish their steps while one sleeps."""
+    if case.method is LSGD and case.options["asynchronous"] is True:
+        case = free(LSGD, "", period=1000)  # between two rounds
+    with running(case, TanhNet(), SGD, layout) as run:
+        run.run(2)
+        WORLD.Barrier()
+        if run.rank == 0:
+            time.sleep(0.5)
+        else:
+            run.run(6)
+        ends = time.time()
+        wakes = WORLD.bcast(ends)
+        errors = [] if ends <= wakes else [f"done {ends - wakes:.2f} s after rank 0 woke up"]
+        run.run(6 * (run.rank == 0))
+    check_together(errors)
+
+
+@pytest.mark.brief(1, 2, 3, "4x2")
+@by_transport
+def test_rounds_of_leader_sgd_follow_the_total(layout: Layout) -> None:
+    """A round each time the total of steps crosses a multiple of p τ, for all workers the same rounds."""
+    with running(free(LSGD, "", period=3, global_period=6, **PULLS), TanhNet(), SGD, layout) as run:
+        work(run, 30 * run.size, longest=3e-3 * (1 + 2 * run.rank))
+        run.center()
+        total = WORLD.allreduce(run.t)
+        rounds = WORLD.allgather(run.opt.metrics.rounds)
+        errors = [] if len(set(rounds)) == 1 else [f"unequal numbers of rounds {rounds}"]
+        due = total // (3 * run.size)
+        # Crossings that come while a round is still on its way are one with it.
+        errors += (
+            [] if due / 2 <= rounds[0] <= 2 * due else [f"{rounds[0]} rounds in {total} steps, not {due}"]
+        )
+    check_together(errors)
+
+
+@pytest.mark.brief(1, 2, 3)
 @several
 @by_transport
-@pytest.mark.parametrize("case", ONE_EACH, ids=str)
-def test_turns_go_on_without_a_rank_that_rests(case: Case, layout: Layout) -> None:
-    """It has run out of data and waits in center() or close(): its turns are left out."""
-    last = WORLD.size - 1 if layout.shared else 0
-    with running(case, TanhNet(), MSGD, layout) as run:
-        run.run(3 + (4 if run.rank != last else 0))
-        first = run.center()
-        run.run(2 + 2 * (run.rank % 2))
-        second = run.center()
-        errors = [] if all(np.isfinite(v).all() for v in (run.held(), first, second)) else ["not finite"]
-        for mine in (first, second):
-            same = all((mine == other).all() for other in WORLD.allgather(mine))
-            errors += [] if same else ["the centres differ"]
-        run.run(3 * (run.rank == last))
+def test_snapshots_are_whole(layout: Layout) -> None:
+    """Workers whose values are all alike keep them so, who mixed two versions of a leader would not."""
+    case = free(LSGD, "", asynchronous="wait-free", pull=0.3, global_pull=0.2, period=1, global_period=1)
+    random = np.random.default_rng(WORLD.rank)
+    with running(case, Quadratic(0.0, size=50_000), Local(lr=0.1), layout) as run:
+        (parameter,) = run.model.parameters()
+        parameter.data.fill_(float(run.rank))
+        errors = []
+        for t in range(400):
+            parameter.grad = torch.full_like(parameter, random.normal())
+            run.opt.step(loss=random.normal())
+            if parameter.min() != parameter.max():
+                errors.append(f"t={t}: from {parameter.min()} to {parameter.max()}")
+        run.center()
     check_together(errors)
 
 
-# Saving
+# Record and replay
 
 
-SAVED = [
-    *SOME,
-    *(BY_NAME[name] for name in ("Downpour-momentum-running", "Downpour-synchronous-3")),
-    *(BY_NAME[name] for name in ("Downpour-synchronous-momentum", "LSGD-with-step", "LSGD-wait-free-3")),
-]
+def two_parts(run: Run, seed: int) -> list[Vector]:
+    """A run of 10 p steps in all, with pauses and a look at the centre in between; what it came to."""
+    seen = []
+    for total in (4 * run.size, 10 * run.size):
+        work(run, total, seed, longest=4e-3)
+        seen += [run.x(), run.center(), np.array([run.opt.t, run.opt.metrics.rounds])]
+    return seen
 
 
-@pytest.mark.parametrize("case", SAVED, ids=str)
-def test_resume_is_uninterrupted(case: Case) -> None:
-    """Model and method saved in mid-period, loaded into fresh ones by ranks that come late: the same bits."""
-    layout, local = (MESSAGES, SGD) if case in ONE_EACH else (FEW[-1], MSGD)
-    with running(case, TanhNet(), local, layout, same=False) as run:
-        run.run(5)
-        run.center()
-        file = io.BytesIO()
-        torch.save({"model": run.model.state_dict(), "method": run.opt.state_dict()}, file)
+@pytest.mark.brief(1, 2, 3, "4x2")
+@by_transport
+@by_free
+def test_replay_is_the_recorded_run(case: Case, layout: Layout, folder: Path) -> None:
+    """Bit for bit, whoever is slow then: parameters, centre, and everybody's number of steps."""
+    errors: list[str] = []
+    local = MSGD if layout.shared else SGD
+    file = folder / "run.json"
+    with running(case, TanhNet(), local, layout, same=False, record=file) as run:
+        recorded = two_parts(run, 1)
+    with running(case, TanhNet(), local, layout, same=False, replay=file) as run:
+        replayed = two_parts(run, 2)
+    for name, a, b in zip(("x", "centre", "steps") * 2, replayed, recorded, strict=True):
+        errors += [] if (a == b).all() else [f"{name}: {a} in the replay of {b}"]
+    check_together(errors)
+
+
+@pytest.mark.brief(1, 2, 3)
+def test_replays_of_another_run_are_refused(folder: Path) -> None:
+    """Of other settings, another method or model or number of workers, and files that are none."""
+    file, small, text, other = (folder / name for name in ("run", "small", "text", "other"))
+    case = free(EASGD, "", period=2)
+    with running(case, TanhNet(), SGD, LAYOUTS[0], record=file) as run:
+        work(run, 6 * run.size)
+    replay = {"asynchronous": True, "replay": file}
+    refused(EASGD, "period", period=3, **replay)
+    refused(EASGD, "replay", period=2, init="different", **replay)
+    refused(EASGD, "replay", period=2, overlap=True, **replay)
+    refused(Downpour, "replay", period=2, **replay)
+    refused(EASGD, "replay", problem=LeastSquares(), period=2, **replay)
+    if WORLD.size > 1:
+        if WORLD.rank == 0:
+            with running(case, TanhNet(), SGD, one_rank(LAYOUTS[0]), comm=MPI.COMM_SELF, record=small) as run:
+                work(run, 6)
         WORLD.Barrier()
-        run.run(8)
-        x, center = run.x(), run.center()
-    file.seek(0)
-    saved = torch.load(file)
-    with running(case, TanhNet(), local, layout, same=False) as run:
-        run.run(1)  # whatever it did before must not matter
-        run.center()
-        time.sleep(0.02 * run.rank)
-        run.model.load_state_dict(saved["model"])
-        run.opt.load_state_dict(saved["method"])
-        run.t = 5
-        run.run(8)
-        errors = [] if (run.x() == x).all() else [f"x differs by {distance(run.x(), x):.1e}"]
-        again = run.center()
-        errors += [] if (again == center).all() else [f"centre differs by {distance(again, center):.1e}"]
-    check_together(errors)
-
-
-@pytest.mark.parametrize("case", [FREE[0], FREE[3], FREE[5], FREE[7]], ids=str)
-def test_state_of_another_method_is_refused(case: Case) -> None:
-    with running(Case(LocalSGD), TanhNet(), SGD, LAYOUTS[0]) as run:
-        other = run.opt.state_dict()
-    with running(case, TanhNet(), SGD, LAYOUTS[0]) as run:
-        own = run.opt.state_dict()
-        for foreign in ([run.rank], [0]):  # every rank's, or one's: all are told
-            with pytest.raises(ValueError, match="state of"):
-                run.opt.load_state_dict(other if run.rank in foreign else own)
-        check_together([])
+        refused(EASGD, "workers", period=2, asynchronous=True, replay=small)
+    if WORLD.rank == 0:
+        text.write_bytes(b"\x89PNG no recording")
+        other.write_text(json.dumps({"step": 3}))
+    WORLD.Barrier()
+    for wrong in (text, other, folder / "missing", folder):
+        refused(EASGD, "replay", period=2, asynchronous=True, replay=wrong)
+    refused(EASGD, "record", period=2, asynchronous=True, record=folder / "no such folder" / "run")
+    refused(EASGD, "record|replay", period=2, record=folder / "x", **replay)
+    with running(case, TanhNet(), SGD, LAYOUTS[0], replay=file) as run:  # and the right one is not
+        work(run, 6 * run.size)

@@ -1,23 +1,20 @@
-"""What every method has to live through: saving, its centre, broken workers, uneven data, wrong arguments."""
+"""What synchronous methods live through: broken workers by the papers' equations, BatchNorm, models that differ."""
 
 from __future__ import annotations
 
 import copy
-import io
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from harness import FEW, LAYOUTS, WORLD, Case, Layout, Run, check_together, distance, running
+from harness import FEW, WORLD, Case, Layout, Run, check_together, distance, running
 from numpy.typing import NDArray
-from problems import Buffered, LeastSquares, Quadratic, TanhNet, fill
+from problems import LeastSquares, Quadratic, TanhNet, fill
 from simulation import Local
 
-import mpilsgd
 from mpilsgd import EASGD, LSGD, AllreduceSGD, LocalSGD, Topology
 
 pytestmark = pytest.mark.mpi
@@ -42,76 +39,6 @@ LOCALS = {
 by_method = pytest.mark.parametrize("case", METHODS, ids=str)
 by_layout = pytest.mark.parametrize("layout", FEW, ids=str)
 by_local = pytest.mark.parametrize("name", ["momentum", "MSGD"])
-
-
-@by_local
-@by_method
-def test_resume_is_uninterrupted(case: Case, name: str) -> None:
-    """Model and method saved to a file in mid-period, loaded into fresh ones: the same bits from there on."""
-    errors: list[str] = []
-    for layout in FEW[:1] if name == "MSGD" else FEW[-1:]:
-        with running(case, Buffered(), LOCALS[name], layout, same=False) as run:
-            run.run(5)
-            file = io.BytesIO()
-            torch.save({"model": run.model.state_dict(), "method": run.opt.state_dict()}, file)
-            run.run(8)
-            x, center = run.x(), run.center()
-        file.seek(0)
-        saved = torch.load(file)
-        with running(case, Buffered(), LOCALS[name], layout, same=False) as run:
-            run.run(1)  # whatever it did before must not matter
-            run.model.load_state_dict(saved["model"])
-            run.opt.load_state_dict(saved["method"])
-            run.t = 5
-            run.run(8)
-            errors += [] if (run.x() == x).all() else [f"{layout}: x differs by {distance(run.x(), x):.1e}"]
-            again = run.center()
-            errors += (
-                []
-                if (again == center).all()
-                else [f"{layout}: centre differs by {distance(again, center):.1e}"]
-            )
-    check_together(errors)
-
-
-@by_method
-def test_a_state_in_another_memory_format_is_refused(case: Case) -> None:
-    """What a method keeps lies in vectors: taken up in another order it would be nonsense."""
-    formats = (torch.contiguous_format, torch.channels_last)
-    models = [torch.nn.Conv2d(2, 3, 3).to(memory_format=f) for f in formats]
-    saved = []
-    for model in models:
-        opt: Any = case.method(torch.optim.SGD(model.parameters(), lr=0.1), **case.options)
-        saved.append(opt.state_dict())
-        with pytest.raises(ValueError, match="the state of other parameters") if saved[1:] else nullcontext():
-            opt.load_state_dict(saved[0])
-        opt.load_state_dict(saved[-1])
-        opt.close()
-
-
-@by_layout
-@by_method
-def test_center_comes_and_goes(case: Case, layout: Layout) -> None:
-    """Inside, every rank holds the same centre; afterwards, and in the run that follows, nothing has changed."""
-    with running(case, Buffered(), LOCALS["MSGD"], layout, same=False) as run:
-        run.run(7)
-        x = run.x()
-    with running(case, Buffered(), LOCALS["MSGD"], layout, same=False) as run:
-        run.run(4)
-        held, first = run.held(), run.center()
-        errors = [] if (run.held() == held).all() else ["the model changed"]
-        errors += [] if (run.center() == first).all() else ["a second look differs"]
-        errors += (
-            [] if all((first == other).all() for other in WORLD.allgather(first)) else ["the ranks differ"]
-        )
-        try:
-            with run.opt.center():
-                raise KeyError("in the user's evaluation")
-        except KeyError:
-            errors += [] if (run.held() == held).all() else ["the model changed with an exception"]
-        run.run(3)
-        errors += [] if (run.x() == x).all() else ["the run went on otherwise"]
-    check_together(errors)
 
 
 @by_layout
@@ -184,6 +111,7 @@ def without(
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.brief(2, 3, 4, "3x2")
 @pytest.mark.parametrize("bad", [0, 1])
 @pytest.mark.parametrize("case", NAN_CASES, ids=str)
 def test_a_broken_worker_is_set_back(case: Case, bad: int) -> None:
@@ -222,6 +150,7 @@ def test_a_broken_worker_is_set_back(case: Case, bad: int) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.brief(2, 3)
 @by_local
 @pytest.mark.parametrize("case", NAN_CASES[1:], ids=str)
 def test_a_broken_gradient(case: Case, name: str) -> None:
@@ -256,38 +185,6 @@ def test_a_broken_gradient(case: Case, name: str) -> None:
     check_together(errors)
 
 
-@pytest.mark.parametrize("case", NAN_CASES, ids=str)
-def test_all_broken_ends_on_every_rank(case: Case) -> None:
-    for layout in FEW[:2]:
-        with running(case, Quadratic(0.5), Local(lr=0.1), layout, same=False) as run:
-            run.run(2)
-            break_down(run, "all")
-            with pytest.raises(RuntimeError):
-                for _ in range(2):
-                    run.still(math.nan)
-        check_together([])
-
-
-@pytest.mark.mpi(min_size=2)
-@by_layout
-@by_method
-def test_a_rank_runs_out_of_data(case: Case, layout: Layout) -> None:
-    """It takes part in the others' rounds from center() or close(), and nothing hangs."""
-    for last in (WORLD.size - 1, 0):
-        with running(case, TanhNet(), LOCALS["MSGD"], layout) as run:
-            run.run(3 + (4 if run.rank != last else 0))
-            first = run.center()
-            run.run(2 + 2 * (run.rank % 2))
-            second = run.center()  # all are there again: now the ranks may talk
-            errors = [] if all(np.isfinite(v).all() for v in (run.held(), first, second)) else ["not finite"]
-            for mine in (first, second):
-                errors += (
-                    [] if all((mine == v).all() for v in WORLD.allgather(mine)) else ["the centres differ"]
-                )
-            run.run(3 * (run.rank == last))  # and then straight into close()
-        check_together(errors)
-
-
 def batch_norm_run(case: Case, buffers: str) -> tuple[Any, Any, list[torch.Tensor]]:
     topo = Topology()
     torch.manual_seed(topo.world.rank)
@@ -304,6 +201,7 @@ def batch_norm_run(case: Case, buffers: str) -> tuple[Any, Any, list[torch.Tenso
     return topo, (model, opt), seen
 
 
+@pytest.mark.brief(1, 2)
 @by_method
 def test_batch_norm_kept(case: Case) -> None:
     """buffers="keep": the statistics are the worker's own, as if it were alone."""
@@ -317,6 +215,7 @@ def test_batch_norm_kept(case: Case) -> None:
     topo.free()
 
 
+@pytest.mark.brief(1, 2)
 @by_method
 def test_batch_norm_recalibrated(case: Case) -> None:
     """buffers="recalibrate": in center(batches) the statistics are those of the batches, then the old ones again."""
@@ -335,6 +234,7 @@ def test_batch_norm_recalibrated(case: Case) -> None:
     topo.free()
 
 
+@pytest.mark.brief(1, 2)
 @by_method
 def test_batch_norm_averaged(case: Case) -> None:
     """buffers="average": at the centre all ranks have the same finite statistics, variances positive."""
@@ -366,6 +266,7 @@ def linear(inputs: int, outputs: int, *more: torch.nn.Module) -> torch.nn.Module
     ids=["inputs", "outputs", "count", "dtype", "buffers", "shapes"],
 )
 @pytest.mark.parametrize("case", [METHODS[0], METHODS[1], METHODS[3], METHODS[6]], ids=str)
+@pytest.mark.brief(2, 3)
 @pytest.mark.mpi(min_size=2)
 def test_models_that_differ_are_refused(case: Case, other: Callable[[], torch.nn.Module]) -> None:
     """Everywhere, before anything is exchanged; and a topology goes on working after it."""
@@ -378,75 +279,3 @@ def test_models_that_differ_are_refused(case: Case, other: Callable[[], torch.nn
         opt = case.method(torch.optim.SGD(good.parameters(), lr=0.1), topo, **case.options)
         opt.close()
         topo.free()
-
-
-WRONG: list[tuple[Any, dict[str, Any]]] = [
-    *((LSGD, {"pull": value}) for value in (1.5, -0.1, math.nan)),
-    *((LSGD, {"global_pull": value}) for value in (2.0, -1.0)),
-    *((method, {"period": value}) for method in (LSGD, EASGD, LocalSGD) for value in (0, -3, 2.5)),
-    *((LSGD, {"global_period": value}) for value in (0, 1.5)),
-    (LSGD, {"loss_window": 0}),
-    (LSGD, {"when": "sometimes"}),
-    (LSGD, {"score": 3}),
-    (LocalSGD, {"average": "cubic"}),
-    (LocalSGD, {"until_grad_norm": -1.0}),
-    (LocalSGD, {"period": "never"}),
-    (LocalSGD, {"a": -5.0, "average": "quadratic"}),
-    *(
-        (EASGD, options)
-        for options in ({"center_rate": -0.1}, {"center_rate": math.nan}, {"moving_rate": math.inf})
-    ),
-    (EASGD, {"form": "sor"}),
-    *((EASGD, {"overlap": value}) for value in (None, "")),
-    *(
-        (m, o)
-        for m in (AllreduceSGD, LocalSGD, LSGD, EASGD)
-        for o in ({"init": "random"}, {"buffers": "drop"})
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("method", "options"), WRONG, ids=lambda v: v.__name__ if isinstance(v, type) else str(v)
-)
-def test_wrong_arguments_are_refused(method: Any, options: dict[str, Any]) -> None:
-    """On every rank, also where only one of them is wrong; the message names the argument."""
-    topo = Topology()
-    for own in (options, options if topo.world.rank == topo.world.size - 1 else {}):
-        model = linear(5, 3)
-        with pytest.raises(ValueError, match=next(iter(options))):
-            method(torch.optim.SGD(model.parameters(), lr=0.1), topo, **own)
-    topo.free()
-
-
-def test_group_sizes_that_do_not_fit() -> None:
-    for size in (0, -1, 1.5, WORLD.size + 1):
-        with pytest.raises(ValueError, match="group_size"):
-            Topology(group_size=size)  # type: ignore[arg-type]
-
-
-def test_leader_sgd_needs_a_loss() -> None:
-    with running(Case(LSGD), TanhNet(), LOCALS["SGD"], LAYOUTS[0]) as run:
-        run.problem.loss(run.model, 0, 0).backward()
-        with pytest.raises((TypeError, ValueError), match="loss"):
-            run.opt.step()
-
-
-@by_method
-def test_metrics_start_at_nothing_and_grow(case: Case) -> None:
-    errors = []
-    with running(case, TanhNet(), LOCALS["SGD"], LAYOUTS[0]) as run:
-        metrics = run.opt.metrics
-        if any((metrics.rounds, metrics.bytes_group, metrics.bytes_across, metrics.resets, metrics.leads)):
-            errors.append(f"at the start {metrics}")
-        run.run(6)
-        if run.opt.metrics.rounds < 1 or run.opt.metrics.t_comm <= 0:
-            errors.append(f"after six steps {run.opt.metrics}")
-        if run.topo.n_groups == 1 and run.opt.metrics.bytes_across:
-            errors.append(f"{run.opt.metrics.bytes_across} bytes across groups, but there is one group")
-        if not math.isfinite(run.opt.metrics.distance):
-            errors.append(f"distance {run.opt.metrics.distance}")
-        if run.opt.t != 6:
-            errors.append(f"the clock is at {run.opt.t}")
-    assert mpilsgd.__version__
-    check_together(errors)

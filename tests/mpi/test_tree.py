@@ -7,19 +7,19 @@ import io
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from harness import WORLD, check_together, distance, optimizer
+from internals import hosted_inner_nodes, lost_messages, strides
 from problems import Buffered, LeastSquares, Problem, TanhNet, flatten, state_of
 from simulation import Local
 from tree_simulation import Tree as Oracle
 
 from mpilsgd import EASGDTree, Topology
-from mpilsgd.comm import Edge, Inbox, Links, Outbox, wait_until
+from mpilsgd.comm import Inbox, Links, Outbox, wait_until
 from mpilsgd.methods import Diverged
 from mpilsgd.transport import Fabric
 from mpilsgd.tree import Periods
@@ -128,6 +128,7 @@ def test_lock_step_equals_the_oracle(periods: Periods, inner: str, degree: int) 
     check_together(errors)
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 def test_float32_and_messages() -> None:
     errors: list[str] = []
     problem, periods = LeastSquares(), SCHEMES[0]
@@ -142,6 +143,7 @@ def test_float32_and_messages() -> None:
     check_together(errors)
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 @by_inner
 @pytest.mark.parametrize("order", ["free", "lock-step"])
 def test_equal_nodes_stay_equal_without_gradient(inner: str, order: str) -> None:
@@ -154,6 +156,7 @@ def test_equal_nodes_stay_equal_without_gradient(inner: str, order: str) -> None
         check_together([] if max(gaps) <= 1e-14 else [f"moved by {gaps}"])
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 @by_inner
 def test_without_coupling_leaves_are_sgd(inner: str) -> None:
     """ERRATA: alpha = 0 leaves = SGD."""
@@ -186,10 +189,7 @@ def test_free_order_stays_in_the_hull_and_meets(periods: Periods, inner: str) ->
             own, center = run.held(), run.center()
             if not ((own >= low) & (own <= high)).all() or not ((center >= low) & (center <= high)).all():
                 errors.append("outside the hull")
-            links = run.opt.r._links
-            pairs = [(box.tag, box.sent) for box in links._outboxes]
-            sent = dict(pair for row in WORLD.allgather(pairs) for pair in row)
-            lost = [box.tag for box in links._inboxes if box.received != sent[box.tag]]
+            lost = lost_messages(run.opt, WORLD)
             errors += [f"lost messages on {lost}"] if lost else []
         ends = np.stack(WORLD.allgather(run.held()))
         if np.ptp(ends, 0).max() > 0.5 * spread:
@@ -210,6 +210,7 @@ def test_the_run_ends_by_the_total_of_leaf_steps(shared: bool) -> None:
         check_together([] if fine else [f"{total} steps"])
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 @by_inner
 @pytest.mark.parametrize("saved", [0, 7])
 def test_resumes_bit_for_bit(inner: str, saved: int) -> None:
@@ -261,6 +262,7 @@ def test_a_broken_leaf_never_reaches_the_root() -> None:
     check_together(errors)
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 @by_inner
 @pytest.mark.parametrize("steps", [8, 9])
 def test_a_tree_whose_leaves_all_break_has_diverged(inner: str, steps: int) -> None:
@@ -281,10 +283,8 @@ def test_a_tree_whose_leaves_all_break_has_diverged(inner: str, steps: int) -> N
 def test_broken_inner_nodes_take_over_finite_messages() -> None:
     """Finite leaves may overflow what they pull; the root has no parent to begin anew from."""
     with running(TanhNet(), SGD, SCHEMES[0], order="lock-step", inner="hosted") as run:
-        for node in run.opt.r._own:
-            if not run.opt.tree.is_leaf(node.index):
-                for x in node.x.values():
-                    x.fill_(float("nan"))
+        for x in hosted_inner_nodes(run.opt):
+            x.fill_(float("nan"))
         for _ in range(12):
             run.step()
         check_together([] if np.isfinite(run.center()).all() else ["not finite"])
@@ -319,18 +319,14 @@ def test_the_newest_message_is_taken() -> None:
     check_together(errors)
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 def test_a_sender_backs_off_and_comes_back() -> None:
     """A message left out now and then changes nothing; many in a row do, and once they get through it is over."""
-    taken: list[bool] = []
-    edge = Edge(SimpleNamespace(ready=lambda: taken.pop(0)), None, True, 0, False, 1, 1)  # type: ignore[arg-type]
-    strides = []
-    for free in [True, False, True, False, False, True] + 9 * [False] + 3 * [True]:
-        taken.append(free)
-        edge.gets_through()
-        strides.append(edge.stride)
-    assert strides == 6 * [1] + [1, 1, 2, 2, 2, 4, 4, 4, 8] + [4, 2, 1]
+    free = [True, False, True, False, False, True] + 9 * [False] + 3 * [True]
+    assert strides(free) == 6 * [1] + [1, 1, 2, 2, 2, 4, 4, 4, 8] + [4, 2, 1]
 
 
+@pytest.mark.brief(2, 3, 5, "4x2")
 def test_a_state_of_another_tree_is_refused() -> None:
     with running(TanhNet(), SGD, SCHEMES[0], order="lock-step") as run:
         run.center()
@@ -347,27 +343,3 @@ def test_uneven_steps_end_well_or_say_so() -> None:
             run.step()
         finite = np.isfinite(run.center()).all()
         check_together([] if finite else ["not finite"])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"degree": 1}, "degree"),
-        ({"degree": 2.5}, "degree"),
-        ({"moving_rate": 1.5}, "moving_rate"),
-        ({"scheme": "down-up"}, "scheme"),
-        ({"scheme": "up-down", "up_period": 9, "down_period": 3}, "up_period=9 is larger"),
-        ({"period": 0}, "period"),
-        ({"scheme": "up-down", "period": 3}, 'period is of scheme="multi-scale"'),
-        ({"up_period": 2}, 'up_period is of scheme="up-down"'),
-        ({"inner": "guests"}, "inner"),
-        ({"order": "round-robin"}, "order"),
-        ({"buffers": "keep"}, "buffers must be one of"),
-    ],
-)
-def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
-    topology = Topology()
-    model = torch.nn.Linear(2, 1)
-    with pytest.raises(ValueError, match=message):
-        EASGDTree(torch.optim.SGD(model.parameters(), lr=0.1), topology, **options)
-    topology.free()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from harness import WORLD, check_together
+from internals import lost_messages
 
 from mpilsgd import MSGD, EASGDTree, Topology
 
@@ -52,11 +53,7 @@ def test_trees_of_all_kinds_start_train_and_stop() -> None:
             opt.step()
         with opt.center():
             finite = bool(torch.isfinite(parameter).all())
-        links = opt.r._links
-        sent = dict(
-            pair for row in WORLD.allgather([(b.tag, b.sent) for b in links._outboxes]) for pair in row
-        )
-        lost = [b.tag for b in links._inboxes if b.received != sent[b.tag]]
+        lost = lost_messages(opt, WORLD)
         opt.close()
         topology.free()
         errors += [f"run {runs} {options}: lost {lost}, finite {finite}"] if lost or not finite else []

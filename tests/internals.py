@@ -27,11 +27,12 @@ def lost_messages(opt: Any, comm: MPI.Comm) -> list[int]:
 
 def hosted_inner_nodes(opt: Any) -> list[torch.Tensor]:
     """Of a tree whose inner nodes live on the leaves' ranks: the vectors of those on this rank."""
-    return [x for node in opt._own if not opt.tree.is_leaf(node.index) for x in node.x.values()]
+    return [x for node in opt.r._own if not opt.tree.is_leaf(node.index) for x in node.x.values()]
 
 
 def strides(free: list[bool]) -> list[int]:
     """An edge of a tree that sends at every step: how many steps apart, after each try that got through or did not."""
+    from mpilsgd.comm import Edge
 
     taken: list[bool] = []
     edge = Edge(SimpleNamespace(ready=lambda: taken.pop(0)), None, True, 0, False, 1, 1)  # type: ignore[arg-type]

@@ -58,6 +58,7 @@ class Behind(Exchange):
         for d, w in self.m.x.items():
             for start, stop, a, _ in convex(self.m, d, alpha, 0.0):
                 kernels.elastic_apply(w.mine[start:stop], [], self._difference[d][start:stop], 0.0, -a)
+        self.m.flat.touched()
 
     def free(self) -> None:
         if self._thread is not None:

@@ -279,8 +279,9 @@ class Edges(Exchange):
         return [self.tree.parent, self.tree.host, sizes]
 
     def misfit(self, state: dict[str, Any]) -> str | None:
-        other = "the state is of another tree: another degree, inner, across_dtype, or ranks that lay otherwise on nodes"
-        return None if state.get("layout") == self._layout() else other
+        if state.get("layout") == self._layout():
+            return None
+        return "the state is of another tree: another degree, inner, across_dtype, or ranks laid otherwise on nodes"
 
     def load(self, state: dict[str, Any]) -> None:
         assert self._links is not None

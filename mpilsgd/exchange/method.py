@@ -151,7 +151,7 @@ class Method(Worker):
         Returns: the loss.
         """
         self._refuse_if_unfit()
-        clock, r = self.clock, self.r
+        clock, r, rounds = self.clock, self.r, self.metrics.rounds
         if not self.computes:
             with torch.no_grad():
                 r.idle()
@@ -177,6 +177,8 @@ class Method(Worker):
             if not clock.first:
                 self.observe(loss)
             r.stepped()
+            if self.metrics.rounds != rounds:
+                self.flat.touched()
         return loss
 
     @torch.no_grad()

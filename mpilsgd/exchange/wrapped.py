@@ -160,6 +160,7 @@ def step_toward(m: Method, toward: Any, closure: Callable[[], Any] | None) -> An
                 pulls = [(v[d][a:b], rate / scale) for v, rate in toward]
                 (one, r), (other, s) = pulls[0], pulls[1] if len(pulls) > 1 else (None, 0.0)
                 kernels.pull(window.mine[a:b], one, r, other, s)
+    m.flat.touched()
     if fused:
         terms = [(dict(v), rate) for v, rate in toward]
         return inner.step(closure, pulls=lambda p: [(m.flat.view(p, flats), rate) for flats, rate in terms])

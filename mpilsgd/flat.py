@@ -58,7 +58,7 @@ class FlatParameters:
         grads: bool = False,
     ) -> None:
         plan = parameters if isinstance(parameters, Plan) else Plan(parameters, buffers, names)
-        _check_free(plan)
+        check_free(plan)
         self.name = plan.name
         self.parameters, self.buffers = plan.parameters, plan.buffers
         self.n_parameters = plan.n_parameters
@@ -249,7 +249,7 @@ def touched(tensors: Sequence[Tensor]) -> None:
 _flats: weakref.WeakValueDictionary[int, FlatParameters] = weakref.WeakValueDictionary()
 
 
-def _check_free(plan: Plan) -> None:
+def check_free(plan: Plan) -> None:
     """Two owners would carry the tensors to and fro, and free memory under each other."""
     if any(FlatParameters.of(p) for p in plan.parameters):
         gc.collect()  # the owner may be a dead optimizer in a cycle

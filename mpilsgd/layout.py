@@ -94,7 +94,8 @@ class Plan:
             for i, other in enumerate(listed):
                 if other is tensor:
                     return f"{kind} {self.names.get(id(tensor), i)}"
-        return f"a tensor of shape {tuple(tensor.shape)}"
+        known = self.names.get(id(tensor))  # frozen, for one
+        return f"a tensor of shape {tuple(tensor.shape)}" if known is None else f"parameter {known}"
 
     def _label(self, tensor: Tensor) -> str:
         return f"{self.name(tensor)} of shape {tuple(tensor.shape)}"

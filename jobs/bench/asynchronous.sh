@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# EAMSGD and DOWNPOUR, asynchronous, with periods 1 and 16, CNN7 on CIFAR-10 (thesis, Fig. 4.3): the README's second picture.
+# EAMSGD and DOWNPOUR, asynchronous, with periods 1 and 16, CNN7 on CIFAR-10 (thesis, Fig. 4.3): the second picture of docs/measurements.md.
 #   bash jobs/bench/asynchronous.sh --data_dir FOLDER [OPTIONS OF mpilsgd train, e.g. --epochs 10]
 #
 #   MPILSGD_RANKS   how many ranks (4)

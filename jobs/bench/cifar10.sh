@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CNN7 on CIFAR-10 with every synchronous method and with plain SGD: the README's first picture and table.
+# CNN7 on CIFAR-10 with every synchronous method and with plain SGD: a picture and a table of docs/measurements.md.
 #   bash jobs/bench/cifar10.sh --data_dir FOLDER [OPTIONS OF mpilsgd train, e.g. --epochs 2]
 #
 #   MPILSGD_RANKS   how many ranks (4)

@@ -17,7 +17,7 @@
 #   ERROR    the test error to come to (the lowest of ddp, or of all if it is left out); between evaluations curves are straight
 #   OUTPUT   the folder of the runs (runs/ethernet); runs that lie there already are shown, too
 #
-# Without options the mlp trains on digits, some seconds a run; a row of the README's took three minutes a seed and rate:
+# Without options the mlp trains on digits, some seconds a run; a row of docs/measurements.md took three minutes a seed and rate:
 #   SEEDS="11 12 13 14" RATES=0.1 SPEEDS=100mbit bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32
 #   LOCAL=2 EVERY=36 SEEDS=11 RATES=0.1 SPEEDS=1gbit bash jobs/bench/ethernet.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32
 # --lr, --seed and --output are RATES, SEEDS and OUTPUT here.

@@ -9,7 +9,7 @@
 #   STEPS           steps of a worker on average (64)
 #   OUTPUT          the folder of the runs (runs/straggler)
 #
-# Without options it trains the mlp on digits; the table of the README is
+# Without options it trains the mlp on digits; the table of docs/measurements.md is
 #   bash jobs/bench/straggler.sh --model cnn7 --data cifar10 --data_dir DIR --batch_size 32 --lr 0.05
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"

@@ -187,8 +187,7 @@ class Edges(Exchange):
         if self.tree.is_leaf(self.node.index):
             self._revived = self.m.t
             self.m.begin_anew()
-        for d, v in x.items():
-            v.copy_(vectors[d])
+        load(x, {str(d): v for d, v in vectors.items()})
 
     def _wait(self, true: Callable[[], bool], edge: Edge) -> None:
         """Lock-step: until the other end has come as far."""
@@ -223,10 +222,8 @@ class Edges(Exchange):
         now, m = time.perf_counter(), self.m
         if self._last_step is not None:
             taken, known = now - self._last_step, self._seconds
-            if known == _UNKNOWN:
-                self._seconds = taken
-            else:  # a pause is no step
-                self._seconds = _MEMORY * known + (1 - _MEMORY) * min(taken, _PAUSED * known)
+            mean = _MEMORY * known + (1 - _MEMORY) * min(taken, _PAUSED * known)  # a pause is no step
+            self._seconds = taken if known == _UNKNOWN else mean
         self._last_step = now
         leaf, *hosted = self._own
         for node in hosted:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mpilsgd.comm import Topology
-from mpilsgd.flat import FlatParameters
+from mpilsgd.flat import FlatParameters, check_free
 from mpilsgd.layout import Plan, canonical, first_difference
 
 
@@ -25,6 +25,7 @@ def laid_out(
     try:
         ordered, names = canonical(parameters, modules)
         plan = Plan(ordered, buffers, names)
+        check_free(plan)
     except ValueError as wrong:
         error = str(wrong)
     topology.agree(error)

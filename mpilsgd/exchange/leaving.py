@@ -7,9 +7,13 @@ import gc
 import itertools
 import os
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mpilsgd.comm import Topology, end_job, exit_status
+from mpilsgd.flat import FlatParameters
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
@@ -43,9 +47,10 @@ def abandon(m: Method) -> None:
         _abandoned[m.serial] = m
 
 
-def reap(topology: Topology) -> None:
-    """Closes the methods of a topology that no rank holds any more. Collective."""
-    if sum(m.topology is topology for m in list(_living.values())) >= _MANY:
+def reap(topology: Topology, parameters: Iterable[torch.Tensor]) -> None:
+    """Closes the methods of a topology that no rank holds any more. Collective. parameters: of the next one."""
+    held = any(FlatParameters.of(p) for p in parameters)
+    if held or sum(m.topology is topology for m in list(_living.values())) >= _MANY:
         gc.collect()  # a method is part of a cycle; what nobody holds may be there still
     mine = {m.number: m for m in list(_abandoned.values()) if m.topology is topology}
     everyone = topology.allgather(sorted(mine))

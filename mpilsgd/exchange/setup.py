@@ -37,8 +37,8 @@ def build(m: Method, model: torch.nn.Module | None, given: dict[str, Any]) -> No
     topology.agree("; ".join(p for p in problems if p) or None)
     topology.hold()
     m._held = True
-    leaving.reap(topology)
     parameters = [p for group in m.optimizer.param_groups for p in group["params"] if p.requires_grad]
+    leaving.reap(topology, parameters)
     m.modules = [model] if model is not None else find_modules(parameters)
     # constants such as a mask of -inf are not statistics
     held = [b for b in float_buffers(m.modules) if bool(torch.isfinite(b).all())]

@@ -183,8 +183,7 @@ def _regular(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
     Leading files become --config, - in names becomes _, a bare true-or-false option means true, 30,40 is a list.
     """
     kinds = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
-    regular: list[str] = []
-    files = True
+    regular, files = list[str](), True
     for i, argument in enumerate(argv):
         if not argument.startswith("--"):
             files = files and not argument.startswith("-")

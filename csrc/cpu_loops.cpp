@@ -17,6 +17,7 @@ void work(const Pull& op, std::int64_t at, int m, Tally& tally) {
   using A = Acc<T>;
   Buffer<A> x_buffer, leader_buffer, other_buffer;
   const A rate = A(op.rate), other_rate = A(op.other_rate);
+  const std::uint32_t seed = mixed(op.seed);
   const A* leader = open(static_cast<const T*>(op.leader) + at, leader_buffer, m);
   const A* other = op.other ? open(static_cast<const T*>(op.other) + at, other_buffer, m) : nullptr;
   for (int i = 0; i < op.n_peers; ++i) {
@@ -26,14 +27,16 @@ void work(const Pull& op, std::int64_t at, int m, Tally& tally) {
     const bool last =
         i == op.n_peers - 1;  // looks at the leaders, too: before it moves, if it is one of them
     if (other) {
-      auto update = [=](A v, int j) { return pull(v, leader[j], rate, other[j], other_rate); };
+      auto update = [=](A v, int j) {
+        return stored<T>(pull(v, leader[j], rate, other[j], other_rate), seed);
+      };
       if (last) {
         move(p, x, m, op.stats, own, update, leader, other);
       } else {
         move(p, x, m, op.stats, own, update);
       }
     } else {
-      auto update = [=](A v, int j) { return pull(v, leader[j], rate); };
+      auto update = [=](A v, int j) { return stored<T>(pull(v, leader[j], rate), seed); };
       if (last) {
         move(p, x, m, op.stats, own, update, leader);
       } else {
@@ -53,10 +56,12 @@ void gather(const PeersOperation& op, const A* center, std::int64_t at, int m, A
 
 // The workers' part, against the centre as it is.
 template <class T, class A>
-void follow(const PeersOperation& op, const A* center, A moving_rate, std::int64_t at, int m, Tally& tally) {
+void follow(const PeersOperation& op, const A* center, A moving_rate, std::uint32_t seed, std::int64_t at,
+            int m, Tally& tally) {
   if (moving_rate == A(0)) return;
-  move_workers<T>(op, at, m, tally,
-                  [=](A x, int j) { return elastic_worker(x, elastic_term(x, center[j]), moving_rate); });
+  move_workers<T>(op, at, m, tally, [=](A x, int j) {
+    return stored<T>(elastic_worker(x, elastic_term(x, center[j]), moving_rate), seed);
+  });
 }
 
 template <class A>
@@ -65,13 +70,24 @@ void move_center(A* center, const A* sum, A rate, int m) {
   for (int j = 0; j < m; ++j) center[j] = elastic_center(center[j], sum[j], rate);
 }
 
+// Rounds only now: until here the workers follow the centre as it was computed.
+template <class T, class A>
+void close_center(T* p, A* center, std::uint32_t seed, int m) {
+  if constexpr (sizeof(T) != sizeof(A)) {
+#pragma omp simd
+    for (int j = 0; j < m; ++j) center[j] = stored<T>(center[j], seed);
+  }
+  close(p, center, m);
+}
+
 // One worker: both sides move in one loop, without the detour over a buffer for the sum.
 template <bool kGaussSeidel, class T, class A>
-void move_pair(const Elastic& op, A* center, A moving_rate, A rate, std::int64_t at, int m, Tally& tally) {
+void move_pair(const Elastic& op, A* center, A moving_rate, A rate, std::uint32_t seed, std::int64_t at,
+               int m, Tally& tally) {
   move_workers<T>(op, at, m, tally, [=](A x, int j) {
     const A d = elastic_term(x, center[j]);
     center[j] = elastic_center(center[j], d, rate);
-    return elastic_worker(x, kGaussSeidel ? elastic_term(x, center[j]) : d, moving_rate);
+    return stored<T>(elastic_worker(x, kGaussSeidel ? elastic_term(x, center[j]) : d, moving_rate), seed);
   });
 }
 
@@ -106,20 +122,21 @@ void work(const Elastic& op, std::int64_t at, int m, Tally& tally) {
   using A = Acc<T>;
   Buffer<A> center_buffer, sum;
   const A moving_rate = A(op.moving_rate), rate = A(op.rate);
+  const std::uint32_t seed = mixed(op.seed);
   T* p = static_cast<T*>(op.center) + at;
   A* center = open(p, center_buffer, m);
   if (op.n_peers == 1 && moving_rate != A(0)) {
     auto* pair = op.gauss_seidel ? &move_pair<true, T, A> : &move_pair<false, T, A>;
-    pair(op, center, moving_rate, rate, at, m, tally);
+    pair(op, center, moving_rate, rate, seed, at, m, tally);
   } else if (op.n_peers <= 4 && moving_rate == A(0)) {
     follow_few<T>(op, center, rate, at, m, tally);
   } else {
     gather<T>(op, center, at, m, sum.data, tally);
-    if (!op.gauss_seidel) follow<T>(op, center, moving_rate, at, m, tally);
+    if (!op.gauss_seidel) follow<T>(op, center, moving_rate, seed, at, m, tally);
     move_center(center, sum.data, rate, m);
-    if (op.gauss_seidel) follow<T>(op, center, moving_rate, at, m, tally);
+    if (op.gauss_seidel) follow<T>(op, center, moving_rate, seed, at, m, tally);
   }
-  close(p, center, m);
+  close_center(p, center, seed, m);
   // A value that is not finite does not become so by the move: the centre need only be looked at afterwards.
   if (op.stats) tally.source_finite &= all_finite(open(static_cast<const T*>(p), center_buffer, m), m);
 }
@@ -131,7 +148,7 @@ void work(const ElasticSum& op, std::int64_t at, int m, Tally& tally) {
   const A* center = open(static_cast<const T*>(op.center) + at, center_buffer, m);
   if (op.stats) tally.source_finite &= all_finite(center, m);
   gather<T>(op, center, at, m, static_cast<A*>(op.total) + at, tally);
-  follow<T>(op, center, A(op.moving_rate), at, m, tally);
+  follow<T>(op, center, A(op.moving_rate), mixed(op.seed), at, m, tally);
 }
 
 template <class T>
@@ -141,8 +158,9 @@ void work(const ElasticApply& op, std::int64_t at, int m, Tally& tally) {
   T* p = static_cast<T*>(op.center) + at;
   A* center = open(p, center_buffer, m);
   move_center(center, static_cast<const A*>(op.total) + at, A(op.rate), m);
-  follow<T>(op, center, A(op.moving_rate), at, m, tally);
-  close(p, center, m);
+  const std::uint32_t seed = mixed(op.seed);
+  follow<T>(op, center, A(op.moving_rate), seed, at, m, tally);
+  close_center(p, center, seed, m);
 }
 
 template <class T>

@@ -32,6 +32,15 @@ struct Arithmetic<Float16> {
 template <class T>
 using Acc = typename Arithmetic<T>::type;
 
+template <class T>
+constexpr int kDropped = 16;  // bits of a float that a half type lacks
+template <>
+constexpr int kDropped<Float16> = 13;
+template <class T>
+constexpr float kLargest = 0x1.FEp+127f;
+template <>
+constexpr float kLargest<Float16> = 65504.0f;
+
 constexpr int kTileBytes = 8192;
 template <class A>
 constexpr int kTile = kTileBytes / int(sizeof(A));
@@ -53,6 +62,17 @@ float* open(T* p, Buffer<float>& buffer, int m) {
 }
 
 // Puts a converted copy back.
+// What will be stored of a value: of half types by chance, all others as it is. Inside a loop, before
+// close().
+template <class T>
+Acc<T> stored(Acc<T> v, std::uint32_t seed) {
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+    return v;
+  } else {
+    return round_by_chance<kDropped<T>>(v, kLargest<T>, seed);
+  }
+}
+
 inline void close(float*, const float*, int) {}
 inline void close(double*, const double*, int) {}
 template <class T>

@@ -132,16 +132,24 @@ Peers hand_over(const PeersOperation& op, const Stream& on) {
 template <class T>
 Tally start(const Pull& op, const Stream& on) {
   using A = Acc<T>;
-  const PullBody<T> body{hand_over(op, on), static_cast<const T*>(op.leader), static_cast<const T*>(op.other),
-                         A(op.rate), A(op.other_rate)};
+  const PullBody<T> body{hand_over(op, on),
+                         static_cast<const T*>(op.leader),
+                         static_cast<const T*>(op.other),
+                         A(op.rate),
+                         A(op.other_rate),
+                         mixed(op.seed)};
   return launch(body, op, all_aligned(op.leader, op.other) && all_aligned(op), on, op.n_peers, op.bad_peers);
 }
 
 template <class T>
 Tally start(const Elastic& op, const Stream& on) {
   using A = Acc<T>;
-  const ElasticBody<T> body{static_cast<T*>(op.center), hand_over(op, on), A(op.moving_rate), A(op.rate),
-                            op.gauss_seidel};
+  const ElasticBody<T> body{static_cast<T*>(op.center),
+                            hand_over(op, on),
+                            A(op.moving_rate),
+                            A(op.rate),
+                            op.gauss_seidel,
+                            mixed(op.seed)};
   return launch(body, op, all_aligned(op.center) && all_aligned(op), on, op.n_peers, op.bad_peers);
 }
 
@@ -149,15 +157,19 @@ template <class T>
 Tally start(const ElasticSum& op, const Stream& on) {
   using A = Acc<T>;
   const ElasticSumBody<T> body{static_cast<A*>(op.total), static_cast<const T*>(op.center), hand_over(op, on),
-                               A(op.moving_rate)};
+                               A(op.moving_rate), mixed(op.seed)};
   return launch(body, op, all_aligned(op.total, op.center) && all_aligned(op), on, op.n_peers, op.bad_peers);
 }
 
 template <class T>
 Tally start(const ElasticApply& op, const Stream& on) {
   using A = Acc<T>;
-  const ElasticApplyBody<T> body{static_cast<T*>(op.center), static_cast<const A*>(op.total),
-                                 hand_over(op, on), A(op.moving_rate), A(op.rate)};
+  const ElasticApplyBody<T> body{static_cast<T*>(op.center),
+                                 static_cast<const A*>(op.total),
+                                 hand_over(op, on),
+                                 A(op.moving_rate),
+                                 A(op.rate),
+                                 mixed(op.seed)};
   return launch(body, op, all_aligned(op.total, op.center) && all_aligned(op), on, op.n_peers);
 }
 

@@ -15,6 +15,7 @@ struct PullBody {
   Peers peers;
   const T *leader, *other;
   A rate, other_rate;
+  std::uint32_t seed;
 
   template <int W, bool kStats>
   __device__ void run(std::int64_t at, Note<kStats>& note) const {
@@ -33,8 +34,9 @@ struct PullBody {
 #pragma unroll
       for (int k = 0; k < W; ++k) {
         before[k] = value[k];
-        value[k] = other ? pull(value[k], pulled_to[k], rate, and_to[k], other_rate)
-                         : pull(value[k], pulled_to[k], rate);
+        const A moved = other ? pull(value[k], pulled_to[k], rate, and_to[k], other_rate)
+                              : pull(value[k], pulled_to[k], rate);
+        value[k] = stored<T>(moved, seed);
       }
       store<W>(p, value);
       peers.read(i, before, note);
@@ -53,18 +55,21 @@ struct ElasticBody {
   Peers peers;
   A moving_rate, rate;
   bool gauss_seidel;
+  std::uint32_t seed;
 
   template <int W, bool kStats>
   __device__ void run(std::int64_t at, Note<kStats>& note) const {
     A c[W], before[W], sum[W];
     load<W>(center + at, c);
-    gather<T>(peers, at, c, gauss_seidel ? A(0) : moving_rate, sum, note);
+    gather<T>(peers, at, c, gauss_seidel ? A(0) : moving_rate, seed, sum, note);
 #pragma unroll
     for (int k = 0; k < W; ++k) {
       before[k] = c[k];
       c[k] = elastic_center(c[k], sum[k], rate);
     }
-    if (gauss_seidel) move_workers<T>(peers, at, c, moving_rate, note);
+    if (gauss_seidel) move_workers<T>(peers, at, c, moving_rate, seed, note);
+#pragma unroll
+    for (int k = 0; k < W; ++k) c[k] = stored<T>(c[k], seed);
     store<W>(center + at, c);
 #pragma unroll
     for (int k = 0; k < W; ++k) note.center_moved(before[k], c[k]);
@@ -79,6 +84,7 @@ struct ElasticSumBody {
   const T* center;
   Peers peers;
   A moving_rate;
+  std::uint32_t seed;
 
   template <int W, bool kStats>
   __device__ void run(std::int64_t at, Note<kStats>& note) const {
@@ -86,7 +92,7 @@ struct ElasticSumBody {
     load<W>(center + at, c);
 #pragma unroll
     for (int k = 0; k < W; ++k) note.source(c[k]);
-    gather<T>(peers, at, c, moving_rate, sum, note);
+    gather<T>(peers, at, c, moving_rate, seed, sum, note);
     store<W>(total + at, sum);
   }
 };
@@ -99,6 +105,7 @@ struct ElasticApplyBody {
   const A* total;
   Peers peers;
   A moving_rate, rate;
+  std::uint32_t seed;
 
   template <int W, bool kStats>
   __device__ void run(std::int64_t at, Note<kStats>& note) const {
@@ -107,7 +114,9 @@ struct ElasticApplyBody {
     load<W>(total + at, sum);
 #pragma unroll
     for (int k = 0; k < W; ++k) c[k] = elastic_center(c[k], sum[k], rate);
-    move_workers<T>(peers, at, c, moving_rate, note);
+    move_workers<T>(peers, at, c, moving_rate, seed, note);
+#pragma unroll
+    for (int k = 0; k < W; ++k) c[k] = stored<T>(c[k], seed);
     store<W>(center + at, c);
   }
 };

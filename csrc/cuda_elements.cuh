@@ -54,6 +54,25 @@ struct Narrow<__half> {
   __device__ static __half from(float v) { return __float2half_rn(v); }
 };
 
+template <class T>
+constexpr int kDropped = 16;  // bits of a float that a half type lacks
+template <>
+constexpr int kDropped<__half> = 13;
+template <class T>
+constexpr float kLargest = 3.3895313892515355e38f;
+template <>
+constexpr float kLargest<__half> = 65504.0f;
+
+// What store() shall leave of a value: of half types by chance, all others as it is.
+template <class T>
+__device__ Acc<T> stored(Acc<T> v, std::uint32_t seed) {
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+    return v;
+  } else {
+    return round_by_chance<kDropped<T>>(v, kLargest<T>, seed);
+  }
+}
+
 template <class T, int W>
 struct alignas(sizeof(T) * W < 16 ? sizeof(T) * W : 16) Pack {
   T v[W];
@@ -171,8 +190,8 @@ __device__ void zero(A (&values)[W]) {
 
 // sum_i d_i; with a moving rate the workers are moved by their d_i on the way.
 template <class T, class A, int W, bool kStats>
-__device__ void gather(const Peers& peers, std::int64_t at, const A (&center)[W], A moving_rate, A (&sum)[W],
-                       Note<kStats>& note) {
+__device__ void gather(const Peers& peers, std::int64_t at, const A (&center)[W], A moving_rate,
+                       std::uint32_t seed, A (&sum)[W], Note<kStats>& note) {
   zero(sum);
   for (int i = 0; i < peers.n; ++i) {
     T* p = peers.at<T>(i) + at;
@@ -184,7 +203,7 @@ __device__ void gather(const Peers& peers, std::int64_t at, const A (&center)[W]
       const A d = elastic_term(x[k], center[k]);
       sum[k] += d;
       before[k] = x[k];
-      x[k] = elastic_worker(x[k], d, moving_rate);
+      x[k] = stored<T>(elastic_worker(x[k], d, moving_rate), seed);
     }
     if (moving_rate != A(0)) {
       store<W>(p, x);
@@ -197,7 +216,7 @@ __device__ void gather(const Peers& peers, std::int64_t at, const A (&center)[W]
 // The workers' part alone, against a centre that has moved already.
 template <class T, class A, int W, bool kStats>
 __device__ void move_workers(const Peers& peers, std::int64_t at, const A (&center)[W], A moving_rate,
-                             Note<kStats>& note) {
+                             std::uint32_t seed, Note<kStats>& note) {
   if (moving_rate == A(0)) return;
   for (int i = 0; i < peers.n; ++i) {
     T* p = peers.at<T>(i) + at;
@@ -206,7 +225,7 @@ __device__ void move_workers(const Peers& peers, std::int64_t at, const A (&cent
 #pragma unroll
     for (int k = 0; k < W; ++k) {
       before[k] = x[k];
-      x[k] = elastic_worker(x[k], elastic_term(x[k], center[k]), moving_rate);
+      x[k] = stored<T>(elastic_worker(x[k], elastic_term(x[k], center[k]), moving_rate), seed);
     }
     store<W>(p, x);
 #pragma unroll

@@ -4,7 +4,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+
+#include "updates.h"
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -19,18 +20,6 @@ struct BFloat16 {
 struct Float16 {
   std::uint16_t bits;
 };
-
-static inline float float_of(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-static inline std::uint32_t bits_of(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
 
 static inline void widen(const BFloat16* from, float* to, int n) {
 #pragma omp simd

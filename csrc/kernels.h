@@ -14,7 +14,8 @@ enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3
 struct Operation {
   DType dtype = DType::kFloat32;
   std::int64_t n = 0;
-  bool stats = false;  // fill the tally
+  bool stats = false;      // fill the tally
+  std::uint32_t seed = 0;  // of the rounding of pulls and elastic moves of half types
 };
 
 // An operation over several workers' vectors.

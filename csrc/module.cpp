@@ -26,6 +26,7 @@ struct Where {
   int device;
   Address queue;
   bool stats;
+  std::uint32_t seed;
   py::object workspace;  // None, or a tensor in the device's memory; held until the operation is done
 };
 
@@ -50,6 +51,7 @@ py::object finish(Op& op, const Where& where) {
   op.dtype = where.dtype;
   op.n = where.n;
   op.stats = where.stats;
+  op.seed = where.seed;
   void* workspace = nullptr;
   if (!where.workspace.is_none()) workspace = at(where.workspace.attr("data_ptr")().cast<Address>());
   Tally tally;
@@ -235,9 +237,11 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<Where>(m, "Where")
       .def(py::init([](DType dtype, std::int64_t n, int device, Address queue, py::object workspace,
-                       bool stats) { return Where{dtype, n, device, queue, stats, std::move(workspace)}; }),
+                       bool stats, std::uint32_t seed) {
+             return Where{dtype, n, device, queue, stats, seed, std::move(workspace)};
+           }),
            py::arg("dtype"), py::arg("n"), py::arg("device"), py::arg("queue"), py::arg("workspace"),
-           py::arg("stats"));
+           py::arg("stats"), py::arg("seed"));
 
   m.def("pull", &pull);
   m.def("elastic", &elastic);

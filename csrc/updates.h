@@ -6,6 +6,9 @@
 // code.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
 #if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
 #error "mpilsgd looks for NaN and infinity: do not build it with -ffast-math or -ffinite-math-only"
 #endif
@@ -28,6 +31,46 @@ MPILSGD_UPDATE A defect(A v) {
 template <class A>
 MPILSGD_UPDATE bool is_finite(A v) {
   return defect(v) == A(0);
+}
+
+MPILSGD_UPDATE float float_of(std::uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+MPILSGD_UPDATE std::uint32_t bits_of(float value) {
+  std::uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// --- the store of a half type
+// ---------------------------------------------------------------------------------
+
+// A pull is often less than half the distance between two values of a half type, and rounding to nearest
+// would lose it every time. So the value is rounded up or down by chance, with its exact value as the mean;
+// the chance is a hash of the value and a seed, the same on every machine. What the type can hold stays as it
+// is.
+
+// A round's seed, as round_by_chance takes it: neighbouring seeds have nothing in common.
+MPILSGD_UPDATE std::uint32_t mixed(std::uint32_t h) {
+  h ^= h >> 16;
+  h *= 0x7FEB352Du;
+  h ^= h >> 15;
+  h *= 0x846CA68Bu;
+  return h ^ (h >> 16);
+}
+
+// kDropped: the bits of a float that the type lacks; largest: the largest value of the type. Returns a value
+// that the type can hold, but for what overflows and for subnormal values: they are rounded to nearest.
+template <int kDropped>
+MPILSGD_UPDATE float round_by_chance(float v, float largest, std::uint32_t seed) {
+  const std::uint32_t bits = bits_of(v), magnitude = bits & 0x7FFFFFFFu;
+  std::uint32_t h = bits ^ seed;
+  h = (h ^ (h >> 16)) * 0x7FEB352Du;
+  const std::uint32_t rounded = ((magnitude + (h >> (32 - kDropped))) >> kDropped) << kDropped;
+  return float_of(rounded <= bits_of(largest) ? rounded | (bits ^ magnitude) : bits);
 }
 
 // --- pull toward leaders (LSGD Eq. 3)

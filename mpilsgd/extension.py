@@ -44,7 +44,7 @@ def instruction_set() -> str:
     return "reference" if core is None else core.instruction_set()
 
 
-def where_to_run(x: Tensor, stats: bool, n_peers: int = 0) -> Any:
+def where_to_run(x: Tensor, stats: bool, n_peers: int = 0, seed: int = 0) -> Any:
     """Where and how the extension shall run; None: it cannot, the reference must."""
     if core is None:
         _warn(
@@ -52,15 +52,17 @@ def where_to_run(x: Tensor, stats: bool, n_peers: int = 0) -> Any:
             "pip install . in the checkout builds it",
         )
         return None
+    seed &= 0xFFFFFFFF
     if x.is_cpu:
-        return core.Where(DTYPES[x.dtype], x.numel(), -1, torch.get_num_threads(), None, stats)
+        return core.Where(DTYPES[x.dtype], x.numel(), -1, torch.get_num_threads(), None, stats, seed)
     if x.is_cuda and core.cuda:
         stream = torch.cuda.current_stream(x.device)
         workspace = None
         if stats or n_peers > INLINE_PEERS:
             size = core.cuda_workspace_bytes(n_peers)
             workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-        return core.Where(DTYPES[x.dtype], x.numel(), x.device.index, stream.cuda_stream, workspace, stats)
+        place = (x.device.index, stream.cuda_stream, workspace)
+        return core.Where(DTYPES[x.dtype], x.numel(), *place, stats, seed)
     hint = (
         "build it with -C cmake.define.MPILSGD_CUDA=ON" if x.is_cuda else "there are kernels for cpu and cuda"
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mpilsgd import forks
 from mpilsgd.layout import Place, Plan, digest, find_modules, float_buffers, padded
+from mpilsgd.names import without_collector
 from mpilsgd.pieces import Vectors, clear_gaps, grad_keeper, piece, seats
 
 __all__ = ["Allocate", "FlatParameters", "digest", "find_modules", "float_buffers", "touched"]
@@ -48,6 +49,7 @@ class FlatParameters:
         TypeError: something that is not a tensor.
     """
 
+    @without_collector()
     def __init__(
         self,
         parameters: nn.Module | Iterable[Tensor] | Plan,

@@ -3,6 +3,8 @@
 Every function works in place on 1-D contiguous tensors of one dtype (float32, float64, bfloat16, float16),
 one device and one length, 0 included; bad arguments raise ValueError. Half types are computed in float32 and
 rounded once, at the store; a `total` over peers has the type of the arithmetic (float32 for the half types).
+Pulls and elastic moves, often smaller than half the distance of two half values, are rounded up or down by
+chance, with the exact value as the mean: by the value and `seed` alone, so each round should have another one.
 No temporary vectors are made; the CPU uses torch.get_num_threads() threads; CUDA work goes to torch's current
 stream.
 
@@ -61,6 +63,7 @@ def pull(
     other_rate: float = 0.0,
     *,
     stats: bool = False,
+    seed: int = 0,
 ) -> Moved | None:
     """Pull x toward one or two leaders, both terms from the old x (LSGD Eq. 3; a running average, too).
 
@@ -72,9 +75,9 @@ def pull(
     peers = [x] if isinstance(x, Tensor) else x
     need.match_pulled(peers, leader, other)
     need.number(rate=rate, other_rate=other_rate)
-    where = where_to_run(leader, stats, len(peers))
+    where = where_to_run(leader, stats, len(peers), seed)
     if where is None:
-        return reference.pull(x, leader, rate, other, other_rate, stats)
+        return reference.pull(x, leader, rate, other, other_rate, stats, seed)
     return moved(_core.pull(where, pointers(peers), leader.data_ptr(), rate, pointer(other), other_rate))
 
 
@@ -86,6 +89,7 @@ def elastic(
     *,
     gauss_seidel: bool = False,
     stats: bool = False,
+    seed: int = 0,
 ) -> Moved | None:
     """Move workers and centre toward each other (EASGD, thesis 2.3-2.4; Gauss-Seidel 6.3).
 
@@ -97,14 +101,20 @@ def elastic(
     """
     need.match_peers(center, peers)
     need.number(moving_rate=moving_rate, rate=rate)
-    where = where_to_run(center, stats, len(peers))
+    where = where_to_run(center, stats, len(peers), seed)
     if where is None:
-        return reference.elastic(center, peers, moving_rate, rate, gauss_seidel, stats)
+        return reference.elastic(center, peers, moving_rate, rate, gauss_seidel, stats, seed)
     return moved(_core.elastic(where, center.data_ptr(), pointers(peers), moving_rate, rate, gauss_seidel))
 
 
 def elastic_sum(
-    total: Tensor, center: Tensor, peers: Sequence[Tensor], moving_rate: float, *, stats: bool = False
+    total: Tensor,
+    center: Tensor,
+    peers: Sequence[Tensor],
+    moving_rate: float,
+    *,
+    stats: bool = False,
+    seed: int = 0,
 ) -> Moved | None:
     """The workers' half of the Jacobi form, d_i = x_i - c.
 
@@ -115,14 +125,14 @@ def elastic_sum(
     need.match_peers(center, peers)
     need.match_total(total, center, (center, *peers))
     need.number(moving_rate=moving_rate)
-    where = where_to_run(center, stats, len(peers))
+    where = where_to_run(center, stats, len(peers), seed)
     if where is None:
-        return reference.elastic_sum(total, center, peers, moving_rate, stats)
+        return reference.elastic_sum(total, center, peers, moving_rate, stats, seed)
     return moved(_core.elastic_sum(where, total.data_ptr(), center.data_ptr(), pointers(peers), moving_rate))
 
 
 def elastic_apply(
-    center: Tensor, peers: Sequence[Tensor], total: Tensor, moving_rate: float, rate: float
+    center: Tensor, peers: Sequence[Tensor], total: Tensor, moving_rate: float, rate: float, *, seed: int = 0
 ) -> None:
     """Move the centre by a known sum, then the workers toward it.
 
@@ -134,9 +144,9 @@ def elastic_apply(
     need.match_peers(center, peers, least=0)
     need.match_total(total, center, (center, *peers))
     need.number(moving_rate=moving_rate, rate=rate)
-    where = where_to_run(center, False, len(peers))
+    where = where_to_run(center, False, len(peers), seed)
     if where is None:
-        reference.elastic_apply(center, peers, total, moving_rate, rate)
+        reference.elastic_apply(center, peers, total, moving_rate, rate, seed)
     else:
         _core.elastic_apply(where, center.data_ptr(), pointers(peers), total.data_ptr(), moving_rate, rate)
 
@@ -208,22 +218,9 @@ def msgd(
         return reference.msgd(
             x, grad, velocity, lr, momentum, nesterov, weight_decay, leader, rate, other, other_rate, stats
         )
-    return moved(
-        _core.msgd(
-            where,
-            x.data_ptr(),
-            grad.data_ptr(),
-            pointer(velocity),
-            lr,
-            momentum,
-            nesterov,
-            weight_decay,
-            pointer(leader),
-            rate,
-            pointer(other),
-            other_rate,
-        )
-    )
+    own = (x.data_ptr(), grad.data_ptr(), pointer(velocity))
+    pulls = (pointer(leader), rate, pointer(other), other_rate)
+    return moved(_core.msgd(where, *own, lr, momentum, nesterov, weight_decay, *pulls))
 
 
 def iterate(x: Tensor, velocity: Tensor, momentum: float, sign: float) -> None:

@@ -17,6 +17,7 @@ from mpilsgd.names import (
     find_modules,
     first_difference,
     parameter_names,
+    without_collector,
     without_prefix,
 )
 
@@ -45,6 +46,7 @@ class Plan:
             is named by its place.
     """
 
+    @without_collector()
     def __init__(
         self,
         source: nn.Module | Iterable[Tensor],
@@ -160,6 +162,7 @@ class Plan:
                     f"{self._label(two)} shares a part of its memory with {self._label(one)}: clone one of them"
                 )
 
+    @without_collector()
     def described(self) -> list[Described]:
         """What the ranks' models must have in common: each parameter and buffer, in order."""
         told = []

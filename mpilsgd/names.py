@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Many small objects are made that all stay: the collector would walk over everything alive again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@without_collector()
 def find_modules(parameters: Iterable[Tensor]) -> list[nn.Module]:
     """The largest live modules all of whose trainable parameters (at least one) are among `parameters`.
 

@@ -3,7 +3,7 @@
 The functions have the names, arguments and results of :mod:`mpilsgd.kernels`, which checks the arguments;
 they run on every device, but make temporaries. In float32 and float64 the kernels give the same bits: each
 line here is one rounding after the other in the same order. Half types are computed in float32 and rounded
-once, at the store.
+once, at the store: to nearest, or by chance where a small pull would be lost (`round_by_chance`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from mpilsgd.rounding import round_by_chance
 
 __all__ = [
     "Moved",
@@ -69,6 +71,7 @@ def pull(
     other: Tensor | None = None,
     other_rate: float = 0.0,
     stats: bool = False,
+    seed: int = 0,
 ) -> Moved | None:
     """x <- x - rate (x - leader) [- other_rate (x - other)]"""
     peers = [x] if isinstance(x, Tensor) else list(x)
@@ -79,7 +82,7 @@ def pull(
         new = old - rate * pull_term(old, _wide(sources[0]))
         if other is not None:
             new = new - other_rate * pull_term(old, _wide(sources[1]))
-        p.copy_(new)
+        p.copy_(round_by_chance(new, p.dtype, seed))
     if not stats:
         return None
     bad = tuple(i for i, p in enumerate(peers) if not (check(before[i]) and check(p)))
@@ -97,6 +100,7 @@ def elastic(
     rate: float,
     gauss_seidel: bool = False,
     stats: bool = False,
+    seed: int = 0,
 ) -> Moved | None:
     """x_i <- x_i - moving_rate d_i,  c <- c + rate sum d_i,  d_i = x_i - c; Gauss-Seidel: c first."""
     before, old_center = [x.clone() for x in peers] if stats else [], center.clone()
@@ -105,33 +109,41 @@ def elastic(
     anchor = new_center if gauss_seidel else c
     if moving_rate:
         for x in peers:
-            x.copy_(_wide(x) - moving_rate * elastic_term(_wide(x), anchor))
-    center.copy_(new_center)
+            new = _wide(x) - moving_rate * elastic_term(_wide(x), anchor)
+            x.copy_(round_by_chance(new, x.dtype, seed))
+    center.copy_(round_by_chance(new_center, center.dtype, seed))
     return _moved_peers(before, peers, [old_center, center]) if stats else None
 
 
 @torch.no_grad()
 def elastic_sum(
-    total: Tensor, center: Tensor, peers: Sequence[Tensor], moving_rate: float, stats: bool = False
+    total: Tensor,
+    center: Tensor,
+    peers: Sequence[Tensor],
+    moving_rate: float,
+    stats: bool = False,
+    seed: int = 0,
 ) -> Moved | None:
     """total <- sum_i d_i,  x_i <- x_i - moving_rate d_i"""
     before, c = [x.clone() for x in peers] if stats else [], _wide(center)
     total.copy_(_sum(elastic_term(_wide(x), c) for x in peers))
     if moving_rate:
         for x in peers:
-            x.copy_(_wide(x) - moving_rate * elastic_term(_wide(x), c))
+            new = _wide(x) - moving_rate * elastic_term(_wide(x), c)
+            x.copy_(round_by_chance(new, x.dtype, seed))
     return _moved_peers(before, peers, [center]) if stats else None
 
 
 @torch.no_grad()
 def elastic_apply(
-    center: Tensor, peers: Sequence[Tensor], total: Tensor, moving_rate: float, rate: float
+    center: Tensor, peers: Sequence[Tensor], total: Tensor, moving_rate: float, rate: float, seed: int = 0
 ) -> None:
     """c <- c + rate total,  x_i <- x_i - moving_rate (x_i - c)"""
     c = _wide(center) + rate * total
-    for x in peers:
-        x.copy_(_wide(x) - moving_rate * elastic_term(_wide(x), c))
-    center.copy_(c)
+    for x in peers if moving_rate else ():
+        new = _wide(x) - moving_rate * elastic_term(_wide(x), c)
+        x.copy_(round_by_chance(new, x.dtype, seed))
+    center.copy_(round_by_chance(c, center.dtype, seed))
 
 
 # --- sums and means over workers ------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_cases import CASES, WITH_STATS, Vectors, clone, make, wide
+from kernel_cases import CASES, WITH_STATS, Vectors, clone, make, np_stored, wide
 
 from mpilsgd import kernels, reference
 
@@ -64,7 +64,7 @@ def test_equals_numpy_and_reference(isa: str, dtype: torch.dtype, name: str) -> 
         by_torch = clone(vectors)
         by_numpy = clone(vectors)
         for key, values in oracle(wide(vectors), scalar).items():
-            by_numpy[key].copy_(torch.from_numpy(values))
+            by_numpy[key].copy_(torch.from_numpy(np_stored(name, values, by_numpy[key].dtype)))
         call(kernels, vectors, False)
         call(reference, by_torch, False)
         assert_same(vectors, by_numpy, f"{name} n={n} peers={n_peers} start={start}, numpy")
@@ -205,6 +205,63 @@ def test_every_half_value_is_converted_right(isa: str, dtype: torch.dtype) -> No
     rounded = torch.empty(values.numel(), dtype=dtype)
     kernels.assign([rounded], values, 1.0)
     torch.testing.assert_close(rounded, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_small_pulls_of_half_types_are_not_lost(isa: str, dtype: torch.dtype) -> None:
+    """Far below half an ulp the moves are right in the mean: over the elements, and over the seeds of one element."""
+    n, rate = 512, 1 / 64
+    ulp = torch.finfo(dtype).eps
+    leader, ups = (1 + torch.linspace(0.5, 1, n)).to(dtype), 0.0
+    for seed in range(256):
+        x, worker = torch.ones(n, dtype=dtype), torch.ones(n, dtype=dtype)
+        kernels.pull(x, leader, rate * ulp, seed=seed)
+        kernels.elastic(leader.clone(), [worker], rate * ulp, 0.0, seed=seed)
+        assert set(x.double().unique().tolist()) <= {1.0, 1.0 + ulp} and torch.equal(x, worker)
+        ups += float((x.double() - 1).mean() / ulp) / 256
+    assert ups == pytest.approx(float(rate * (leader.double() - 1).mean()), rel=0.35)  # 5 standard deviations
+    center = torch.ones(n, dtype=dtype)
+    kernels.elastic(center, [torch.full_like(center, 1.5)], 0.0, rate * ulp, seed=7)
+    assert (
+        len(center.unique()) == 1
+    )  # by the value alone: how the vector is cut, and by whom, does not matter
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_rounding_by_chance(isa: str, dtype: torch.dtype) -> None:
+    """What the type holds stays; the rest goes to a neighbour, the same on every path; a seed makes another draw."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[torch.isfinite(every)]
+    for seed in (0, 1, 2**40 + 5, -1):
+        x = every.clone()
+        kernels.pull(x, x, 0.3, seed=seed)
+        assert torch.equal(x, every)
+        kernels.elastic(x, [every.clone()], 0.3, 0.3, seed=seed)
+        assert torch.equal(x, every)
+    results = []
+    for seed in range(3):
+        v = make(dtype, 5003, 3)
+        w = clone(v)
+        for f, u in ((kernels, v), (reference, w)):
+            f.pull(u["x"], u["l"], 0.01, u["o"], 0.003, seed=seed)
+            f.elastic(u["c"], [u["p0"], u["p1"]], 0.01, 0.02, gauss_seidel=True, seed=seed)
+            f.elastic_sum(u["t"], u["c"], [u["p0"]], 0.01, seed=seed)
+            f.elastic_apply(u["c"], [u["p2"]], u["t"], 0.01, 0.02, seed=seed)
+        assert_same(v, w, f"seed {seed}")
+        results.append(v)
+        exact = make(dtype, 5003, 3)
+        x, leader, other = (exact[key].float() for key in "xlo")
+        exact_x = x - 0.01 * (x - leader) - 0.003 * (x - other)
+        spacing = 2.0 ** torch.floor(torch.log2(exact_x.abs())) * torch.finfo(dtype).eps
+        assert ((v["x"].float() - exact_x).abs() <= spacing).all()
+    assert not torch.equal(results[0]["x"], results[1]["x"])
+    largest = torch.full((4,), torch.finfo(dtype).max, dtype=dtype)
+    x = largest.clone()
+    kernels.pull(x, largest * 0.5, -1e-5)  # an overflow is rounded to nearest
+    assert torch.equal(x, largest)
 
 
 def test_many_peers(threads: int) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,17 +33,25 @@ class Ended:
         return f"status {self.status} after {self.seconds:.0f} s\n{self.out}{self.err}"
 
 
-def mpiexec(ranks: int) -> list[str]:
-    """The launcher of this test run, for so many ranks that end together."""
+def mpiexec(ranks: int, seconds: float) -> list[str]:
+    """The launcher of this test run, for so many ranks that end together, after so many seconds at the latest."""
     found = os.environ.get("MPILSGD_MPIEXEC") or shutil.which("mpiexec", path=Path(sys.executable).parent)
-    return [found or "mpiexec", "-n", str(ranks), sys.executable, "-m", "mpi4py"]
+    limit = ["--timeout", str(int(seconds))] if MPI.get_vendor()[0] == "Open MPI" else []
+    return [found or "mpiexec", *limit, "-n", str(ranks), sys.executable, "-m", "mpi4py"]
 
 
-def torchrun(ranks: int) -> list[str]:
+def torchrun(ranks: int, seconds: float) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
 
 
-def job(folder: Path, script: str, *arguments: object, launch: list[str], seconds: float = 60) -> Ended:
+def job(
+    folder: Path,
+    script: str,
+    *arguments: object,
+    launcher: Callable[[int, float], list[str]] = mpiexec,
+    ranks: int = 2,
+    seconds: float = 60,
+) -> Ended:
     """Rank 0 runs the script; all ranks get to know how it ended. Collective."""
     ended = None
     if WORLD.rank == 0:
@@ -49,20 +59,22 @@ def job(folder: Path, script: str, *arguments: object, launch: list[str], second
         file.write_text(script)
         own = {name: value for name, value in os.environ.items() if not name.startswith(PER_RANK)}
         started = time.monotonic()
+        running = subprocess.Popen(
+            [*launcher(ranks, seconds), str(file), *map(str, arguments)],
+            env=own | {"MPIEXEC_TIMEOUT": str(int(seconds)), "OMP_NUM_THREADS": "1"},
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                [*launch, str(file), *map(str, arguments)],
-                env=own | {"MPIEXEC_TIMEOUT": str(int(seconds)), "OMP_NUM_THREADS": "1"},
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=seconds + 20,
-            )
-            ended = Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - started, time.time())
-        except subprocess.TimeoutExpired as late:
-            parts = [(part or b"").decode(errors="replace") for part in (late.stdout, late.stderr)]
-            ended = Ended(124, *parts, time.monotonic() - started, time.time())
+            out, err = running.communicate(timeout=seconds + 20)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            out, err = running.communicate()
+        ended = Ended(running.returncode, out, err, time.monotonic() - started, time.time())
     told = WORLD.Ibarrier()
     while not told.Test():  # without a busy core
         time.sleep(0.05)

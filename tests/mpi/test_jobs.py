@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launcher import job, mpiexec, torchrun
+from launcher import job, torchrun
 
 pytestmark = [pytest.mark.mpi, pytest.mark.ranks(2)]
 
@@ -52,7 +52,7 @@ for t in range(10**9):
 )
 def test_a_rank_that_is_killed_takes_the_job_with_it(way: str, more: list[str], folder: Path) -> None:
     """SIGKILL, which no program can answer: the others wait for it, or never would; a status that is not 0."""
-    ended = job(folder, TRAIN + KILLED, way, *more, launch=mpiexec(2))
+    ended = job(folder, TRAIN + KILLED, way, *more)
     assert "killed at " in ended.out, ended
     died = float(ended.out.split("killed at ")[1].split()[0])
     assert ended.status not in (0, 124), ended
@@ -87,7 +87,7 @@ opt.close()
 )
 def test_a_rank_that_raises_in_an_exchange_ends_the_job(way: str, more: list[str], folder: Path) -> None:
     """Promptly: no other rank waits for a turn that is never passed on."""
-    ended = job(folder, TRAIN + RAISES, way, *more, launch=mpiexec(2))
+    ended = job(folder, TRAIN + RAISES, way, *more)
     assert ended.status not in (0, 124) and "in the middle of an exchange" in ended.err, ended
     assert ended.seconds < 45, ended
 
@@ -127,7 +127,7 @@ if __name__ == "__main__":
 
 def test_data_loaders_that_start_processes(folder: Path) -> None:
     """They import the script, and mpilsgd with it: none of them is a rank."""
-    ended = job(folder, LOADERS, "spawn", "forkserver", launch=mpiexec(2), seconds=120)
+    ended = job(folder, LOADERS, "spawn", "forkserver", seconds=120)
     assert ended.status == 0, ended
     for rank in range(2):
         assert f"rank {rank} of 2: 16 batches, 8 rounds" in ended.out, ended
@@ -138,6 +138,6 @@ ALONE = TRAIN + "step()\nprint('rank', topo.world.rank, 'of', topo.world.size, f
 
 def test_torchrun_starts_no_ranks_and_is_told_so(folder: Path) -> None:
     """As every other PyTorch script is started: two worlds of one, each of which says what is wrong."""
-    ended = job(folder, ALONE, "LSGD(sgd, topo, period=2)", launch=torchrun(2), seconds=120)
+    ended = job(folder, ALONE, "LSGD(sgd, topo, period=2)", launcher=torchrun, seconds=120)
     assert ended.out.count("rank 0 of 1") == 2, ended
     assert ended.err.count("RuntimeWarning") == 2 and "torchrun" in ended.err, ended

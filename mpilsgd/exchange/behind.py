@@ -57,7 +57,9 @@ class Behind(Exchange):
         """x <- x - alpha D; what lies behind the parameters by a convex rate."""
         for d, w in self.m.x.items():
             for start, stop, a, _ in convex(self.m, d, alpha, 0.0):
-                kernels.elastic_apply(w.mine[start:stop], [], self._difference[d][start:stop], 0.0, -a)
+                kernels.elastic_apply(
+                    w.mine[start:stop], [], self._difference[d][start:stop], 0.0, -a, seed=self.m.t
+                )
         self.m.flat.touched()
 
     def free(self) -> None:
@@ -141,11 +143,11 @@ class BehindTogether(Behind, Together):
                 else:
                     total.zero_()
                 if whole is None:
-                    kernels.elastic_apply(self.c[d][a:b], [], total, 0.0, rate)
+                    kernels.elastic_apply(self.c[d][a:b], [], total, 0.0, rate, seed=rows.round or 0)
                     continue
                 for piece in level.allreduce(whole, start, stop):
                     p, q = level.share(*piece)
-                    kernels.elastic_apply(self.c[d][p:q], [], whole[p:q], 0.0, rate)
+                    kernels.elastic_apply(self.c[d][p:q], [], whole[p:q], 0.0, rate, seed=rows.round or 0)
             level.fence()
 
     def _take_centre(self) -> None:
@@ -166,7 +168,9 @@ class _Half:
         for d, w in r._windows.items() if self._fit else ():
             for start, stop, a, _ in convex(m, d, alpha, rate):
                 span = slice(start, stop)
-                kernels.elastic_sum(w.mine[span], c[d][span], [m.x[d].mine[span]], a if r._moves else 0.0)
+                kernels.elastic_sum(
+                    w.mine[span], c[d][span], [m.x[d].mine[span]], a if r._moves else 0.0, seed=m.t
+                )
 
 
 class BehindInTurn(Behind, InTurn):
@@ -206,7 +210,7 @@ class BehindInTurn(Behind, InTurn):
                 low, high = self._here(d, start, stop)
                 part, difference = self._of(c, d, low, high), self._difference[d][low:high]
                 kernels.elastic_sum(difference, part, [self._sent[d][low:high]], 0.0)
-                kernels.elastic_apply(part, [], difference, 0.0, r)
+                kernels.elastic_apply(part, [], difference, 0.0, r, seed=self.updates)
 
     def settle(self) -> None:
         super().settle()

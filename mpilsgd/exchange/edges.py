@@ -182,7 +182,7 @@ class Edges(Exchange):
         x = self.node.x
         if all([kernels.check(v) for v in x.values()]):
             for d, v in x.items():
-                kernels.pull(v, vectors[d].to(v.device, v.dtype), rate)
+                kernels.pull(v, vectors[d].to(v.device, v.dtype), rate, seed=self.node.t)
             return
         if self.tree.is_leaf(self.node.index):
             self._revived = self.m.t

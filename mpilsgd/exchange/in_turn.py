@@ -126,7 +126,12 @@ class InTurn(Exchange):
             for start, stop, a, r in convex(self.m, d, alpha, rate):
                 low, high = self._here(d, start, stop)
                 kernels.elastic(
-                    self._of(c, d, low, high), [self._x(d, low, high)], a, r, gauss_seidel=gauss_seidel
+                    self._of(c, d, low, high),
+                    [self._x(d, low, high)],
+                    a,
+                    r,
+                    gauss_seidel=gauss_seidel,
+                    seed=self.updates,
                 )
 
     def push(self, c: Vector, anchor: Vector, velocity: Vector | None = None, momentum: float = 0.0) -> None:

@@ -21,6 +21,7 @@ class Leaders(Exchange):
 
     rows: Rows | None
     level: Level
+    joined: int
     _mates: Rows | None
     _everyone: Rows | None
 
@@ -83,7 +84,9 @@ class Leaders(Exchange):
                 for low, high, rates in self._convex(d, start, stop, [r for *_, r in terms]):
                     a, b = group.share(low, high)
                     peers = [window.views[group.seats[k]][a:b] for k in movers]
-                    moved = kernels.pull(peers, *_two([v[a:b] for v in vectors], rates), stats=True)
+                    moved = kernels.pull(
+                        peers, *_two([v[a:b] for v in vectors], rates), stats=True, seed=self.joined
+                    )
                     assert moved is not None
                     bad = {group.world_ranks[movers[i]] for i in moved.bad_peers}
                     if len(leaders) == 1 and not moved.source_finite:  # one of two is seen where it moves

@@ -113,7 +113,7 @@ class Published(Exchange):
             for a, b, scale in ((0, edge, 1.0), (edge, m.n[d], most)):
                 pulls = [(v[d][a:b], r / scale) for v, r in terms]
                 (first, r), (second, s) = pulls[0], pulls[1] if len(pulls) > 1 else (None, 0.0)
-                moved = kernels.pull(w.mine[a:b], first, r, second, s, stats=True)
+                moved = kernels.pull(w.mine[a:b], first, r, second, s, stats=True, seed=m.t)
                 square += 0.0 if moved is None else moved.squared_distance
         if terms:
             m.metrics.distance = math.sqrt(square) / sum(r for _, r in terms)

@@ -158,19 +158,20 @@ class Together(Leaders):
         part, peers, broken = self._slices(c, d, span)
         level.count_local(part.numel() * d.itemsize)
         if level.n_islands == 1:
-            kernels.elastic(part, peers, alpha, rate, gauss_seidel=seidel)
+            kernels.elastic(part, peers, alpha, rate, gauss_seidel=seidel, seed=self.joined)
             trim(broken, part)
             return
         whole = self.m.scratch[accumulation_dtype(d)].views[0]
         total = whole[slice(*level.share(*span))]
         if peers:
-            kernels.elastic_sum(total, part, peers, 0.0 if seidel else alpha)
+            kernels.elastic_sum(total, part, peers, 0.0 if seidel else alpha, seed=self.joined)
         else:
             total.zero_()
         for piece in level.allreduce(whole, *span):
             part, peers, broken = self._slices(c, d, piece)
             total = whole[slice(*level.share(*piece))]
-            kernels.elastic_apply(part, peers if seidel else [], total, alpha if seidel else 0.0, rate)
+            moved, a = (peers, alpha) if seidel else ([], 0.0)
+            kernels.elastic_apply(part, moved, total, a, rate, seed=self.joined)
             trim(broken, part)
 
     def _slices(
@@ -229,12 +230,12 @@ class Together(Leaders):
         if whole is not None:
             exhaust(level.allreduce(whole, start, stop))
         if start == self.m.edge[d]:
-            kernels.elastic_apply(c[d][a:b], [], total, 0.0, 1.0 / level.size)
+            kernels.elastic_apply(c[d][a:b], [], total, 0.0, 1.0 / level.size, seed=self.joined)
         elif u is None:
-            kernels.elastic_apply(c[d][a:b], [], total, 0.0, 1.0)
+            kernels.elastic_apply(c[d][a:b], [], total, 0.0, 1.0, seed=self.joined)
         else:
             step = u[d][a:b].mul_(momentum)
-            kernels.elastic_apply(step, [], total, 0.0, 1.0)
+            kernels.elastic_apply(step, [], total, 0.0, 1.0, seed=self.joined)
             c[d][a:b].add_(step)
 
     def follow(self, z: Vector, c: Vector, rate: float) -> None:

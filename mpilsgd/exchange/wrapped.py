@@ -159,7 +159,7 @@ def step_toward(m: Method, toward: Any, closure: Callable[[], Any] | None) -> An
             for a, b, scale in spans:
                 pulls = [(v[d][a:b], rate / scale) for v, rate in toward]
                 (one, r), (other, s) = pulls[0], pulls[1] if len(pulls) > 1 else (None, 0.0)
-                kernels.pull(window.mine[a:b], one, r, other, s)
+                kernels.pull(window.mine[a:b], one, r, other, s, seed=m.t)
     m.flat.touched()
     if fused:
         terms = [(dict(v), rate) for v, rate in toward]

@@ -34,16 +34,17 @@ def main(argv: Sequence[str]) -> int:
     """Runs `mpilsgd train` with these arguments on all ranks; returns the exit status, the same on every rank."""
     base = Topology()
     try:
-        return _main(argv, base)
+        status = _main(argv, base)
     except Stopped as stop:
-        everyone = all_here(base)
+        everyone, status = all_here(base), stop.status
         if base.world.rank == 0 or not everyone:
             sys.stdout.flush()
-            sys.stderr.write(f"mpilsgd train: {'' if stop.status == TO_BE_RESUMED else 'error: '}{stop}\n")
+            sys.stderr.write(f"mpilsgd train: {'' if status == TO_BE_RESUMED else 'error: '}{stop}\n")
             sys.stderr.flush()
         if not everyone:
-            base.world.Abort(stop.status)
-        return stop.status
+            base.world.Abort(status)
+    base.free()
+    return status
 
 
 def _main(argv: Sequence[str], base: Topology) -> int:
@@ -86,6 +87,7 @@ def _main(argv: Sequence[str], base: Topology) -> int:
         if stop.status == TO_BE_RESUMED:  # on every rank
             heartbeat.free()
             opt.close()
+            topology.free()
         raise
     finally:
         heartbeat.stop()

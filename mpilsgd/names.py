@@ -130,7 +130,13 @@ def first_difference(here: Sequence[Described], there: Sequence[Described], rank
     for label, row in {**two, **one}.items():
         if label not in one or label not in two:
             has, lacks = (0, rank) if label in one else (rank, 0)
-            return f"{label} ({row.text}) is there on rank {has}, but not on rank {lacks}"
+            only = [
+                other
+                for other in (two if label in one else one)
+                if other not in (one if label in one else two)
+            ]
+            instead = f", which has {only[0]}" if only else ""
+            return f"{label} ({row.text}) is there on rank {has}, but not on rank {lacks}{instead}"
     for label, a in one.items():
         b = two[label]
         if a.text != b.text:

@@ -48,14 +48,18 @@ def abandon(m: Method) -> None:
 
 
 def reap(topology: Topology, parameters: Iterable[torch.Tensor]) -> None:
-    """Closes the methods of a topology that no rank holds any more. Collective. parameters: of the next one."""
+    """Closes the methods of these workers that no rank holds any more. Collective. parameters: of the next one."""
+
+    def theirs(m: Method) -> bool:
+        return m.topology is topology or (m._owns_topology and m.p == topology.world.size)
+
     held = any(FlatParameters.of(p) for p in parameters)
-    if held or sum(m.topology is topology for m in list(_living.values())) >= _MANY:
+    if held or sum(map(theirs, list(_living.values()))) >= _MANY:
         gc.collect()  # a method is part of a cycle; what nobody holds may be there still
-    mine = {m.number: m for m in list(_abandoned.values()) if m.topology is topology}
+    mine = {serial: m for serial, m in list(_abandoned.items()) if theirs(m)}
     everyone = topology.allgather(sorted(mine))
-    for n in sorted(set.intersection(*map(set, everyone))):
-        mine[n].close()
+    for serial in sorted(set.intersection(*map(set, everyone))):
+        mine[serial].close()
 
 
 @atexit.register

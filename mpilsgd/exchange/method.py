@@ -181,15 +181,16 @@ class Method(Worker):
                 self.flat.touched()
         return loss
 
-    @torch.no_grad()
     def _exchange_and_step(self, closure: Callable[[], Any] | None, loss: Any) -> Any:
         """The exchange, then the local step with the gradient as it was before it."""
-        self.observe(loss)
+        with torch.no_grad():
+            self.observe(loss)
         due = self.r.is_due()
         at_x = (due or self._hooked) and self.guard != "g"
         with gradient_at_x(self.optimizer) if at_x else contextlib.nullcontext():
             if due:
-                self.r.run()
+                with torch.no_grad():
+                    self.r.run()
             self._hook()
             return self._local_step(closure)
 

@@ -66,6 +66,9 @@ class Members:
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """A ValueError names a parameter that has become trainable, or was added to the optimizer."""
+        several = _points_problem(optimizer)
+        if several is not None:
+            raise ValueError(several)
         same = sum(len(group["params"]) for group in optimizer.param_groups) == self._count
         if same and not any(p.requires_grad for p in self._frozen):
             return
@@ -85,17 +88,34 @@ def unfit_problem(optimizer: Any, method: str, gradients: bool) -> str | None:
         return f"optimizer must be a torch.optim.Optimizer, not {name}"
     if isinstance(optimizer, Wrapper):
         return f"optimizer is a {name} already: wrap the optimizer inside"
-    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
-        return (
-            f"{name} keeps several points of parameter space and shows one of them at a time (it has train() and "
-            f"eval()): {method} would exchange only the one that the parameters hold"
-        )
+    several = _points_problem(optimizer)
+    if several is not None:
+        return several
     if gradients and _needs_closure(optimizer):
         return (
             f"{name} evaluates its closure as often as it likes, and {method} takes the mean of one gradient a step: "
             "take LocalSGD, LSGD or EASGD"
         )
     return None
+
+
+def _points_problem(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why an optimizer that is not torch's or ours cannot be exchanged: it keeps more points than x."""
+    if not _is_foreign(optimizer):
+        return None
+    modes = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+    if not modes and not any("z" in kept for kept in list(optimizer.state.values())[:1]):
+        return None
+    return (
+        f"{type(optimizer).__name__} keeps several points of parameter space ("
+        + ("it has train() and eval()" if modes else 'its state has "z"')
+        + "): only the one that the parameters hold would be exchanged"
+    )
+
+
+def _is_foreign(optimizer: Any) -> bool:
+    inner = getattr(optimizer, "optimizer", optimizer)  # RunningAverage's
+    return type(inner).__module__.partition(".")[0] not in ("torch", "mpilsgd")
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -117,7 +137,8 @@ def known(closure: Callable[[], Any], value: Any, once: bool) -> Callable[[], An
                 "the optimizer evaluates its closure a second time in a step, whose gradient would not be averaged: "
                 "take LocalSGD, LSGD or EASGD"
             )
-        return closure()
+        with torch.enable_grad():
+            return closure()
 
     return evaluate
 
@@ -138,7 +159,7 @@ def gradient_at_x(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             sign = -1.0 if group.get("maximize") else 1.0
             for p in group["params"]:
                 if p.grad is not None:
-                    p.grad.add_(p, alpha=sign * decay)
+                    p.grad.add_(p.detach(), alpha=sign * decay)
             kept.append((group, decay))
             group["weight_decay"] = 0.0
     try:
@@ -152,7 +173,7 @@ def step_toward(m: Method, toward: Any, closure: Callable[[], Any] | None) -> An
     """The local step and x <- x - sum of rate (x - vector), from the same x; of MSGD in one pass."""
     inner: Any = m.optimizer
     fused = _fuses(inner) and all(p.grad is not None for p in m.flat.parameters)
-    with contextlib.nullcontext() if fused else m.iterates():
+    with torch.no_grad(), contextlib.nullcontext() if fused else m.iterates():
         for d, window in m.x.items():
             most = max(1.0, sum(rate for _, rate in toward))  # buffers are pulled by convex rates
             spans = [(m.edge[d], m.n[d], most)] + ([] if fused else [(0, m.edge[d], 1.0)])
@@ -185,7 +206,7 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
     makes it anew: it may be a point of parameter space, of which 0 is no start.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # RunningAverage's
-    if type(inner).__module__.partition(".")[0] not in ("torch", "mpilsgd"):
+    if _is_foreign(inner):
         inner.state.clear()
         return
     for group in optimizer.param_groups:

@@ -162,6 +162,8 @@ def test_parameters_are_matched_by_their_names(name: str, shared: bool) -> None:
         with wrapped(name, inner, shared) as opt:
             for t in range(5):
                 step_of_layers(opt, model, t)
+            opt.settle()
+            WORLD.Barrier()  # nobody may step while asynchronous workers save
             state = copy.deepcopy(opt.state_dict())
             opt.load_state_dict(state)
             step_of_layers(opt, model, 5)

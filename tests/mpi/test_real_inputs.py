@@ -710,14 +710,15 @@ def test_nothing_is_sent_for_a_rate_of_0(shared: bool, when: str) -> None:
 def test_small_pulls_are_felt(name: str, options: dict[str, Any], dtype: torch.dtype, shared: bool) -> None:
     """Each below half a unit in the last place: over many elements the mean moves as in float32."""
     method = {"EASGD": EASGD, "LSGD": LSGD}[name]
-    reach = {torch.bfloat16: 0.08, torch.float16: 0.01}[dtype]  # times 0.02: below half a ulp of 1
+    reach = {torch.bfloat16: 0.08, torch.float16: 0.01}[dtype]  # times 0.02: below half a ulp
 
     def moved(dtype: torch.dtype) -> float:
         topo = Topology(shared=shared)
-        parameter = nn.Parameter(torch.ones(1 << 15, dtype=dtype))
-        with torch.no_grad():
-            if WORLD.rank == 0:
-                parameter.sub_(torch.linspace(0, reach, 1 << 15).to(dtype))
+        # equal values are rounded alike, so many different ones
+        wide = torch.linspace(1, 1.9, 1 << 15)
+        if WORLD.rank == 0:
+            wide -= reach * torch.rand(1 << 15, generator=torch.Generator().manual_seed(0))
+        parameter = nn.Parameter(wide.to(torch.float16).to(dtype))
         opt = method(torch.optim.SGD([parameter], lr=0.0), topo, period=1, init="different", **options)
         start = parameter.detach().double().clone()
         for _ in range(10):
@@ -729,7 +730,7 @@ def test_small_pulls_are_felt(name: str, options: dict[str, Any], dtype: torch.d
         return found
 
     expected, found = moved(torch.float32), moved(dtype)
-    fine = abs(found - expected) <= 0.05 * abs(expected) + 1e-6
+    fine = abs(found - expected) <= 0.2 * abs(expected) + 1e-6  # rounded to nearest it would not move
     check_together([] if fine else [f"moved by {found:.2e}, in float32 by {expected:.2e}"])
 
 

@@ -24,6 +24,7 @@ class Exchange:
     This base meets all workers, as every method does for its centre and its end.
     """
 
+    verbs: frozenset[str] = frozenset()  # what a rule's `exchange(r)` may ask of it
     updates = 0  # of the centre so far
     waited = 0.0  # seconds for others, since this was set back
     private = False  # whether the levels need communicators of their own

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class Behind(Exchange):
     """One exchange at a time is under way. Its verb is `elastic`, in two halves: the worker's, and the centre's."""
 
+    verbs = frozenset({"elastic"})
     private = True
 
     def __init__(self, method: Method):

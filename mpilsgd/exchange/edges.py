@@ -46,6 +46,7 @@ class Edges(Exchange):
     Its rule says what the tree is: `tree`, `periods`, `order` ("free" or "lock-step").
     """
 
+    verbs = frozenset({"send", "arrivals", "pull"})
     always_ordered = private = True
 
     def __init__(self, method: Method):

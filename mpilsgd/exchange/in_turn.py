@@ -25,6 +25,7 @@ class InTurn(Exchange):
     (whether this worker is finite: else it writes nothing and takes the centre over), updates (of this shard so far).
     """
 
+    verbs = frozenset({"elastic", "push", "follow", "each", "copy", "statistics"})
     always_ordered = True
     fit = True
 

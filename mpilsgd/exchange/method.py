@@ -88,7 +88,7 @@ class Method(Worker):
         self.t, self.behind, self.toward = 0, False, ()  # type: tuple[int, bool, Any]
         try:
             setup.build(self, model, given)
-        except (ValueError, Diverged):  # on every rank
+        except (ValueError, TypeError, Diverged):  # on every rank
             setup.release(self)
             raise
         leaving.enter(self)

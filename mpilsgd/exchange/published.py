@@ -31,6 +31,7 @@ class Published(Exchange):
     read in the recorded run.
     """
 
+    verbs = frozenset({"pull"})
     always_ordered = True
 
     def __init__(self, method: Method):

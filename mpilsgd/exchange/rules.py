@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from mpilsgd.exchange.course import COURSE
@@ -53,6 +54,17 @@ def check_rule(cls: Any, base: Any) -> None:
     for hook in ("clock_of", "exchange"):
         if getattr(cls, hook) is getattr(base, hook):
             raise TypeError(f"{cls.__name__} must define {hook}: see docs/adding-a-method.md")
+
+
+def check_verbs(cls: Any, kind: Any, others: Iterable[Any]) -> None:
+    """A TypeError where a rule's `exchange` names a verb that its exchange does not have: not in the tenth round."""
+    known = frozenset[str]().union(*(other.verbs for other in others))
+    missing = sorted((known & set(cls.exchange.__code__.co_names)) - kind.verbs)
+    if missing:
+        raise TypeError(
+            f"{cls.__name__}.exchange asks for {', '.join(missing)}; {kind.__name__} has "
+            + ", ".join(sorted(kind.verbs))
+        )
 
 
 def check_names(cls: Any, given: dict[str, Any]) -> None:

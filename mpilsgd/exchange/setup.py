@@ -11,8 +11,11 @@ from mpilsgd.exchange import leaving
 from mpilsgd.exchange.behind import BEHIND
 from mpilsgd.exchange.clocks import TwoPeriods
 from mpilsgd.exchange.course import Course, course_problems
+from mpilsgd.exchange.edges import Edges
 from mpilsgd.exchange.equality import agreed, broadcast_rest, laid_out
 from mpilsgd.exchange.metrics import Metrics
+from mpilsgd.exchange.published import Published
+from mpilsgd.exchange.rules import check_verbs
 from mpilsgd.exchange.vectors import Span, accumulation_dtype
 from mpilsgd.exchange.wrapped import Members, described, unfit_problem
 from mpilsgd.flat import FlatParameters, find_modules, float_buffers
@@ -21,6 +24,9 @@ from mpilsgd.transport import Fabric
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
+
+
+EXCHANGES = (*BEHIND, *BEHIND.values(), Published, Edges)
 
 
 def build(m: Method, model: torch.nn.Module | None, given: dict[str, Any]) -> None:
@@ -51,6 +57,7 @@ def build(m: Method, model: torch.nn.Module | None, given: dict[str, Any]) -> No
     kind: Any = m.exchanges[m.asynchronous]
     if getattr(m, "overlap", False):
         kind = BEHIND[kind]
+    check_verbs(cls, kind, EXCHANGES)
     if m.asynchronous or kind.always_ordered:
         m.course = Course(topology, *_order(m), {**m.about, "optimizer": described(m.optimizer)})
     m.r = kind(m)

@@ -28,6 +28,8 @@ class Together(Leaders):
     its own count. Attributes in a round: rows (of those who met), due, updates (rounds of the centre so far).
     """
 
+    verbs = frozenset({"mean", "elastic", "push", "pull", "keep", "follow", "each", "copy"})
+
     def __init__(self, method: Method):
         super().__init__(method)
         self.rows: Rows | None = None

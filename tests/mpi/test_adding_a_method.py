@@ -14,7 +14,7 @@ from job_harness import everyone_got
 from problems import TanhNet
 from simulation import Local
 
-from mpilsgd.exchange import Every, Method, number
+from mpilsgd.exchange import Every, InTurn, Method, number
 from mpilsgd.train import job
 from mpilsgd.train.callables import resolve
 
@@ -85,6 +85,18 @@ def test_a_rule_that_misuses_the_mechanism_is_refused_when_it_is_made() -> None:
         type("Wrong", (Method,), {"step": lambda self: None})
     with pytest.raises(TypeError, match="vector"):
         Method.vector(object.__new__(type("Vague", (Method,), {"vectors": {}})), "v", per="node")
+
+    class Lost(Method):
+        exchanges = {False: InTurn}  # noqa: RUF012
+
+        def clock_of(self) -> Every:
+            return Every(1)
+
+        def exchange(self, r: Any) -> None:
+            r.mean()
+
+    with pytest.raises(TypeError, match=r"Lost.exchange asks for mean; InTurn has copy, each"):
+        Lost(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1))
 
     class Half(Method):
         rate: float = number(0.5, 0, 1, help="a rate")

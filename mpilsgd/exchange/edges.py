@@ -15,6 +15,7 @@ from mpilsgd.comm import Edge, Inbox, Links, wait_until
 from mpilsgd.exchange.base import Exchange
 from mpilsgd.exchange.rows import CENTER
 from mpilsgd.exchange.vectors import Span, Vector, load, save
+from mpilsgd.layout import padded
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
@@ -111,15 +112,14 @@ class Edges(Exchange):
         return ((d, self.m.fabric.wire(d) if narrow else d) for d in self.m.x)
 
     def _message_bytes(self, narrow: bool) -> int:
-        return _HEAD + sum(_room(self.m.n[d] * wire.itemsize) for d, wire in self._types(narrow))
+        return _HEAD + sum(padded(self.m.n[d], wire) * wire.itemsize for d, wire in self._types(narrow))
 
     def _open_message(self, memory: np.ndarray, narrow: bool) -> tuple[torch.Tensor, Vectors]:
         """A message's head (whether it is finite, seconds a step) and vectors."""
         whole, at, vectors = torch.from_numpy(memory), _HEAD, {}
         for d, wire in self._types(narrow):
-            nbytes = self.m.n[d] * wire.itemsize
-            vectors[d] = whole[at : at + nbytes].view(wire)
-            at += _room(nbytes)
+            vectors[d] = whole[at : at + self.m.n[d] * wire.itemsize].view(wire)
+            at += padded(self.m.n[d], wire) * wire.itemsize
         return whole[:16].view(torch.float64), vectors
 
     # A pass, and its verbs
@@ -282,8 +282,7 @@ class Edges(Exchange):
         return "the state is of another tree: another degree, inner, across_dtype, or ranks laid otherwise on nodes"
 
     def load(self, state: dict[str, Any]) -> None:
-        assert self._links is not None
-        self._links.deliver()
+        self.wakes()
         self._seconds, self._revived = state["seconds"], -1
         for node, (t, x, lying) in zip(self._own, state["nodes"], strict=True):
             node.t = t
@@ -293,10 +292,6 @@ class Edges(Exchange):
                 edge.into.put([memory.numpy() for memory in messages])
 
     def free(self) -> None:
+        self._own = []
         if self._links is not None:
             self._links.free()
-        self._own = []
-
-
-def _room(nbytes: int) -> int:
-    return -(-nbytes // 64) * 64

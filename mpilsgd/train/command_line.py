@@ -44,8 +44,11 @@ def parse(argv: Sequence[str]) -> Config:
         ConfigError: with all mistakes.
         SystemExit: after --help and --print_config.
     """
-    for name in _named_methods(argv):
-        enlist(name)
+    try:
+        for name in _named_methods(argv):
+            enlist(name)
+    except InputError as error:
+        raise ConfigError([str(error)], Config()) from None
     options = method_options(FIELDS)
     parser = _parser(options)
     argv = _regular(argv, parser)
@@ -116,9 +119,8 @@ def _add_method_options(parser: ArgumentParser, options: dict[str, MethodOption]
         for cls, default in option.defaults.items():
             defaults.setdefault(_shown(default), []).append(cls)
         owners = "all" if len(option.defaults) == len(methods()) else ", ".join(option.defaults)
-        told = "; ".join(
-            value if len(defaults) == 1 else f"{', '.join(who)}: {value}" for value, who in defaults.items()
-        )
+        one = len(defaults) == 1
+        told = "; ".join(value if one else f"{', '.join(who)}: {value}" for value, who in defaults.items())
         group.add_argument(
             f"--{key}",
             type=option.type,
@@ -142,10 +144,8 @@ class _Help(DefaultHelpFormatter):
         return action.help or ""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.dest == "help":
-            return "-h, --help"
-        value = "" if action.dest == "print_config" else f" {action.metavar}"
-        return f"{action.option_strings[0]}{value}"
+        value = "" if action.dest in ("help", "print_config") else f" {action.metavar}"
+        return "-h, --help" if action.dest == "help" else f"{action.option_strings[0]}{value}"
 
 
 def _shown(default: Any) -> str:

@@ -83,7 +83,7 @@ def launched_processes(environment: Mapping[str, str]) -> int | None:
     More than COMM_WORLD has means that the launcher belongs to another MPI than the one mpi4py has loaded:
     every process then is a world of its own.
     """
-    torchrun = ("WORLD_SIZE",) if "LOCAL_WORLD_SIZE" in environment else ()
+    torchrun = ("WORLD_SIZE",) if "TORCHELASTIC_RUN_ID" in environment else ()
     for name in (*LAUNCHER_SIZES, *torchrun):
         if environment.get(name, "").isdigit():
             return int(environment[name])
@@ -95,8 +95,9 @@ def warn_if_apart() -> None:
     """Says once in this process that a launcher of another MPI started more processes than MPI sees."""
     launched = launched_processes(os.environ)
     if launched is not None and launched > MPI.COMM_WORLD.size:
+        who = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "the launcher"
         warnings.warn(
-            f"the launcher started {launched} processes, but MPI sees {MPI.COMM_WORLD.size}, so they do not train "
+            f"{who} started {launched} processes, but MPI sees {MPI.COMM_WORLD.size}, so they do not train "
             "together: start them with the mpiexec that lies beside this python, or under Slurm with "
             "srun --mpi=pmi2 (MPICH) or srun --mpi=pmix (Open MPI)",
             RuntimeWarning,

@@ -37,7 +37,7 @@ def build(m: Method, model: torch.nn.Module | None, given: dict[str, Any]) -> No
         setattr(m, field.name, given.get(field.name, field.default))
         problems.append(field.check(getattr(m, field.name)))
     if not any(problems):
-        problems += m.declare()
+        problems += m.declare() or ()
     if "record" in m.fields:
         problems += course_problems(m)
     topology.agree("; ".join(p for p in problems if p) or None)

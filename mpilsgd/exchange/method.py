@@ -269,8 +269,8 @@ class Method(Worker):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state and, under "mpilsgd", this worker's clock, metrics and the method's own.
 
-        Each rank saves its own; what a node keeps once, its first rank saves. In an asynchronous run nobody may step
-        meanwhile: `settle()` and a barrier come first.
+        Each rank saves its own; what a node keeps once, its first rank saves. Where workers take turns at a centre
+        (asynchronous methods, ADMM) nobody may step meanwhile: `settle()` and a barrier come first.
         """
         self._refuse_if_closed()
         self.settle()

@@ -271,6 +271,7 @@ def test_resume_is_uninterrupted(case: Case, device: str) -> None:
             run.run(5)
             if case.asynchronous:
                 run.center()  # nobody may step meanwhile
+            WORLD.Barrier()  # ADMM's workers take turns at a centre in its synchronous form, too
             file = io.BytesIO()
             torch.save({"model": run.model.state_dict(), "method": run.opt.state_dict()}, file)
             WORLD.Barrier()

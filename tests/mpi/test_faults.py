@@ -219,28 +219,27 @@ def tied() -> nn.Module:
         (
             lambda: linear(4, 5, 3),
             lambda: linear(4, 5, 2),
-            r"parameter 2 is (3, 5) torch.float32 on rank 0 and (2, 5) torch.float32 on rank {}",
+            r"parameter 1.weight is (3, 5) torch.float32 on rank 0 and (2, 5) torch.float32 on rank {}",
         ),
         (
             lambda: linear(4, 5),
             lambda: linear(4, 5, dtype=torch.float64),
-            r"parameter 0 is (5, 4) torch.float32 on rank 0 and (5, 4) torch.float64 on rank {}",
+            r"parameter 0.weight is (5, 4) torch.float32 on rank 0 and (5, 4) torch.float64 on rank {}",
         ),
         (
             lambda: linear(4, 5),
             lambda: linear(4, 5, 3),
-            r"parameter 2 is missing on rank 0 and (3, 5) torch.float32 on rank {}",
+            r"parameter 0.weight ((5, 4) torch.float32) is there on rank {}, but not on rank 0, which has parameter weight",
         ),
         (
             lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False)),
             lambda: linear(4, 5),
-            r"buffer 0 is (5,) torch.float32 on rank 0 and missing on rank {}",
+            r"buffer 1.running_mean ((5,) torch.float32) is there on rank 0, but not on rank {}",
         ),
         (
             lambda: nn.Conv2d(2, 3, 3),
             lambda: nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last),
-            r"parameter 0 is (3, 2, 3, 3) torch.float32 on rank 0 and (3, 2, 3, 3) torch.float32 strides "
-            r"(18, 1, 6, 2) on rank {}",
+            r"parameter weight has strides (18, 9, 3, 1) on rank 0 and (18, 1, 6, 2) on rank {}",
         ),
         (lambda: linear(3, 3, 3, 3), tied, r"other tensors share their memory on rank {} than on rank 0"),
     ],

@@ -28,9 +28,14 @@ class SlowMo(Method):
     def start(self, r):
         r.take(self.c)
 
+    def measure(self):
+        return self.param_groups[0]["lr"]
+
     def exchange(self, r):
-        gamma = self.param_groups[0]["lr"]
+        gamma = float(r.came.score[0])  # the first worker's: c and u must be the same everywhere
         r.mean()
+        if not gamma:
+            return
         for c, u, x in r.each(self.c, self.u, self.x):
             u.mul_(self.slow_momentum).add_(c - x, alpha=1 / gamma)
             c.sub_(u, alpha=self.slow_lr * gamma)

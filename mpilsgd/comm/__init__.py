@@ -16,7 +16,7 @@ from mpilsgd.comm.onesided import Turns
 from mpilsgd.comm.shards import Shard, Shards
 from mpilsgd.comm.snapshots import Snapshots
 from mpilsgd.comm.standstill import Place
-from mpilsgd.comm.topology import Topology, end_job, exit_status
+from mpilsgd.comm.topology import Refused, Topology, end_job, exit_status
 from mpilsgd.comm.waiting import Background, complete, wait_until
 from mpilsgd.comm.windows import Window, free_shared_memory
 
@@ -32,6 +32,7 @@ __all__ = [
     "Outbox",
     "Place",
     "Progress",
+    "Refused",
     "Shard",
     "Shards",
     "Slot",

@@ -15,6 +15,10 @@ from mpi4py import MPI
 from mpilsgd.comm.channel import Channel
 
 
+class Refused(ValueError):
+    """What is wrong on any rank, raised on every one."""
+
+
 class Topology:
     """The world of p workers, cut into nodes (shared memory) and n groups of l workers.
 
@@ -119,9 +123,9 @@ class Topology:
         errors = self.world.allgather(error)
         told = {e for e in errors if e is not None}
         if len(told) == 1 and None not in errors:
-            raise ValueError(told.pop())
+            raise Refused(told.pop())
         if told:
-            raise ValueError("; ".join(f"rank {r}: {e}" for r, e in enumerate(errors) if e is not None))
+            raise Refused("; ".join(f"rank {r}: {e}" for r, e in enumerate(errors) if e is not None))
 
     def gather(self, item: Any) -> list[Any] | None:
         """Every rank's item, in rank order, on rank 0; None elsewhere."""

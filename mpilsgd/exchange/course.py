@@ -6,7 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from mpilsgd.comm import Counter, Progress, Topology, progresses_alone, thread_problem
+from mpilsgd.comm import Counter, Progress, Refused, Topology, progresses_alone, thread_problem
 from mpilsgd.exchange.fields import choice, fields_of, path
 from mpilsgd.transport import Fabric
 
@@ -235,7 +235,7 @@ class Course:
                 error = f"replay={os.fspath(path)}: {problem}"
         error = self._topology.broadcast(error)
         if error is not None:
-            raise ValueError(error)
+            raise Refused(error)
         found = self._topology.broadcast(found)
         ranks = found["ranks"]
         return {**ranks[self._topology.world.rank], "all": [row["events"] for row in ranks]}

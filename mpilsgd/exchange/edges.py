@@ -124,12 +124,14 @@ class Edges(Exchange):
 
     # A pass, and its verbs
 
-    def _pass(self, node: _Node) -> None:
-        self.node = node
+    def _pass(self, node: _Node, sends: bool = True) -> None:
+        self.node, self._sends = node, sends
         self.m.exchange(self)
 
     def send(self) -> None:
         """x to parent and children, where it is due."""
+        if not self._sends:  # between the passes of a rank that only averages
+            return
         node, m, links = self.node, self.m, self._links
         assert links is not None
         due = [e for e in node.edges if node.t % e.send_every == 0]
@@ -148,11 +150,11 @@ class Edges(Exchange):
                 if edge.narrow is narrow:
                     edge.out.send(memory)
 
-    def arrivals(self, idle: bool = False) -> Iterator[tuple[bool, Vectors]]:
+    def arrivals(self) -> Iterator[tuple[bool, Vectors]]:
         """What has come, the parent's first: whether it is finite, and the vectors."""
         m = self.m
         for edge in self.node.edges:
-            if not (edge.into.has() if idle else self._came(self.node, edge)):
+            if not self._came(self.node, edge):
                 continue
             head, vectors = self._open_message(edge.into.message(), edge.narrow)
             yield bool(head[0]), vectors
@@ -215,8 +217,7 @@ class Edges(Exchange):
         self._pass(node)
         while not self.lock_step and (rest := start + self._seconds - time.perf_counter()) > 0:
             time.sleep(min(_PAUSE, rest))
-            for message in self.arrivals(idle=True):
-                self.pull(message, self.m.moving_rate)
+            self._pass(node, sends=False)
         node.t += 1
 
     def stepped(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mpilsgd.comm import Topology
+from mpilsgd.comm import Refused, Topology
 from mpilsgd.flat import FlatParameters, check_free
 from mpilsgd.layout import Plan, canonical, first_difference
 
@@ -34,7 +34,7 @@ def laid_out(
     if len(set(models)) > 1:
         every = topology.allgather(plan.described())
         other = next(r for r, model in enumerate(models) if model != models[0])
-        raise ValueError(f"the models differ: {first_difference(every[0], every[other], other)}")
+        raise Refused(f"the models differ: {first_difference(every[0], every[other], other)}")
     return plan
 
 
@@ -52,7 +52,7 @@ def agreed(topology: Topology, method: str, plan: Plan, settings: dict[str, Any]
             if rows[0].get(k) != row.get(k)
         ]
         if unequal:
-            raise ValueError("the settings differ: " + ", ".join(unequal))
+            raise Refused("the settings differ: " + ", ".join(unequal))
     layout = {
         "nodes": topology.allgather(topology.node.rank),
         "groups": topology.groups,

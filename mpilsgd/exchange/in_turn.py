@@ -141,12 +141,12 @@ class InTurn(Exchange):
             self._take_over(c, velocity, momentum)
         for d in self.m.x:
             edge, n = self.m.edge[d], self.m.n[d]
-            for start, stop in ((0, edge), (edge, n)):
+            for start, stop, buffers in ((0, edge, False), (edge, n, True)):
                 low, high = self._here(d, start, stop)
                 x, a = self._x(d, low, high), anchor[d][low:high]
                 if not self.fit:
                     a.copy_(x)
-                elif start:
+                elif buffers:
                     kernels.push(self._of(c, d, low, high), x, a, 1.0 / self.m.p)
                 else:
                     u = None if velocity is None else self._of(velocity, d, low, high)
@@ -158,15 +158,18 @@ class InTurn(Exchange):
             low, high = self._here(d, 0, self.m.n[d])
             follow(self._of(z, d, low, high), self._of(c, d, low, high), rate)
 
-    def each(self, *vectors: Any) -> Iterator[list[torch.Tensor]]:
-        """What of the parameters' part of each vector lies in the shard, for arithmetic of one's own."""
-        for d in self.m.x:
+    def each(self, *vectors: Any, broken: bool = False) -> Iterator[list[torch.Tensor]]:
+        """What of the parameters' part of each vector lies in the shard, for arithmetic of one's own.
+
+        A worker that is not finite gets nothing, unless it asks for it: see `fit` and `copy`.
+        """
+        for d in self.m.x if self.fit or broken else ():
             low, high = self._here(d, 0, self.m.edge[d])
             yield [self._x(d, low, high) if v is self.m.x else self._of(v, d, low, high) for v in vectors]
 
     def statistics(self, c: Vector) -> None:
         """What lies behind the parameters: c <- c + (x - c)/p;  x <- c."""
-        for d in self.m.x:
+        for d in self.m.x if self.fit else ():
             low, high = self._here(d, self.m.edge[d], self.m.n[d])
             x, part = self._x(d, low, high), self._of(c, d, low, high)
             kernels.elastic(part, [x], 0.0, 1.0 / self.m.p)

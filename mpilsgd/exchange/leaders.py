@@ -140,12 +140,12 @@ class Leaders(Exchange):
         assert self.rows is not None
         score = self.rows.score
         source = min((r for r in range(level.size) if r not in bad), key=lambda r: (score[r], r))
+        if level.rank in bad:
+            m.begin_anew()
         for d, window in m.x.items():
             vector = level.bring(window, source, self._landing(level, d))
             if level.rank in bad:
                 window.mine.copy_(vector)
-        if level.rank in bad:
-            m.begin_anew()
         level.table([0.0])
 
 

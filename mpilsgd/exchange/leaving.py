@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 _living: weakref.WeakValueDictionary[int, Method] = weakref.WeakValueDictionary()
 _abandoned: dict[int, Method] = {}  # nobody holds them; they go on serving the others until all let them go
 _process = os.getpid()
-_serials = itertools.count()
+_serials, _owners = itertools.count(), itertools.count()
 _MANY = 4
 
 
-def number(topology: Topology) -> int:
-    """Of a new method among those of its topology: the same on every rank."""
-    topology.made += 1
-    return topology.made
+def number(m: Method) -> int:
+    """Of a new method among those of its topology, or of those with one of their own: the same on every rank."""
+    if m._owns_topology:
+        return next(_owners)
+    m.topology.made += 1
+    return m.topology.made
 
 
 def enter(m: Method) -> None:
@@ -56,10 +58,10 @@ def reap(topology: Topology, parameters: Iterable[torch.Tensor]) -> None:
     held = any(FlatParameters.of(p) for p in parameters)
     if held or sum(map(theirs, list(_living.values()))) >= _MANY:
         gc.collect()  # a method is part of a cycle; what nobody holds may be there still
-    mine = {serial: m for serial, m in list(_abandoned.items()) if theirs(m)}
+    mine = {(m._owns_topology, m.number): m for m in list(_abandoned.values()) if theirs(m)}
     everyone = topology.allgather(sorted(mine))
-    for serial in sorted(set.intersection(*map(set, everyone))):
-        mine[serial].close()
+    for key in sorted(set.intersection(*map(set, everyone))):
+        mine[key].close()
 
 
 @atexit.register

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from mpilsgd.comm import Topology, inquiry
+from mpilsgd.comm import Refused, Topology, inquiry
 from mpilsgd.exchange import centre, leaving, setup, state
 from mpilsgd.exchange.base import Exchange
 from mpilsgd.exchange.clocks import Every
 from mpilsgd.exchange.fields import Field, choice, fields_of
 from mpilsgd.exchange.rows import CLOSE, ROUND
-from mpilsgd.exchange.rules import check_names, check_rule, complete
+from mpilsgd.exchange.rules import check_free_name, check_names, check_rule, complete
 from mpilsgd.exchange.together import Together
 from mpilsgd.exchange.vectors import Vector
 from mpilsgd.exchange.worker import Diverged, Worker
@@ -88,7 +88,7 @@ class Method(Worker):
         self.t, self.behind, self.toward = 0, False, ()  # type: tuple[int, bool, Any]
         try:
             setup.build(self, model, given)
-        except (ValueError, TypeError, Diverged):  # on every rank
+        except (Refused, Diverged):  # on every rank
             setup.release(self)
             raise
         leaving.enter(self)
@@ -132,6 +132,7 @@ class Method(Worker):
 
     def value(self, name: str, start: Any) -> None:
         """A value that this worker keeps, as an attribute of this name: saved and loaded like the vectors."""
+        check_free_name(type(self), name, Method)
         setattr(self, name, start)
         self.values.append(name)
 
@@ -168,6 +169,7 @@ class Method(Worker):
             result = None
             with torch.no_grad():
                 r.exchange(ROUND)
+            clock.broken = False
         else:
             self._hook()
             result = self._local_step(closure)

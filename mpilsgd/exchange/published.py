@@ -51,7 +51,9 @@ class Published(Exchange):
         self._turns = Turns(m.fabric.world, [0]) if m.course.round_robin else None
         self._near: Vectors = {d: torch.empty_like(w.mine[: m.n[d]]) for d, w in m.x.items()}
         self._far = (
-            self._near if not m.global_pull else {d: torch.empty_like(v) for d, v in self._near.items()}
+            self._near
+            if getattr(m, "global_pull", None) == 0
+            else {d: torch.empty_like(v) for d, v in self._near.items()}
         )
 
     def open(self) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,22 +16,9 @@ from mpilsgd.exchange.fields import REQUIRED, documented, fields_of, signature
 HOOKS = ("declare", "clock_of", "start", "before_step", "observe", "measure", "exchange", "shown_centre")
 _SETTINGS = ("fields", "exchanges", "guard", "asynchronous", "init", "buffers")
 # attributes of a worker, which a setting would hide
-_TAKEN = (
-    "t",
-    "p",
-    "r",
-    "x",
-    "g",
-    "n",
-    "edge",
-    "flat",
-    "model",
-    "optimizer",
-    "topology",
-    "metrics",
-    "vectors",
-    "values",
-)
+_WORKERS = """t p r x g n edge flat model optimizer topology metrics vectors values clock course workers device number
+fabric windows scratch landing fresh modules about behind toward serial"""
+_TAKEN = frozenset(_WORKERS.split())
 
 
 def complete(cls: Any, base: Any) -> None:
@@ -49,6 +39,11 @@ def complete(cls: Any, base: Any) -> None:
     cls.__signature__ = signature(cls.fields)
 
 
+def check_free_name(cls: Any, name: str, base: Any) -> None:
+    if hasattr(base, name) or name in _TAKEN:
+        raise TypeError(f"{cls.__name__}: the name {name!r} is the mechanism's")
+
+
 def check_rule(cls: Any, base: Any) -> None:
     """A TypeError where a rule lacks what every rule defines."""
     for hook in ("clock_of", "exchange"):
@@ -56,15 +51,31 @@ def check_rule(cls: Any, base: Any) -> None:
             raise TypeError(f"{cls.__name__} must define {hook}: see docs/adding-a-method.md")
 
 
-def check_verbs(cls: Any, kind: Any, others: Iterable[Any]) -> None:
-    """A TypeError where a rule's `exchange` names a verb that its exchange does not have: not in the tenth round."""
+def check_verbs(cls: Any, kind: str, allowed: frozenset[str], others: Iterable[Any]) -> None:
+    """A TypeError where a rule's `exchange` asks for a verb that its exchange does not have: not in the tenth round.
+
+    A verb of another exchange that the rule may have is let pass: it may stand in another branch.
+    """
     known = frozenset[str]().union(*(other.verbs for other in others))
-    missing = sorted((known & set(cls.exchange.__code__.co_names)) - kind.verbs)
+    elsewhere = frozenset[str]().union(
+        *(other.verbs for other in cls.exchanges.values() if other.__name__ != kind)
+    )
+    missing = sorted((_asked(cls.exchange) & known) - allowed - elsewhere)
     if missing:
         raise TypeError(
-            f"{cls.__name__}.exchange asks for {', '.join(missing)}; {kind.__name__} has "
-            + ", ".join(sorted(kind.verbs))
+            f"{cls.__name__}.exchange asks for {', '.join(missing)}; {kind} has {', '.join(sorted(allowed))}"
         )
+
+
+def _asked(exchange: Any) -> frozenset[str]:
+    """The attributes of r that `exchange(self, r)` names; none where there is no source to read."""
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(exchange))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return frozenset()
+    r = [argument.arg for argument in function.args.args][1:2]  # type: ignore[attr-defined]
+    nodes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+    return frozenset(node.attr for node in nodes if isinstance(node.value, ast.Name) and [node.value.id] == r)
 
 
 def check_names(cls: Any, given: dict[str, Any]) -> None:

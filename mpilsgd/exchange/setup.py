@@ -29,6 +29,20 @@ if TYPE_CHECKING:
 EXCHANGES = (*BEHIND, *BEHIND.values(), Published, Edges)
 
 
+def kind_of(m: Method) -> Any:
+    """The exchange that a rule asks for. A TypeError on every rank where the two do not go together."""
+    cls, kind = type(m), m.exchanges[m.asynchronous]
+    if getattr(m, "overlap", False):
+        if kind not in BEHIND:
+            raise TypeError(f"{cls.__name__}: overlap goes with {' or '.join(k.__name__ for k in BEHIND)}")
+        kind = BEHIND[kind]
+    if isinstance(m.clock, TwoPeriods) and m.guard:
+        raise TypeError(f'{cls.__name__}: with the clock TwoPeriods it is the pull that guards: guard = ""')
+    allowed = kind.verbs & {"pull", "keep"} if isinstance(m.clock, TwoPeriods) else kind.verbs
+    check_verbs(cls, kind.__name__, allowed, EXCHANGES)
+    return kind
+
+
 def build(m: Method, model: torch.nn.Module | None, given: dict[str, Any]) -> None:
     """Everything of the constructor that is collective. ValueError on every rank if anything is wrong on any."""
     topology, cls = m.topology, type(m)
@@ -41,6 +55,8 @@ def build(m: Method, model: torch.nn.Module | None, given: dict[str, Any]) -> No
     if "record" in m.fields:
         problems += course_problems(m)
     topology.agree("; ".join(p for p in problems if p) or None)
+    m.clock = m.clock_of()
+    kind = kind_of(m)
     topology.hold()
     m._held = True
     parameters = [p for group in m.optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -50,14 +66,9 @@ def build(m: Method, model: torch.nn.Module | None, given: dict[str, Any]) -> No
     held = [b for b in float_buffers(m.modules) if bool(torch.isfinite(b).all())]
     plan = laid_out(topology, parameters, held, m.modules)
     m.about = agreed(topology, cls.__name__, plan, _settings(m))
-    m.number = leaving.number(topology)
+    m.number = leaving.number(m)
     m.workers = list(range(m.p))
     m.metrics = Metrics()
-    m.clock = m.clock_of()
-    kind: Any = m.exchanges[m.asynchronous]
-    if getattr(m, "overlap", False):
-        kind = BEHIND[kind]
-    check_verbs(cls, kind, EXCHANGES)
     if m.asynchronous or kind.always_ordered:
         m.course = Course(topology, *_order(m), {**m.about, "optimizer": described(m.optimizer)})
     m.r = kind(m)
@@ -86,7 +97,7 @@ def _settings(m: Method) -> dict[str, Any]:
 
 
 def _order(m: Method) -> tuple[str, Any, Any]:
-    free = m.asynchronous and m.order == "free"
+    free = m.asynchronous and getattr(m, "order", "free") == "free"
     return "free" if free else "round-robin", getattr(m, "record", None), getattr(m, "replay", None)
 
 

@@ -76,6 +76,8 @@ def _unfit(m: Method, own: Any) -> str | None:
         )
     if own.get("model") != m.about["model"]:  # its vectors are laid out otherwise
         return "this is the state of other parameters (shapes, types, order, memory formats)"
+    if not {"vectors", "values", "exchange"} <= own.keys():
+        return f"this is the state of {name} of another version of mpilsgd"
     saved = {n: {d: v.numel() for d, v in of.items()} for n, of in own["vectors"].items()}
     if saved != shapes(dict(_own(m))):
         return _OTHER_RANKS

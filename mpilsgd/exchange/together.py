@@ -83,6 +83,13 @@ class Together(Leaders):
             self.m.copy_from(min(set(range(len(rows.behind))) - behind), behind)
         self.m.behind = False
 
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "joined": self.joined}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.joined = state["joined"]
+
     # The meeting
 
     def meet(self, purpose: float) -> Rows | None:
@@ -123,6 +130,8 @@ class Together(Leaders):
         if m.guard == "x":
             m.set_back(self.bad)
         m.exchange(self)
+        if m.guard == "x" and self.bad and m.fresh:  # buffers that are not exchanged may be broken, too
+            m.copy_from(min(set(range(m.p)) - self.bad), self.bad, rest=True)
         self.updates += 1
 
     # The verbs
@@ -243,8 +252,9 @@ class Together(Leaders):
     def follow(self, z: Vector, c: Vector, rate: float) -> None:
         """z <- z + rate (c - z)."""
         for d in self.m.x:
-            a, b = self.level.share(0, self.m.n[d])
-            follow(z[d][a:b], c[d][a:b], rate)
+            for span in ((0, self.m.edge[d]), (self.m.edge[d], self.m.n[d])):  # the slices of `push`
+                a, b = self.level.share(*span)
+                follow(z[d][a:b], c[d][a:b], rate)
 
     def each(self, *vectors: Any) -> Iterator[list[torch.Tensor]]:
         """This rank's slice of the parameters' part of each, for arithmetic of one's own, a dtype after the other.

@@ -27,6 +27,8 @@ class Vector(Mapping[torch.dtype, torch.Tensor]):
             raise TypeError(
                 f"vector({name!r}): per must be one of {PER} and start one of {STARTS}, not {per!r} and {start!r}"
             )
+        if start == "x" and per != "worker":
+            raise TypeError(f'vector({name!r}): start="x" is a worker\'s own; take "mean" with per={per!r}')
         self.name, self.per, self.start, self.wide = name, per, start, wide
         self.memory: dict[torch.dtype, torch.Tensor] = {}
 

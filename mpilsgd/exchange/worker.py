@@ -82,14 +82,18 @@ class Worker(Wrapper):
         """The mean over the world ranks that count, to all. Collective, after a barrier."""
         average(self.fabric.world, self.scratch, spans, counted)
 
-    def copy_from(self, source: int, takers: set[int] | None = None) -> None:
-        """The takers (default: all) get the whole vectors of world rank `source`, to the bit. Collective."""
+    def copy_from(self, source: int, takers: set[int] | None = None, rest: bool = False) -> None:
+        """The takers (default: all) get the vectors of world rank `source`, to the bit. Collective.
+
+        rest: only what lies behind the part that is exchanged.
+        """
         level = self.fabric.world
         level.table([0.0])
         for dtype, window in self.x.items():
             vector = level.bring(window, source, self.scratch.get(dtype), exact=True)[: window.mine.numel()]
             if level.rank != source and (takers is None or level.rank in takers):
-                window.mine.copy_(vector)
+                start = self.n[dtype] if rest else 0
+                window.mine[start:].copy_(vector[start:])
         level.table([0.0])
 
     def copy_of_x(self) -> dict[torch.dtype, torch.Tensor]:

@@ -57,7 +57,7 @@ class ADMM(Method):
     def exchange(self, r: Any) -> None:
         if not r.fit:
             r.copy(self.c)
-            for x, multipliers, written in r.each(self.x, self.multipliers, self.written):
+            for x, multipliers, written in r.each(self.x, self.multipliers, self.written, broken=True):
                 multipliers.copy_(x - written)
             return
         every = (self.x, self.x_before, self.multipliers, self.written, self.c)

@@ -60,7 +60,7 @@ class Downpour(Method):
 
     def declare(self) -> Iterable[str | None]:
         self.c = self.vector("c", per="all", start="mean")
-        self.anchor = self.vector("anchor", start="mean")
+        self.anchor = self.vector("anchor")
         self.u = self.vector("u", per="all") if self.momentum else None
         self.z = self.vector("z", per="all", start="mean", wide=True) if self.average is not None else None
         if self.momentum == 1:
@@ -73,6 +73,8 @@ class Downpour(Method):
 
     def start(self, r: Any) -> None:
         r.take(self.c)
+        for d, a in self.anchor.items():  # what was received: between nodes c may be rounded
+            a.copy_(self.x[d].mine[: len(a)])
 
     def exchange(self, r: Any) -> None:
         if self.z is not None:

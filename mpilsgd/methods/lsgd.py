@@ -106,13 +106,10 @@ class LSGD(Method):
 
     def exchange(self, r: Any) -> None:
         if self.when == "every_step":
-            self._keep(r)
+            kept = r.keep(self.near, self.far)
+            self.known = [old or new for old, new in zip(self.known, kept, strict=True)]
         else:
             r.pull(self.pull, self.global_pull, self.sequential)
-
-    def _keep(self, r: Any) -> None:
-        kept = r.keep(self.near, self.far)
-        self.known = [old or new for old, new in zip(self.known, kept, strict=True)]
 
     def before_step(self) -> None:
         if self.when == "every_step":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections import Counter
@@ -326,3 +327,22 @@ def test_replays_of_another_run_are_refused(folder: Path) -> None:
     refused(EASGD, "record|replay", period=2, record=folder / "x", **replay)
     with running(case, TanhNet(), SGD, LAYOUTS[0], replay=file) as run:  # and the right one is not
         work(run, 6 * run.size)
+
+
+@several
+def test_rounds_by_the_total_are_not_held_again_after_loading() -> None:
+    """A state says how far the rounds have come: the total of steps is not at its start."""
+    case = Case(LSGD, {"asynchronous": True, "period": 2, "global_period": 2})
+    errors: list[str] = []
+    with running(case, TanhNet(), SGD, LAYOUTS[0]) as run:
+        run.run(10)
+        run.center()
+        state = copy.deepcopy(run.opt.state_dict())
+        rounds = run.opt.metrics.rounds
+    with running(case, TanhNet(), SGD, LAYOUTS[0]) as run:
+        run.opt.load_state_dict(state)
+        run.run(1)
+        run.center()
+        more = run.opt.metrics.rounds - rounds
+        errors += [] if 0 <= more <= 1 else [f"{more} rounds in one step"]
+    check_together(errors)

@@ -229,7 +229,8 @@ def tied() -> nn.Module:
         (
             lambda: linear(4, 5),
             lambda: linear(4, 5, 3),
-            r"parameter 0.weight ((5, 4) torch.float32) is there on rank {}, but not on rank 0, which has parameter weight",
+            r"parameter 0.weight ((5, 4) torch.float32) is there on rank {}, but not on rank 0, "
+            r"which has parameter weight",
         ),
         (
             lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False)),

@@ -199,7 +199,11 @@ class BehindInTurn(Behind, InTurn):
                 return
             self._sent = {d: w.mine[: m.n[d]].clone() for d, w in m.x.items()}
         self._pending = True
-        self.submit(lambda _: self.visit(timed=False), None)
+        self.submit(self._visit_behind, None)
+
+    def _visit_behind(self, _: Any) -> None:
+        self.visit(timed=False)
+        self._sent = {}
 
     def elastic(self, c: Vector, alpha: float, rate: float, gauss_seidel: bool = False) -> None:
         if not self.fit:
@@ -212,10 +216,6 @@ class BehindInTurn(Behind, InTurn):
                 part, difference = self._of(c, d, low, high), self._difference[d][low:high]
                 kernels.elastic_sum(difference, part, [self._sent[d][low:high]], 0.0)
                 kernels.elastic_apply(part, [], difference, 0.0, r, seed=self.updates)
-
-    def settle(self) -> None:
-        super().settle()
-        self._sent = {}
 
     def stepped(self) -> None:
         if self._pending and self.is_due():  # the period is over

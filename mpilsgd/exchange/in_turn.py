@@ -193,6 +193,7 @@ class InTurn(Exchange):
 
     def stepped(self) -> None:
         super().stepped()
+        self.m.before = {}
         self.m.course.count(self.m.t)
 
     def rests(self) -> None:

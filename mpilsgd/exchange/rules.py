@@ -17,7 +17,7 @@ HOOKS = ("declare", "clock_of", "start", "before_step", "observe", "measure", "e
 _SETTINGS = ("fields", "exchanges", "guard", "asynchronous", "init", "buffers")
 # attributes of a worker, which a setting would hide
 _WORKERS = """t p r x g n edge flat model optimizer topology metrics vectors values clock course workers device number
-fabric windows scratch landing fresh modules about behind toward serial"""
+fabric windows scratch landing fresh modules about behind toward serial before"""
 _TAKEN = frozenset(_WORKERS.split())
 
 

@@ -7,8 +7,6 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mpilsgd import kernels
 from mpilsgd.exchange.base import average
 from mpilsgd.exchange.rows import ROUND, Row
@@ -96,10 +94,10 @@ class Worker(Wrapper):
                 window.mine[start:].copy_(vector[start:])
         level.table([0.0])
 
-    def copy_of_x(self) -> dict[torch.dtype, torch.Tensor]:
-        """What is exchanged of x, as it is now."""
+    def keep_x(self) -> None:
+        """`before` is what is exchanged of x as it is now, until the step ends."""
         with self.iterates():
-            return {d: w.mine[: self.n[d]].clone() for d, w in self.x.items()}
+            self.before = {d: w.mine[: self.n[d]].clone() for d, w in self.x.items()}
 
     def note_leaders(self, near: int | None, far: int | None, scores: Any) -> None:
         """Who leads the group, and all: ranks in the world. scores: of all, if this worker knows them."""

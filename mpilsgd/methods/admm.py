@@ -52,7 +52,7 @@ class ADMM(Method):
         if wrong is not None:
             raise ValueError(wrong)
         self.weight = float(self.param_groups[0]["lr"]) * self.rho
-        self.x_before = self.copy_of_x()
+        self.keep_x()
 
     def exchange(self, r: Any) -> None:
         if not r.fit:
@@ -60,7 +60,7 @@ class ADMM(Method):
             for x, multipliers, written in r.each(self.x, self.multipliers, self.written, broken=True):
                 multipliers.copy_(x - written)
             return
-        every = (self.x, self.x_before, self.multipliers, self.written, self.c)
+        every = (self.x, self.before, self.multipliers, self.written, self.c)
         for y, x, multipliers, written, c in r.each(*every):
             multipliers.sub_(x).add_(c)
             y.add_(multipliers + c, alpha=self.weight).div_(1 + self.weight)

@@ -118,13 +118,14 @@ def _allocate(m: Method, plan: Plan) -> None:
     m.fresh = {d: w.mine[m.n[d] :].clone() for d, w in m.x.items() if m.n[d] < w.mine.numel()}
     m.scratch, m.landing = {}, {}  # a vector an island: what arrives, and sums; what arrives in a group
     world, group = m.fabric.world, m.fabric.group
+    sizes: dict[torch.dtype, int] = {}  # no set of types: its order is another one on every rank
     for d, w in m.x.items():
-        for kind in {d, accumulation_dtype(d)} if world.n_islands > 1 else ():
-            old = m.scratch.get(kind)
-            if old is None or old.mine.numel() < w.mine.numel():
-                m.scratch[kind] = m.fabric.place.common(world.channel, kind, w.mine.numel())
+        for kind in (d, accumulation_dtype(d)) if world.n_islands > 1 else ():
+            sizes[kind] = max(sizes.get(kind, 0), w.mine.numel())
         several = group.n_islands > 1 and isinstance(m.clock, TwoPeriods)
         m.landing[d] = m.fabric.place.common(group.channel, d, w.mine.numel()) if several else None
+    for kind, numel in sizes.items():
+        m.scratch[kind] = m.fabric.place.common(world.channel, kind, numel)
     m.r.allocate(list(m.vectors.values()))
 
 

@@ -371,6 +371,7 @@ def test_optimizers_that_need_a_closure(name: str, broken: bool, make: Any) -> N
         check_together([] if broken and WORLD.size == 1 else [diverged])
     else:
         errors = [] if weights(model).isfinite().all() else ["not finite"]
+        # DOWNPOUR adds up the workers' moves, which diverges where each is as long as L-BFGS's
         errors += (
             [] if broken or last < first or "Downpour" in name else [f"the loss went from {first} to {last}"]
         )

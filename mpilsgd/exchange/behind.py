@@ -188,16 +188,12 @@ class BehindInTurn(Behind, InTurn):
         for d, n in self.m.n.items():
             self._difference[d] = torch.zeros(n, dtype=accumulation_dtype(d), device=self.m.device)
 
-    def run(self) -> None:
-        """Starts the exchange of x as it is now."""
-        m = self.m
-        with m.iterates():
-            self.fit = m.is_finite()
-            if not self.fit:
-                m.begin_anew()
-                self.visit()
-                return
-            self._sent = {d: w.mine[: m.n[d]].clone() for d, w in m.x.items()}
+    def exchange_x(self) -> None:
+        """Starts the exchange; a worker that is not finite takes the centre over at once."""
+        if not self.fit:
+            self.visit()
+            return
+        self._sent = {d: w.mine[: self.m.n[d]].clone() for d, w in self.m.x.items()}
         self._pending = True
         self.submit(self._visit_behind, None)
 

@@ -64,7 +64,11 @@ class InTurn(Exchange):
             self.fit = m.is_finite()
             if not self.fit:
                 m.begin_anew()
-            self.visit()
+            self.exchange_x()
+
+    def exchange_x(self) -> None:
+        """The exchange of x as it is held now."""
+        self.visit()
 
     def visit(self, timed: bool = True) -> None:
         """The rule at each shard, in this worker's turn; time and bytes are counted, the order noted or repeated."""

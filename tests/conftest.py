@@ -83,7 +83,7 @@ class Recorder:
 
     def take(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if self.path:
-            append(self.path, report.nodeid, report.outcome, reason(report))
+            append(self.path, report.nodeid, report.outcome, reason(report), getattr(report, "duration", 0.0))
         if report.failed and self.with_mpi:  # a rank's failure ends the job before pytest's own summary
             parts = [f"\n{self.label}: FAILED {report.nodeid}", report.longreprtext]
             parts += [f"--- {title} ---\n{text}" for title, text in report.sections]
@@ -99,9 +99,10 @@ def reason(report: pytest.TestReport | pytest.CollectReport) -> str:
     return (text.splitlines() or [""])[0]
 
 
-def append(path: Path, test: str, outcome: str, reason: str) -> None:
+def append(path: Path, test: str, outcome: str, reason: str, seconds: float = 0.0) -> None:
+    entry = {"test": test, "outcome": outcome, "reason": reason, "seconds": round(seconds, 2)}
     with path.open("a") as file:
-        file.write(json.dumps({"test": test, "outcome": outcome, "reason": reason}) + "\n")
+        file.write(json.dumps(entry) + "\n")
 
 
 def write(descriptor: int, text: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.exchange.rows import Row, Rows, checked
+from mpilsgd.exchange.rows import Rows, checked
 from mpilsgd.exchange.vectors import Span, Vector, accumulation_dtype, allot
 from mpilsgd.transport import Level
 
@@ -42,6 +42,7 @@ class Exchange:
     def allocate(self, vectors: list[Vector]) -> None:
         """Gives the named vectors their memory. Collective."""
         m = self.m
+        self.x: dict[torch.dtype, Any] = m.x  # what is exchanged
         for v in vectors:
             allot(m, v)
 
@@ -164,12 +165,6 @@ def convex(m: Method, d: torch.dtype, alpha: float, rate: float) -> Iterator[tup
             yield start, stop, *rates
 
 
-def trim(broken: list[torch.Tensor], c: torch.Tensor) -> None:
-    """Workers that are not finite take the centre over."""
-    for view in broken:
-        view.copy_(c)
-
-
 def follow(z: torch.Tensor, x: torch.Tensor, rate: float) -> None:
     """z <- z + rate (x - z), z of x's accumulation type: small rates would be lost in a half type."""
     if z.dtype == x.dtype:
@@ -191,7 +186,8 @@ def average(level: Level, scratch: dict[torch.dtype, Any], spans: list[Span], co
         level.count_local((b - a) * window.mine.element_size())
         if level.n_islands == 1:
             kernels.average(peers)
-            trim([view for r, view in every.items() if r not in counted], peers[0])
+            for r in every.keys() - counted:
+                every[r].copy_(peers[0])
             continue
         sums = scratch[accumulation_dtype(window.mine.dtype)].views[0]
         if peers:
@@ -205,5 +201,3 @@ def average(level: Level, scratch: dict[torch.dtype, Any], spans: list[Span], co
         level.fence()
     level.barrier()
 
-
-__all__ = ["Exchange", "Row", "Span", "average", "convex", "follow", "trim"]

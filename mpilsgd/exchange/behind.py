@@ -1,10 +1,11 @@
-"""Exchanges that go on behind the steps: a thread finishes them while the worker computes."""
+"""Exchanges that go on behind the steps: a thread makes them of a copy of x, while the worker computes."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,31 +13,29 @@ from mpilsgd import kernels
 from mpilsgd.comm import Background
 from mpilsgd.exchange.base import Exchange, convex
 from mpilsgd.exchange.in_turn import InTurn
-from mpilsgd.exchange.rows import ROUND, Row, Rows
+from mpilsgd.exchange.rows import ROUND, Rows
 from mpilsgd.exchange.together import Together
-from mpilsgd.exchange.vectors import Vector, accumulation_dtype, load, save
-
-if TYPE_CHECKING:
-    from mpilsgd.exchange.method import Method
+from mpilsgd.exchange.vectors import Vector, load, save
+from mpilsgd.transport.messages import Private
 
 
 class Behind(Exchange):
-    """One exchange at a time is under way. Its verb is `elastic`, in two halves: the worker's, and the centre's."""
+    """One exchange at a time is under way. `x` is the copy, which the verbs go by."""
 
     verbs = frozenset({"elastic"})
     private = True
-
-    def __init__(self, method: Method):
-        super().__init__(method)
-        self._exchanging: Future[None] | None = None
-        self._thread: Background | None = None
-        self._difference: dict[torch.dtype, torch.Tensor] = {}  # D = x - c, in a half type's wider one
+    _exchanging: Future[None] | None = None
+    _thread: Background | None = None
 
     def open(self) -> None:
         self._thread = Background("mpilsgd overlap", self.m.device)
         self.m.fabric.world.patient = True
 
-    def submit(self, do: Any, given: Any) -> None:
+    def copy_x(self) -> None:
+        for d, n in self.m.n.items():
+            self.x[d].mine.copy_(self.m.x[d].mine[:n])
+
+    def submit(self, do: Callable[[Any], None], given: Any) -> None:
         assert self._thread is not None
         self._exchanging = self._thread.submit(do, given)
 
@@ -54,183 +53,142 @@ class Behind(Exchange):
         m.metrics.t_wait += waited
         m.count_traffic()
 
-    def pull_by_difference(self, alpha: float) -> None:
-        """x <- x - alpha D; what lies behind the parameters by a convex rate."""
-        for d, w in self.m.x.items():
-            for start, stop, a, _ in convex(self.m, d, alpha, 0.0):
-                kernels.elastic_apply(
-                    w.mine[start:stop], [], self._difference[d][start:stop], 0.0, -a, seed=self.m.t
-                )
-        self.m.flat.touched()
-
     def free(self) -> None:
         if self._thread is not None:
             self._thread.end()
             self._thread = None
         super().free()
-        self._difference = {}
+        self.x = {}
 
 
 class BehindTogether(Behind, Together):
-    """Rounds of all, whose second half, the centre's, goes on behind the steps: by the same equations, as a step needs
-    c_t, not c_{t+1}. No worker waits for a round that takes less than a period, or for a worker less than one behind.
+    """Rounds of all. x moves at once, as it needs c_t only; c_{t+1} comes from the copies of x_t, behind the steps.
+
+    By the same equations; no worker waits for a round that takes less than a period, or for a worker less than one
+    behind.
     """
 
-    c: Vector
-    alpha: float
-    rate: float
-
     def sizes(self, nbytes: int, wide: int) -> int:
-        return wide
+        return nbytes
 
     def allocate(self, vectors: list[Vector]) -> None:
         super().allocate(vectors)
-        m = self.m
-        self._windows = {d: m.fabric.place.vector(accumulation_dtype(d), n) for d, n in m.n.items()}
-        self._difference = {d: w.mine for d, w in self._windows.items()}
+        self.x = {d: self.m.fabric.place.vector(d, n) for d, n in self.m.n.items()}
 
     def run(self) -> None:
-        """D <- x - c, x <- x - alpha D; no worker waits for the others' D, only for those of the round before."""
         self.settle()
         m, start = self.m, time.perf_counter()
         with m.iterates():
-            fit = self._begin(moves=True)
-            self.submit(self._finish, m.row(ROUND, self.stamp(), fit))
+            fit = self._begin()
+            self.submit(self._gather, m.row(ROUND, self.stamp(), fit))
             m.metrics.t_comm += time.perf_counter() - start
             if not fit:
                 self.settle()
                 self._take_centre()
         m.metrics.rounds += 1
 
-    def _begin(self, moves: bool) -> bool:
-        """Takes D before the worker is announced; whether it is finite. moves: x goes by it at once."""
-        fit, self._moves = self.m.is_fit(), moves
-        self.m.exchange(_Half(self, fit))
+    def _begin(self) -> bool:
+        """The worker's half, before it is announced: c is read, which the others then change."""
+        fit = self.m.is_fit()
+        self.copy_x()
+        if fit:
+            self.m.exchange(_Half(self))
         return fit
 
     def meet(self, purpose: float) -> Rows | None:
         m = self.m
-        fit = self._begin(moves=False)
+        fit = self._begin()
         rows = self._gate(m.fabric.world, m.row(purpose, self.stamp(), fit))
         if rows.round is None:
+            for d, n in m.n.items():
+                m.x[d].mine[:n].copy_(self.x[d].mine)
             return rows
-        self._add(rows)
-        if fit:
-            self.pull_by_difference(self.alpha)
-        else:
+        self._round(rows)
+        if not fit:
             self._take_centre()
         m.metrics.rounds += 1
         return None
 
-    def _finish(self, row: Row) -> None:
-        self._add(self._gate(self.m.fabric.world, row))
+    def _gather(self, row: Any) -> None:
+        self._round(self._gate(self.m.fabric.world, row))
 
-    def _add(self, rows: Rows) -> None:
-        """c <- c + rate sum_i D^i, over the workers that are finite."""
-        m, level = self.m, self.m.fabric.world
-        self.level, self.bad = level, set()
-        m.refuse_if_all(rows.broken())
-        for d, window in self._windows.items():
-            kind = window.mine.dtype
-            for start, stop, _, rate in convex(m, d, 0.0, self.rate):
-                a, b = level.share(start, stop)
-                level.count_local((b - a) * kind.itemsize)
-                views = [window.views[level.seats[r]][a:b] for r in level.local_ranks if rows.fit[r]]
-                alone = level.n_islands == 1
-                whole = None if alone else m.scratch[kind].views[0]
-                total = window.mine.new_empty(b - a) if whole is None else whole[a:b]
-                if views:
-                    kernels.total(total, views)
-                else:
-                    total.zero_()
-                if whole is None:
-                    kernels.elastic_apply(self.c[d][a:b], [], total, 0.0, rate, seed=rows.round or 0)
-                    continue
-                for piece in level.allreduce(whole, start, stop):
-                    p, q = level.share(*piece)
-                    kernels.elastic_apply(self.c[d][p:q], [], whole[p:q], 0.0, rate, seed=rows.round or 0)
-            level.fence()
+    def _round(self, rows: Rows) -> None:
+        self.level, self.bad, self.seed = self.m.fabric.world, rows.broken(), rows.round or 0
+        self.total = self.level.n_islands > 1
+        self.m.refuse_if_all(self.bad)
+        self.m.exchange(self)
+
+    def elastic(self, c: Vector, alpha: float, rate: float, gauss_seidel: bool = False) -> None:
+        """c <- c + rate sum_i (x_i - c), over the workers that are finite."""
+        self.c = c
+        super().elastic(c, 0.0, rate)
 
     def _take_centre(self) -> None:
         self.m.begin_anew()
-        for d, w in self.m.x.items():
-            w.mine[: self.m.n[d]].copy_(self.c[d])
+        for d, n in self.m.n.items():
+            self.m.x[d].mine[:n].copy_(self.c[d])
 
 
 class _Half:
-    """What a rule is given: its `elastic` is the worker's half of a round, and says what the other half will be."""
+    """What a rule is given for the worker's half of a round."""
 
-    def __init__(self, r: BehindTogether, fit: bool):
-        self._r, self._fit = r, fit
+    def __init__(self, r: BehindTogether):
+        self._m = r.m
 
     def elastic(self, c: Vector, alpha: float, rate: float, gauss_seidel: bool = False) -> None:
-        r, m = self._r, self._r.m
-        r.c, r.alpha, r.rate = c, alpha, rate
-        for d, w in r._windows.items() if self._fit else ():
-            for start, stop, a, _ in convex(m, d, alpha, rate):
-                span = slice(start, stop)
-                kernels.elastic_sum(
-                    w.mine[span], c[d][span], [m.x[d].mine[span]], a if r._moves else 0.0, seed=m.t
-                )
+        """x <- x - alpha (x - c)."""
+        for d, w in self._m.x.items():
+            for start, stop, a, _ in convex(self._m, d, alpha, rate):
+                kernels.pull(w.mine[start:stop], c[d][start:stop], a, seed=self._m.t)
 
 
 class BehindInTurn(Behind, InTurn):
-    """A worker's exchange with the centre goes on while it computes (thesis, section 2.2): at the end of the period
-    x <- x - alpha D, with D = x - c as it was at the start."""
+    """A worker's exchange with the centre goes on while it computes (thesis, section 2.2): at the end of the period x
+    moves as its copy did, x <- x - alpha D, with D = x - c as it was at the start."""
 
-    def __init__(self, method: Method):
-        super().__init__(method)
-        self._pending = False
-        self._sent: dict[torch.dtype, torch.Tensor] = {}
+    _pending = False
 
     def allocate(self, vectors: list[Vector]) -> None:
         super().allocate(vectors)
-        for d, n in self.m.n.items():
-            self._difference[d] = torch.zeros(n, dtype=accumulation_dtype(d), device=self.m.device)
+        self.x = {d: Private(d, n, self.m.device) for d, n in self.m.n.items()}
+        self._sent = {d: torch.empty_like(copy.mine) for d, copy in self.x.items()}
 
-    def exchange_x(self) -> None:
-        """Starts the exchange; a worker that is not finite takes the centre over at once."""
-        if not self.fit:
-            self.visit()
-            return
-        self._sent = {d: w.mine[: self.m.n[d]].clone() for d, w in self.m.x.items()}
+    def begin(self) -> None:
+        self.copy_x()
+        for d, sent in self._sent.items():
+            sent.copy_(self.x[d].mine)
         self._pending = True
-        self.submit(self._visit_behind, None)
-
-    def _visit_behind(self, _: Any) -> None:
-        self.visit(timed=False)
-        self._sent = {}
-
-    def elastic(self, c: Vector, alpha: float, rate: float, gauss_seidel: bool = False) -> None:
+        self.submit(self.visit, False)
         if not self.fit:
-            self._take_over(c)
-            return
-        self.alpha = alpha
-        for d in self.m.x:
-            for start, stop, _, r in convex(self.m, d, alpha, rate):
-                low, high = self._here(d, start, stop)
-                part, difference = self._of(c, d, low, high), self._difference[d][low:high]
-                kernels.elastic_sum(difference, part, [self._sent[d][low:high]], 0.0)
-                kernels.elastic_apply(part, [], difference, 0.0, r, seed=self.updates)
+            self._end()
+
+    def _end(self) -> None:
+        self.settle()
+        self._pending = False
+        for d, sent in self._sent.items():
+            x, moved = self.m.x[d].mine[: self.m.n[d]], self.x[d].mine
+            if self.fit:
+                x.add_(torch.sub(moved, sent, out=sent))
+            else:
+                x.copy_(moved)
+        self.m.flat.touched()
 
     def stepped(self) -> None:
         if self._pending and self.is_due():  # the period is over
-            self.settle()
-            self._pending = False
             with self.m.iterates():
-                self.pull_by_difference(self.alpha)
+                self._end()
         super().stepped()
 
     def state(self) -> dict[str, Any]:
-        pending = {"difference": save(self._difference), "alpha": self.alpha} if self._pending else None
+        pending = [save(self._sent), save({d: w.mine for d, w in self.x.items()})] if self._pending else None
         return {**super().state(), "pending": pending}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self._pending = state["pending"] is not None
+        self._pending, self.fit = state["pending"] is not None, True
         if self._pending:
-            load(self._difference, state["pending"]["difference"])
-            self.alpha = state["pending"]["alpha"]
+            load(self._sent, state["pending"][0])
+            load({d: w.mine for d, w in self.x.items()}, state["pending"][1])
 
 
 BEHIND: dict[type[Exchange], type[Exchange]] = {Together: BehindTogether, InTurn: BehindInTurn}

@@ -5,20 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Shard, Shards
-from mpilsgd.exchange.base import Exchange, convex, follow
 from mpilsgd.exchange.vectors import Vector, load, save, shapes
-
-if TYPE_CHECKING:
-    from mpilsgd.exchange.method import Method
+from mpilsgd.exchange.verbs import Verbs
 
 
-class InTurn(Exchange):
+class InTurn(Verbs):
     """Vectors per="all" lie in shards, one an island; a visit to all of them is one exchange, atomic a shard.
 
     The rule's `exchange(r)` runs once a shard, whose part of every vector its verbs work on. Attributes there: fit
@@ -27,11 +24,7 @@ class InTurn(Exchange):
 
     verbs = frozenset({"elastic", "push", "follow", "each", "copy", "statistics"})
     always_ordered = True
-    fit = True
-
-    def __init__(self, method: Method):
-        super().__init__(method)
-        self._shard: Shard | None = None
+    _shard: Shard
 
     def allocate(self, vectors: list[Vector]) -> None:
         super().allocate([v for v in vectors if v.per != "all"])
@@ -64,9 +57,9 @@ class InTurn(Exchange):
             self.fit = m.is_finite()
             if not self.fit:
                 m.begin_anew()
-            self.exchange_x()
+            self.begin()
 
-    def exchange_x(self) -> None:
+    def begin(self) -> None:
         """The exchange of x as it is held now."""
         self.visit()
 
@@ -97,101 +90,55 @@ class InTurn(Exchange):
         if not self.fit:
             self._last_update[k] = turns.ticks(k)
             return
-        self.updates = turns.tick(k)
+        self.updates = self.seed = turns.tick(k)
         if k == 0:
             stale = self.updates - self._last_update[0]
             metrics.staleness[stale] = metrics.staleness.get(stale, 0) + 1
         self._last_update[k] = self.updates + 1
 
-    def _here(self, d: torch.dtype, low: int, high: int) -> tuple[int, int]:
-        """What of a span lies in the shard."""
-        assert self._shard is not None
+    def here(self, d: torch.dtype, start: int, stop: int) -> tuple[int, int]:
         first, last = self._shard.spans[d]
-        return max(first, low), max(first, low, min(last, high))
+        return max(first, start), max(first, start, min(last, stop))
 
-    def _of(self, v: Mapping[torch.dtype, torch.Tensor], d: torch.dtype, low: int, high: int) -> torch.Tensor:
-        """The elements of a vector, which lie in the shard."""
-        assert self._shard is not None
-        if isinstance(v, Vector) and v.per == "all":
-            first = self._shard.spans[d][0]
-            return self._shard.vectors[v.name][d][low - first : high - first]
-        return v[d][low:high]
+    def of(self, v: Mapping[torch.dtype, Any], d: torch.dtype, a: int, b: int) -> torch.Tensor:
+        if not isinstance(v, Vector) or v.per != "all":
+            return super().of(v, d, a, b)
+        first = self._shard.spans[d][0]
+        return self._shard.vectors[v.name][d][a - first : b - first]
 
-    def _x(self, d: torch.dtype, low: int, high: int) -> torch.Tensor:
-        return self.m.x[d].mine[low:high]
+    def trim(self, broken: list[torch.Tensor], c: torch.Tensor) -> None:
+        super().trim(broken, c)
+        if not all(map(kernels.check, broken)):  # what a worker starts anew from must be finite
+            self.m.refuse_if_all(set(self.m.workers))
 
-    # The verbs
-
-    def elastic(self, c: Vector, alpha: float, rate: float, gauss_seidel: bool = False) -> None:
-        """d = x - c;  x <- x - alpha d;  c <- c + rate d.  gauss_seidel: c first, then x toward it."""
-        if not self.fit:
-            self._take_over(c)
-            return
-        for d in self.m.x:
-            for start, stop, a, r in convex(self.m, d, alpha, rate):
-                low, high = self._here(d, start, stop)
-                kernels.elastic(
-                    self._of(c, d, low, high),
-                    [self._x(d, low, high)],
-                    a,
-                    r,
-                    gauss_seidel=gauss_seidel,
-                    seed=self.updates,
-                )
+    # The verbs of a turn alone
 
     def push(self, c: Vector, anchor: Vector, velocity: Vector | None = None, momentum: float = 0.0) -> None:
         """c <- c + (x - a);  x <- c;  a <- x.  With u: u <- momentum u + (x - a);  c <- c + u;  x <- c + momentum u."""
-        if not self.fit:
-            self._take_over(c, velocity, momentum)
-        for d in self.m.x:
-            edge, n = self.m.edge[d], self.m.n[d]
-            for start, stop, buffers in ((0, edge, False), (edge, n, True)):
-                low, high = self._here(d, start, stop)
-                x, a = self._x(d, low, high), anchor[d][low:high]
-                if not self.fit:
-                    a.copy_(x)
-                elif buffers:
-                    kernels.push(self._of(c, d, low, high), x, a, 1.0 / self.m.p)
-                else:
-                    u = None if velocity is None else self._of(velocity, d, low, high)
-                    kernels.push(self._of(c, d, low, high), x, a, 1.0, u, momentum)
-
-    def follow(self, z: Vector, c: Vector, rate: float) -> None:
-        """z <- z + rate (c - z)."""
-        for d in self.m.x if self.fit else ():
-            low, high = self._here(d, 0, self.m.n[d])
-            follow(self._of(z, d, low, high), self._of(c, d, low, high), rate)
-
-    def each(self, *vectors: Any, broken: bool = False) -> Iterator[list[torch.Tensor]]:
-        """What of the parameters' part of each vector lies in the shard, for arithmetic of one's own.
-
-        A worker that is not finite gets nothing, unless it asks for it: see `fit` and `copy`.
-        """
-        for d in self.m.x if self.fit or broken else ():
-            low, high = self._here(d, 0, self.m.edge[d])
-            yield [self._x(d, low, high) if v is self.m.x else self._of(v, d, low, high) for v in vectors]
+        for d in self.x:
+            for span, u, rate in zip(self.spans(d), (velocity, None), (1.0, 1 / self.m.p), strict=True):
+                a, b = self.here(d, *span)
+                part, x, received = self.of(c, d, a, b), self.of(self.x, d, a, b), anchor[d][a:b]
+                moved = None if u is None else self.of(u, d, a, b)
+                if self.fit:
+                    kernels.push(part, x, received, rate, moved, momentum if u is not None else 0.0)
+                    continue
+                self.trim([x], part if moved is None else part.add(moved, alpha=momentum))
+                received.copy_(x)
 
     def statistics(self, c: Vector) -> None:
         """What lies behind the parameters: c <- c + (x - c)/p;  x <- c."""
-        for d in self.m.x if self.fit else ():
-            low, high = self._here(d, self.m.edge[d], self.m.n[d])
-            x, part = self._x(d, low, high), self._of(c, d, low, high)
-            kernels.elastic(part, [x], 0.0, 1.0 / self.m.p)
+        for d in self.x if self.fit else ():
+            a, b = self.here(d, *self.spans(d)[1])
+            x, part = self.of(self.x, d, a, b), self.of(c, d, a, b)
+            kernels.elastic(part, [x], 0.0, 1 / self.m.p)
             x.copy_(part)
-
-    def _take_over(self, c: Vector, velocity: Vector | None = None, momentum: float = 0.0) -> None:
-        """x <- c [+ momentum u]: what a worker starts anew from must be finite."""
-        for d in self.m.x:
-            low, high = self._here(d, 0, self.m.n[d])
-            x = self._x(d, low, high).copy_(self._of(c, d, low, high))
-            if velocity is not None:
-                x.add_(self._of(velocity, d, low, high), alpha=momentum)
-            if not kernels.check(x):
-                self.m.refuse_if_all(set(self.m.workers))
 
     def copy(self, c: Vector) -> None:
         """x <- c."""
-        self._take_over(c)
+        for d in self.x:
+            a, b = self.here(d, 0, self.m.n[d])
+            self.trim([self.of(self.x, d, a, b)], self.of(c, d, a, b))
 
     # The life of the exchange
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.exchange.base import Exchange
 from mpilsgd.exchange.rows import Rows
 from mpilsgd.exchange.vectors import Vector
+from mpilsgd.exchange.verbs import Verbs
 from mpilsgd.transport import Level, exhaust
 
 
-class Leaders(Exchange):
+class Leaders(Verbs):
     """The verbs of `Together` that elect leaders, and go toward them."""
 
     rows: Rows | None

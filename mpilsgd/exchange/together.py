@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.exchange.base import convex, follow, trim
 from mpilsgd.exchange.clocks import ALL, Due, TwoPeriods
 from mpilsgd.exchange.leaders import Leaders
 from mpilsgd.exchange.rows import ROUND, Rows, checked
-from mpilsgd.exchange.vectors import Span, Vector, accumulation_dtype
-from mpilsgd.transport import Level, exhaust
+from mpilsgd.exchange.vectors import Span, Vector
+from mpilsgd.transport import Level
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
@@ -125,6 +124,7 @@ class Together(Leaders):
         self.level, rows = (m.fabric.world, everyone) if everyone is not None else (m.fabric.group, mates)
         assert rows is not None
         self.rows, self.bad = rows, rows.broken()
+        self.seed, self.total = self.joined, self.level.n_islands > 1
         self.came = Rows(*(column[rows.purpose == ROUND] for column in rows))
         m.metrics.rounds += 1
         if m.guard == "x":
@@ -151,51 +151,25 @@ class Together(Leaders):
         fit = self.rows.fit if counted is None else counted
         m.mean_over(spans, {r for r, c in enumerate(fit) if c})
 
-    def elastic(self, c: Vector, alpha: float, rate: float, gauss_seidel: bool = False) -> None:
-        """d_i = x_i - c;  x_i <- x_i - alpha d_i;  c <- c + rate sum_i d_i.  gauss_seidel: c first, then x_i toward it.
+    def here(self, d: torch.dtype, start: int, stop: int) -> tuple[int, int]:
+        return self.level.share(start, stop)
 
-        A worker that is not finite adds nothing, and takes c over.
-        """
-        for d in self.m.x:
-            for start, stop, a, r in convex(self.m, d, alpha, rate):
-                self._elastic(c, d, (start, stop), a, r, gauss_seidel)
-            self.level.fence()
+    def peers(self, d: torch.dtype, a: int, b: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        every = {r: self.x[d].views[self.level.seats[r]][a:b] for r in self.level.local_ranks}
+        broken = self.bad.intersection(every)
+        return [v for r, v in every.items() if r not in broken], [every[r] for r in broken]
+
+    def added(self, whole: torch.Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        return (self.level.share(*part) for part in self.level.allreduce(whole, start, stop))
+
+    def seen(self, nbytes: int) -> None:
+        self.level.count_local(nbytes)
+
+    def fence(self) -> None:
+        self.level.fence()
+
+    def barrier(self) -> None:
         self.level.barrier()
-
-    def _elastic(
-        self, c: Vector, d: torch.dtype, span: tuple[int, int], alpha: float, rate: float, seidel: bool
-    ) -> None:
-        level = self.level
-        part, peers, broken = self._slices(c, d, span)
-        level.count_local(part.numel() * d.itemsize)
-        if level.n_islands == 1:
-            kernels.elastic(part, peers, alpha, rate, gauss_seidel=seidel, seed=self.joined)
-            trim(broken, part)
-            return
-        whole = self.m.scratch[accumulation_dtype(d)].views[0]
-        total = whole[slice(*level.share(*span))]
-        if peers:
-            kernels.elastic_sum(total, part, peers, 0.0 if seidel else alpha, seed=self.joined)
-        else:
-            total.zero_()
-        for piece in level.allreduce(whole, *span):
-            part, peers, broken = self._slices(c, d, piece)
-            total = whole[slice(*level.share(*piece))]
-            moved, a = (peers, alpha) if seidel else ([], 0.0)
-            kernels.elastic_apply(part, moved, total, a, rate, seed=self.joined)
-            trim(broken, part)
-
-    def _slices(
-        self, c: Vector, d: torch.dtype, span: tuple[int, int]
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """This rank's slice of a part of the centre, of this island's finite workers, and of its others."""
-        a, b = self.level.share(*span)
-        every = {r: self.m.x[d].views[self.level.seats[r]][a:b] for r in self.level.local_ranks}
-        return (
-            c[d][a:b],
-            [v for r, v in every.items() if r not in self.bad],
-            [v for r, v in every.items() if r in self.bad],
-        )
 
     def push(self, c: Vector, anchor: Vector, velocity: Vector | None = None, momentum: float = 0.0) -> None:
         """c <- c + sum_i (x_i - a);  x_i <- c;  a <- x_i.
@@ -203,74 +177,25 @@ class Together(Leaders):
         With u: u <- momentum u + sum_i (x_i - a);  c <- c + u;  x_i <- c + momentum u;  a <- x_i.
         Buffers move by the mean of the workers' moves.
         """
-        m, level = self.m, self.level
-        for d, window in m.x.items():
-            edge, n = m.edge[d], m.n[d]
-            for start, stop in ((0, min(edge, n)), (edge, n)):
-                if start < stop:
-                    self._push(c, anchor, velocity, momentum, d, start, stop)
-            level.fence()
-            x = window.mine[:n]
-            x.copy_(c[d][:n])
+        for d, window in self.x.items():
+            for span, u, rate in zip(self.spans(d), (velocity, None), (1.0, 1 / self.level.size), strict=True):
+                for a, b, sums in self.summed(anchor, d, *span):
+                    step = c[d][a:b] if u is None else u[d][a:b].mul_(momentum)
+                    kernels.elastic_apply(step, [], sums, 0.0, rate, seed=self.seed)
+                    if u is not None:
+                        c[d][a:b].add_(step)
+            self.fence()
+            x = window.mine[: len(c[d])].copy_(c[d])
             if velocity is not None:
-                x.add_(velocity[d][:n], alpha=momentum)
+                x.add_(velocity[d], alpha=momentum)
             anchor[d].copy_(x)
-        level.barrier()
-
-    def _push(
-        self,
-        c: Vector,
-        anchor: Vector,
-        u: Vector | None,
-        momentum: float,
-        d: torch.dtype,
-        start: int,
-        stop: int,
-    ) -> None:
-        level, alone = self.level, self.level.n_islands == 1
-        a, b = level.share(start, stop)
-        _, peers, _ = self._slices(c, d, (start, stop))
-        level.count_local((b - a) * d.itemsize)
-        kind = accumulation_dtype(d)
-        whole = None if alone else self.m.scratch[kind].views[0]
-        total = c[d].new_empty(b - a, dtype=kind) if whole is None else whole[a:b]
-        if peers:
-            kernels.elastic_sum(total, anchor[d][a:b], peers, 0.0)
-        else:
-            total.zero_()
-        if whole is not None:
-            exhaust(level.allreduce(whole, start, stop))
-        if start == self.m.edge[d]:
-            kernels.elastic_apply(c[d][a:b], [], total, 0.0, 1.0 / level.size, seed=self.joined)
-        elif u is None:
-            kernels.elastic_apply(c[d][a:b], [], total, 0.0, 1.0, seed=self.joined)
-        else:
-            step = u[d][a:b].mul_(momentum)
-            kernels.elastic_apply(step, [], total, 0.0, 1.0, seed=self.joined)
-            c[d][a:b].add_(step)
-
-    def follow(self, z: Vector, c: Vector, rate: float) -> None:
-        """z <- z + rate (c - z)."""
-        for d in self.m.x:
-            for span in ((0, self.m.edge[d]), (self.m.edge[d], self.m.n[d])):  # the slices of `push`
-                a, b = self.level.share(*span)
-                follow(z[d][a:b], c[d][a:b], rate)
-
-    def each(self, *vectors: Any) -> Iterator[list[torch.Tensor]]:
-        """This rank's slice of the parameters' part of each, for arithmetic of one's own, a dtype after the other.
-
-        A worker's own vector is only sliced where all hold the same, as x after `mean`.
-        """
-        for d in self.m.x:
-            a, b = self.level.share(0, min(self.m.edge[d], self.m.n[d]))
-            yield [v[d].mine[a:b] if v is self.m.x else v[d][a:b] for v in vectors]
-        self.level.fence()
+        self.barrier()
 
     def copy(self, c: Vector) -> None:
         """x_i <- c. What lies behind the parameters goes the other way: c takes the workers' mean."""
-        for d, window in self.m.x.items():
-            edge, n = min(self.m.edge[d], self.m.n[d]), self.m.n[d]
+        for d, window in self.x.items():
+            (_, edge), (_, n) = self.spans(d)
             window.mine[:edge].copy_(c[d][:edge])
             if self.level.is_head or self.level.local_ranks[0] == self.level.rank:
                 c[d][edge:n].copy_(window.mine[edge:n])
-        self.level.barrier()
+        self.barrier()

@@ -16,13 +16,12 @@ if TYPE_CHECKING:
         ADMM,
         EASGD,
         LSGD,
-        MSGD,
         AllreduceSGD,
         Downpour,
         EASGDTree,
         LocalSGD,
-        RunningAverage,
     )
+    from mpilsgd.optimizers import MSGD, RunningAverage
 
 try:
     __version__ = version("mpilsgd")
@@ -45,6 +44,7 @@ __all__ = [
 ]
 
 _ELSEWHERE = {"Topology": "mpilsgd.comm", "FlatParameters": "mpilsgd.flat"}
+_ELSEWHERE |= dict.fromkeys(("MSGD", "RunningAverage"), "mpilsgd.optimizers")
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,14 @@
 from mpilsgd.exchange.base import follow
 from mpilsgd.exchange.clocks import Every, EverySo, TwoPeriods, UntilGradient
 from mpilsgd.exchange.edges import Edges
-from mpilsgd.exchange.fields import (
+from mpilsgd.exchange.in_turn import InTurn
+from mpilsgd.exchange.method import Diverged, Method
+from mpilsgd.exchange.metrics import Metrics
+from mpilsgd.exchange.published import Published
+from mpilsgd.exchange.rows import ROUND
+from mpilsgd.exchange.together import Together
+from mpilsgd.exchange.vectors import Vector
+from mpilsgd.fields import (
     REQUIRED,
     Field,
     anything,
@@ -16,14 +23,7 @@ from mpilsgd.exchange.fields import (
     whole,
     whole_problem,
 )
-from mpilsgd.exchange.in_turn import InTurn
-from mpilsgd.exchange.method import Diverged, Method
-from mpilsgd.exchange.metrics import Metrics
-from mpilsgd.exchange.published import Published
-from mpilsgd.exchange.rows import ROUND
-from mpilsgd.exchange.together import Together
-from mpilsgd.exchange.vectors import Vector
-from mpilsgd.exchange.wrapped import forget
+from mpilsgd.optimizers.wrapped import forget
 
 __all__ = [
     "REQUIRED",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,6 +165,28 @@ def convex(m: Method, d: torch.dtype, alpha: float, rate: float) -> Iterator[tup
             yield start, stop, *rates
 
 
+def pulls(
+    m: Method,
+    d: torch.dtype,
+    terms: Sequence[tuple[torch.Tensor, float]],
+    start: int = 0,
+    stop: int | None = None,
+    share: Callable[[int, int], tuple[int, int]] = lambda a, b: (a, b),
+) -> Iterator[tuple[int, int, tuple[Any, ...]]]:
+    """Spans, and what `kernels.pull` takes there of one or two (vector, rate): buffers are pulled by convex rates.
+
+    share: the part of a span that this rank works on.
+    """
+    n, most = m.n[d], max(1.0, sum(r for _, r in terms))
+    stop, cut = n if stop is None else min(stop, n), n if most == 1 else min(m.edge[d], n)
+    one, rate = terms[0]
+    other, second = terms[1] if len(terms) == 2 else (None, 0.0)
+    for low, high, scale in ((start, min(stop, cut), 1.0), (max(start, cut), stop, most)):
+        if low < high:
+            a, b = share(low, high)
+            yield a, b, (one[a:b], rate / scale, None if other is None else other[a:b], second / scale)
+
+
 def follow(z: torch.Tensor, x: torch.Tensor, rate: float) -> None:
     """z <- z + rate (x - z), z of x's accumulation type: small rates would be lost in a half type."""
     if z.dtype == x.dtype:
@@ -200,4 +222,3 @@ def average(level: Level, scratch: dict[torch.dtype, Any], spans: list[Span], co
             kernels.assign(views, sums[a:b], 1.0 / len(counted))
         level.fence()
     level.barrier()
-

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mpilsgd.exchange.recalibration import recalibrate
 from mpilsgd.exchange.rows import CENTER
 from mpilsgd.exchange.vectors import Span
+from mpilsgd.recalibration import recalibrate
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method

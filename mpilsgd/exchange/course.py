@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from mpilsgd.comm import Counter, Progress, Refused, Topology, progresses_alone, thread_problem
-from mpilsgd.exchange.fields import choice, fields_of, path
+from mpilsgd.fields import choice, fields_of, path
 from mpilsgd.transport import Fabric
 
 if TYPE_CHECKING:

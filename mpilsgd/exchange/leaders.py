@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
 from mpilsgd import kernels
+from mpilsgd.exchange.base import pulls
 from mpilsgd.exchange.rows import Rows
 from mpilsgd.exchange.vectors import Vector
 from mpilsgd.exchange.verbs import Verbs
@@ -70,23 +71,20 @@ class Leaders(Verbs):
         movers = [r for r in group.local_ranks if {group.world_ranks[r]} != leaders]
         movers.sort(key=lambda r: group.world_ranks[r] in leaders)
         for d, window in m.x.items():
-            vectors: list[torch.Tensor] = []
+            pulled: list[tuple[torch.Tensor, float]] = []
             parts: Iterable[tuple[int, int]] = ()
-            for level, leader, _ in terms:
+            for level, leader, rate in terms:
                 exhaust(parts)
                 vector, parts = level.coming(window, leader, self._landing(level, d))
-                vectors.append(vector)
+                pulled.append((vector, rate))
             if not movers or not terms:
                 exhaust(parts)
                 found[self.level.rank] += not kernels.check(window.mine[: m.n[d]])
                 continue
             for start, stop in parts:  # while the next one comes
-                for low, high, rates in self._convex(d, start, stop, [r for *_, r in terms]):
-                    a, b = group.share(low, high)
+                for a, b, leading in pulls(m, d, pulled, start, stop, group.share):
                     peers = [window.views[group.seats[k]][a:b] for k in movers]
-                    moved = kernels.pull(
-                        peers, *_two([v[a:b] for v in vectors], rates), stats=True, seed=self.joined
-                    )
+                    moved = kernels.pull(peers, *leading, stats=True, seed=self.joined)
                     assert moved is not None
                     bad = {group.world_ranks[movers[i]] for i in moved.bad_peers}
                     if len(leaders) == 1 and not moved.source_finite:  # one of two is seen where it moves
@@ -95,17 +93,6 @@ class Leaders(Verbs):
                         found[self.level.world_ranks.index(world_rank)] += 1
                     found[-2] += moved.squared_distance
         found[-1] = len(movers) / len(group.local_ranks)
-
-    def _convex(
-        self, d: torch.dtype, start: int, stop: int, rates: list[float]
-    ) -> Iterator[tuple[int, int, list[float]]]:
-        """Spans and their rates: buffers are pulled by convex ones."""
-        edge, n, most = self.m.edge[d], self.m.n[d], sum(rates)
-        cut = n if most <= 1 else min(edge, n)
-        if start < min(stop, cut):
-            yield start, min(stop, cut), rates
-        if max(start, cut) < min(stop, n):
-            yield max(start, cut), min(stop, n), [r / most for r in rates]
 
     def _landing(self, level: Level, d: torch.dtype) -> Any:
         return self.m.landing[d] if level is self.m.fabric.group else self.m.scratch.get(d)
@@ -147,8 +134,3 @@ class Leaders(Verbs):
             if level.rank in bad:
                 window.mine.copy_(vector)
         level.table([0.0])
-
-
-def _two(vectors: list[torch.Tensor], rates: list[float]) -> tuple[Any, ...]:
-    """The arguments of a kernel that takes one or two leaders."""
-    return (vectors[0], rates[0], *((vectors[1], rates[1]) if len(vectors) > 1 else (None, 0.0)))

@@ -13,13 +13,14 @@ from mpilsgd.comm import Refused, Topology, inquiry
 from mpilsgd.exchange import centre, leaving, setup, state
 from mpilsgd.exchange.base import Exchange
 from mpilsgd.exchange.clocks import Every
-from mpilsgd.exchange.fields import Field, choice, fields_of
 from mpilsgd.exchange.rows import CLOSE, ROUND
 from mpilsgd.exchange.rules import check_free_name, check_names, check_rule, complete
 from mpilsgd.exchange.together import Together
 from mpilsgd.exchange.vectors import Vector
 from mpilsgd.exchange.worker import Diverged, Worker
-from mpilsgd.exchange.wrapped import gradient_at_x, known, step_toward
+from mpilsgd.exchange.wrapped import step_toward
+from mpilsgd.fields import Field, choice, fields_of
+from mpilsgd.optimizers.wrapped import gradient_at_x, known
 
 
 class Method(Worker):

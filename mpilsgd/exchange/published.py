@@ -12,7 +12,7 @@ import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Snapshots, Turns, wait_until
-from mpilsgd.exchange.base import Exchange
+from mpilsgd.exchange.base import Exchange, pulls
 from mpilsgd.exchange.clocks import Due
 from mpilsgd.exchange.vectors import Vector, load, save
 
@@ -110,13 +110,10 @@ class Published(Exchange):
         far_vectors = self._near if far == near else self._far
         candidates = ((near[0], self._near, rate), (far[0], far_vectors, global_rate))
         terms = [(v, r) for leader, v, r in candidates if leader >= 0 and leader != m.fabric.world.rank and r]
-        square, most = 0.0, max(1.0, sum(r for _, r in terms))
+        square = 0.0
         for d, w in m.x.items() if terms else ():
-            edge = m.n[d] if most == 1 else m.edge[d]  # buffers are pulled by convex rates
-            for a, b, scale in ((0, edge, 1.0), (edge, m.n[d], most)):
-                pulls = [(v[d][a:b], r / scale) for v, r in terms]
-                (first, r), (second, s) = pulls[0], pulls[1] if len(pulls) > 1 else (None, 0.0)
-                moved = kernels.pull(w.mine[a:b], first, r, second, s, stats=True, seed=m.t)
+            for a, b, leading in pulls(m, d, [(v[d], r) for v, r in terms]):
+                moved = kernels.pull(w.mine[a:b], *leading, stats=True, seed=m.t)
                 square += 0.0 if moved is None else moved.squared_distance
         if terms:
             m.metrics.distance = math.sqrt(square) / sum(r for _, r in terms)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mpilsgd.exchange.course import COURSE
-from mpilsgd.exchange.fields import REQUIRED, documented, fields_of, signature
+from mpilsgd.fields import REQUIRED, documented, fields_of, signature
 
 # What a rule may define; everything else of `Method` is the mechanism's.
 HOOKS = ("declare", "clock_of", "start", "before_step", "observe", "measure", "exchange", "shown_centre")

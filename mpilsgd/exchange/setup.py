@@ -17,9 +17,10 @@ from mpilsgd.exchange.metrics import Metrics
 from mpilsgd.exchange.published import Published
 from mpilsgd.exchange.rules import check_verbs
 from mpilsgd.exchange.vectors import Span, accumulation_dtype
-from mpilsgd.exchange.wrapped import Members, described, unfit_problem
+from mpilsgd.exchange.wrapped import Members, wrap_problem
 from mpilsgd.flat import FlatParameters, find_modules, float_buffers
 from mpilsgd.layout import Plan
+from mpilsgd.optimizers.wrapped import described
 from mpilsgd.transport import Fabric
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def kind_of(m: Method) -> Any:
 def build(m: Method, model: torch.nn.Module | None, given: dict[str, Any]) -> None:
     """Everything of the constructor that is collective. ValueError on every rank if anything is wrong on any."""
     topology, cls = m.topology, type(m)
-    problems = [unfit_problem(m.optimizer, cls.__name__, m.guard == "g")]
+    problems = [wrap_problem(m.optimizer, cls.__name__, m.guard == "g")]
     for field in m.fields.values():
         setattr(m, field.name, given.get(field.name, field.default))
         problems.append(field.check(getattr(m, field.name)))

@@ -178,7 +178,9 @@ class Together(Leaders):
         Buffers move by the mean of the workers' moves.
         """
         for d, window in self.x.items():
-            for span, u, rate in zip(self.spans(d), (velocity, None), (1.0, 1 / self.level.size), strict=True):
+            for span, u, rate in zip(
+                self.spans(d), (velocity, None), (1.0, 1 / self.level.size), strict=True
+            ):
                 for a, b, sums in self.summed(anchor, d, *span):
                     step = c[d][a:b] if u is None else u[d][a:b].mul_(momentum)
                     kernels.elastic_apply(step, [], sums, 0.0, rate, seed=self.seed)

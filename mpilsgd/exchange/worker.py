@@ -11,7 +11,8 @@ from mpilsgd import kernels
 from mpilsgd.exchange.base import average
 from mpilsgd.exchange.rows import ROUND, Row
 from mpilsgd.exchange.vectors import Span
-from mpilsgd.exchange.wrapped import Wrapper, forget
+from mpilsgd.exchange.wrapped import Wrapper
+from mpilsgd.optimizers.wrapped import forget
 
 
 class Diverged(RuntimeError):

@@ -8,14 +8,11 @@ from mpilsgd.methods.easgd import EASGD
 from mpilsgd.methods.easgd_tree import EASGDTree
 from mpilsgd.methods.localsgd import LocalSGD
 from mpilsgd.methods.lsgd import LSGD
-from mpilsgd.methods.msgd import MSGD
-from mpilsgd.methods.running_average import RunningAverage
 
 __all__ = [
     "ADMM",
     "EASGD",
     "LSGD",
-    "MSGD",
     "AllreduceSGD",
     "Diverged",
     "Downpour",
@@ -23,5 +20,4 @@ __all__ = [
     "LocalSGD",
     "Method",
     "Metrics",
-    "RunningAverage",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mpilsgd.methods import MSGD, RunningAverage
+from mpilsgd.optimizers import MSGD, RunningAverage
 from mpilsgd.train.callables import InputError, accepted, is_path, resolve
 from mpilsgd.train.config import Config
 

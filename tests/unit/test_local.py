@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from mpilsgd import kernels
 from mpilsgd.flat import FlatParameters
-from mpilsgd.methods.msgd import MSGD
-from mpilsgd.methods.running_average import RunningAverage
+from mpilsgd.optimizers.msgd import MSGD
+from mpilsgd.optimizers.running_average import RunningAverage
 
 torch.set_num_threads(1)
 

@@ -21,8 +21,8 @@ from thesis_msgd import (
 from torch import Tensor, nn
 
 from mpilsgd.flat import FlatParameters
-from mpilsgd.methods.msgd import MSGD
-from mpilsgd.methods.running_average import RunningAverage
+from mpilsgd.optimizers.msgd import MSGD
+from mpilsgd.optimizers.running_average import RunningAverage
 
 torch.set_num_threads(1)
 

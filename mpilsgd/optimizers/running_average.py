@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from mpilsgd import kernels
 from mpilsgd.extension import HALF
-from mpilsgd.methods.msgd import MSGD
-from mpilsgd.runs import Row, companions, lines
+from mpilsgd.optimizers.msgd import MSGD
+from mpilsgd.optimizers.runs import Row, companions, lines
 
 
 class RunningAverage(Optimizer):

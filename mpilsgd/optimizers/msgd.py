@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from mpilsgd import kernels
 from mpilsgd.flat import FlatParameters, touched
-from mpilsgd.runs import Row, companions, lines, pull_settings
+from mpilsgd.optimizers.runs import Row, companions, lines, pull_settings
 
 Pulls = Callable[[Tensor], "list[tuple[Tensor, float]]"]
 

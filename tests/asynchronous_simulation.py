@@ -154,6 +154,46 @@ class Downpour(RoundRobin):
             self.x[i] = self.received[i] = self.c + self.momentum * self.velocity
 
 
+class DiLoCo(RoundRobin):
+    """Asynchronous Local SGD, Algorithm 3 with c = 0 (delayed Nesterov), one worker at a time.
+
+    g = a - x; s ← s + g; c ← c - lr g/p; at every p-th arrival u ← μu + s/p, c ← c - lr μu, s ← 0; x, a ← c.
+    statistics: so many last values are BatchNorm statistics: c ← c + (x - c)/p, x ← c.
+    """
+
+    def __init__(
+        self,
+        *args: object,
+        outer_lr: float = 0.7,
+        outer_momentum: float = 0.9,
+        period: int = 100,
+        statistics: int = 0,
+        **options: object,
+    ):
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self.lr, self.momentum, self.period = outer_lr, outer_momentum, period
+        self.parameters = np.arange(self.x.shape[1]) < self.x.shape[1] - statistics
+        self.c: Vector = self.x.mean(0)
+        self.x = np.stack([self.c] * self.workers)
+        self.received, self.arrivals = self.x.copy(), 0
+        self.s, self.u = np.zeros_like(self.c), np.zeros_like(self.c)
+
+    def center(self) -> Vector:
+        return self.c
+
+    def after_step(self, i: int, t: int) -> None:
+        if t % self.period:
+            return
+        g = self.received[i] - self.x[i]
+        self.s = self.s + g
+        c, self.arrivals = self.c - self.lr * g / self.workers, self.arrivals + 1
+        if self.arrivals % self.workers == 0:
+            self.u = self.momentum * self.u + self.s / self.workers
+            c, self.s = c - self.lr * self.momentum * self.u, np.zeros_like(self.s)
+        self.c = np.where(self.parameters, c, self.c + (self.x[i] - self.c) / self.workers)
+        self.x[i] = self.received[i] = self.c
+
+
 class ADMM(RoundRobin):
     """Thesis (3.52)-(3.54), λ divided by ρ; y is where the worker's own step leads (x − η g).
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from problems import Problem, TanhNet
 from simulation import Local
 
-from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, LocalSGD, Topology
+from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, DiLoCo, Downpour, LocalSGD, Topology
 
 Vector = NDArray[np.float64]
 
@@ -31,6 +31,11 @@ def free(method: Any, name: str, **options: Any) -> Case:
     return Case(method, {"asynchronous": True, **options}, name)
 
 
+def nesterov(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+    """DiLoCo's default, made by torch."""
+    return torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
+
+
 PULLS = {"pull": 0.3, "global_pull": 0.2, "loss_window": 3}
 TWO = {**PULLS, "period": 2, "global_period": 4}
 RATES = {"center_rate": 0.5, "moving_rate": 0.2}
@@ -41,6 +46,9 @@ SYNCHRONOUS = [
     Case(LocalSGD, {"period": lambda t: t % 4 == 1}, "callable"),
     Case(LocalSGD, {"period": None}, "one-shot"),
     Case(LocalSGD, {"period": 3, "average": "quadratic", "a": 5.0}, "quadratic"),
+    Case(DiLoCo, {"period": 3}, "nesterov"),
+    Case(DiLoCo, {"period": 4, "fragments": 2, "mixing": 0.3}, "fragments"),
+    Case(DiLoCo, {"period": 2, "outer": nesterov}, "outer"),
     Case(LSGD, TWO, "after-step"),
     Case(LSGD, {**TWO, "sequential": True, "loss_window": 1}, "sequential"),
     Case(LSGD, {**TWO, "global_pull": None, "global_period": None}, "defaults"),
@@ -68,6 +76,8 @@ TURNS = [
     *(in_turns(Downpour, f"turns-running-{tau}", period=tau, average="running") for tau in (1, 3)),
     in_turns(Downpour, "turns-moving", period=2, average=0.3),
     in_turns(Downpour, "turns-momentum-running", momentum=0.6, average="running"),
+    in_turns(DiLoCo, "turns-3", period=3),
+    in_turns(DiLoCo, "turns-1", period=1, outer_momentum=0.6),
     in_turns(ADMM, "turns", rho=1.5),
     in_turns(LSGD, "turns-1", period=1, global_period=2, **PULLS),
     in_turns(LSGD, "turns-3", period=3, global_period=6, sequential=True, **PULLS),
@@ -89,6 +99,8 @@ FORMS = named(
     "AllreduceSGD",
     "LocalSGD-period",
     "LocalSGD-quadratic",
+    "DiLoCo-fragments",
+    "DiLoCo-outer",
     "LSGD-after-step",
     "LSGD-with-step",
     "LSGD-every-step",
@@ -100,6 +112,7 @@ FORMS = named(
     "EASGD-turns-3",
     "EASGD-turns-gauss-seidel-3",
     "EASGD-turns-overlap-3",
+    "DiLoCo-turns-3",
     "Downpour-turns-3",
     "Downpour-turns-running-3",
     "Downpour-turns-momentum",
@@ -128,6 +141,7 @@ FREE = [
     free(EASGD, "overlap", period=2, overlap=True),
     free(Downpour, "", period=2),
     free(Downpour, "momentum-running", momentum=0.6, average="running"),
+    free(DiLoCo, "", period=2),
     free(ADMM, "", rho=0.5),
     free(LSGD, "", period=2, global_period=4, **PULLS),
     free(LSGD, "wait-free", asynchronous="wait-free", period=2, global_period=4, **PULLS),

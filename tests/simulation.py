@@ -121,6 +121,66 @@ class AllreduceSGD(Simulation):
         return np.broadcast_to(gradients.mean(0), gradients.shape)
 
 
+def in_fragment(problem: Problem, size: int, buffers: int, k: int, fragments: int) -> NDArray[np.bool_]:
+    """Which values the k-th fragment has: equal parts of the flat vector, in which tensors begin at cache lines."""
+    at, places = 0, [np.arange(0)]
+    for shape in problem.shapes:
+        numel = math.prod(shape)
+        if sum(map(len, places)) + numel > size - buffers:
+            break
+        places.append(at + np.arange(numel))
+        at += -(-numel // 8) * 8
+    place = np.concatenate(places)
+    mask = (at * k // fragments <= place) & (place < at * (k + 1) // fragments)
+    return np.concatenate([mask, np.full(size - len(mask), k == fragments - 1)])  # buffers go with the last
+
+
+class DiLoCo(Simulation):
+    """DiLoCo, Algorithm 1, with torch's Nesterov momentum as the outer optimizer; fragments: see Streaming DiLoCo.
+
+    g = c - mean x; u ← μu + g; c ← c - lr (g + μu); x ← m x + (1 - m) c, of a fragment every period/P steps.
+    statistics: so many last values are no parameters but BatchNorm statistics: their mean.
+    """
+
+    def __init__(
+        self,
+        *args: object,
+        outer_lr: float = 0.7,
+        outer_momentum: float = 0.9,
+        outer: object = None,
+        period: int = 100,
+        fragments: int = 1,
+        mixing: float = 0.0,
+        statistics: int = 0,
+        **options: object,
+    ):
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self.lr, self.momentum, self.period, self.mixing = outer_lr, outer_momentum, period, mixing
+        self.fragments, self.parameters = fragments, self.x.shape[1] - statistics
+        self.c = self.x.mean(0)
+        self.u = np.zeros_like(self.c)
+        self.x = np.stack([self.c] * self.workers)
+
+    def center(self) -> NDArray[np.float64]:
+        return self.c
+
+    def after(self, losses: Sequence[float]) -> None:
+        k, odd = divmod(self.t * self.fragments, self.period)
+        if odd:
+            return
+        mask = in_fragment(
+            self.problem, len(self.c), len(self.c) - self.parameters, (k - 1) % self.fragments, self.fragments
+        )
+        numbers = np.arange(len(self.c)) < self.parameters
+        mean = self.x.mean(0)
+        g = self.c - mean
+        u = self.momentum * self.u + g
+        c = np.where(numbers, self.c - self.lr * (g + self.momentum * u), mean)
+        self.u, self.c = np.where(mask, u, self.u), np.where(mask, c, self.c)
+        mixed = np.where(numbers, self.mixing * self.x + (1 - self.mixing) * self.c, self.c)
+        self.x = np.where(mask, mixed, self.x)
+
+
 class LocalSGD(Simulation):
     """Stich, Algorithm 1, and Zhang & Li, Algorithm 1: x ← mean of all x after the steps of `period`.
 

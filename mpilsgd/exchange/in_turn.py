@@ -11,6 +11,7 @@ import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Shard, Shards
+from mpilsgd.exchange.base import follow
 from mpilsgd.exchange.vectors import Vector, load, save, shapes
 from mpilsgd.exchange.verbs import Verbs
 
@@ -22,7 +23,7 @@ class InTurn(Verbs):
     (whether this worker is finite: else it writes nothing and takes the centre over), updates (of this shard so far).
     """
 
-    verbs = frozenset({"elastic", "push", "follow", "each", "copy", "statistics"})
+    verbs = frozenset({"elastic", "push", "follow", "each", "copy", "only", "statistics"})
     always_ordered = True
     _shard: Shard
 
@@ -54,7 +55,7 @@ class InTurn(Verbs):
     def run(self) -> None:
         m = self.m
         with m.iterates():
-            self.fit = m.is_finite()
+            self.fit, self.t = m.is_finite(), m.t
             if not self.fit:
                 m.begin_anew()
             self.begin()
@@ -131,14 +132,15 @@ class InTurn(Verbs):
         for d in self.x if self.fit else ():
             a, b = self.here(d, *self.spans(d)[1])
             x, part = self.of(self.x, d, a, b), self.of(c, d, a, b)
-            kernels.elastic(part, [x], 0.0, 1 / self.m.p)
+            follow(part, x, 1 / self.m.p)
             x.copy_(part)
 
     def copy(self, c: Vector) -> None:
         """x <- c."""
         for d in self.x:
-            a, b = self.here(d, 0, self.m.n[d])
-            self.trim([self.of(self.x, d, a, b)], self.of(c, d, a, b))
+            for span in self.spans(d):
+                a, b = self.here(d, *span)
+                self.trim([self.of(self.x, d, a, b)], self.of(c, d, a, b))
 
     # The life of the exchange
 

@@ -27,7 +27,7 @@ class Together(Leaders):
     its own count. Attributes in a round: rows (of those who met), due, updates (rounds of the centre so far).
     """
 
-    verbs = frozenset({"mean", "elastic", "push", "pull", "keep", "follow", "each", "copy"})
+    verbs = frozenset({"mean", "elastic", "push", "pull", "keep", "follow", "each", "copy", "only"})
 
     def __init__(self, method: Method):
         super().__init__(method)
@@ -124,7 +124,8 @@ class Together(Leaders):
         self.level, rows = (m.fabric.world, everyone) if everyone is not None else (m.fabric.group, mates)
         assert rows is not None
         self.rows, self.bad = rows, rows.broken()
-        self.seed, self.total = self.joined, self.level.n_islands > 1
+        self.t = self.seed = self.joined
+        self.total = self.level.n_islands > 1
         self.came = Rows(*(column[rows.purpose == ROUND] for column in rows))
         m.metrics.rounds += 1
         if m.guard == "x":
@@ -136,20 +137,28 @@ class Together(Leaders):
 
     # The verbs
 
-    def mean(self, vectors: Any = None, counted: np.ndarray | None = None) -> None:
+    def mean(self, vectors: Any = None, counted: np.ndarray | None = None, keep: bool = False) -> None:
         """Replaces every worker's vector by the mean over those that count (by default the finite ones).
 
-        vectors: x, or the gradients, with which the float buffers go.
+        vectors: x, or the gradients, with which the float buffers go. keep: `before` is x as it was, for `copy`.
         """
+        if keep:
+            self.m.keep_x()
+            self.fence()  # others write into x
         m = self.m
         if vectors is None:
-            spans = [Span(w, 0, m.n[d]) for d, w in m.x.items()]
+            spans = [Span(w, *span) for d, w in m.x.items() for span in self._joint(d)]
         else:
             spans = [Span(w, 0, w.mine.numel()) for w in vectors.values()]
             spans += [Span(w, m.edge[d], m.n[d]) for d, w in m.x.items() if m.edge[d] < m.n[d]]
         assert self.rows is not None
         fit = self.rows.fit if counted is None else counted
         m.mean_over(spans, {r for r, c in enumerate(fit) if c})
+
+    def _joint(self, d: torch.dtype) -> list[tuple[int, int]]:
+        """The spans, adjacent ones as one."""
+        (a, b), (edge, n) = self.spans(d)
+        return [(a, n)] if b == edge else [(a, b), (edge, n)][: 1 + (edge < n)]
 
     def here(self, d: torch.dtype, start: int, stop: int) -> tuple[int, int]:
         return self.level.share(start, stop)
@@ -193,11 +202,20 @@ class Together(Leaders):
             anchor[d].copy_(x)
         self.barrier()
 
-    def copy(self, c: Vector) -> None:
-        """x_i <- c. What lies behind the parameters goes the other way: c takes the workers' mean."""
+    def copy(self, c: Vector, keep: float = 0.0) -> None:
+        """x_i <- c, or keep x_i + (1 - keep) c with x_i as `mean` kept it.
+
+        What lies behind the parameters goes the other way: c takes the workers' mean.
+        """
+        broken = self.level.rank in self.bad
         for d, window in self.x.items():
-            (_, edge), (_, n) = self.spans(d)
-            window.mine[:edge].copy_(c[d][:edge])
+            (a, b), (edge, n) = self.spans(d)
+            if broken:  # in all its parts
+                a, b = 0, edge
+            x = window.mine[a:b].copy_(c[d][a:b])
+            if keep and not broken:
+                x.lerp_(self.m.before[d][a:b], keep)
             if self.level.is_head or self.level.local_ranks[0] == self.level.rank:
                 c[d][edge:n].copy_(window.mine[edge:n])
+        self.m.before = {}
         self.barrier()

@@ -15,13 +15,15 @@ from mpilsgd.exchange.vectors import Vector, accumulation_dtype
 class Verbs(Exchange):
     """Verbs for x and vectors per="all". This rank works on what it has `here` of a span, for all its `peers`.
 
-    Attributes in an exchange: fit (whether x is finite: else this worker writes nothing and takes the centre over);
-    seed (of the rounding by chance); total (whether what the peers bring has to be added up across islands).
+    Attributes in an exchange: t (its step); fit (whether x is finite: else this worker writes nothing and takes the
+    centre over); seed (of the rounding by chance); total (whether what the peers bring has to be added up across
+    islands).
     """
 
     fit = True
-    seed = 0
+    t = seed = 0
     total = False
+    _part, _parts = 0, 1
 
     def here(self, d: torch.dtype, start: int, stop: int) -> tuple[int, int]:
         """Which of the elements from start to stop this rank works on."""
@@ -52,10 +54,16 @@ class Verbs(Exchange):
         for x in broken:
             x.copy_(c)
 
+    def only(self, part: int, parts: int) -> None:
+        """The verbs `mean`, `each` and `copy` go by one part of the parameters; what lies behind goes with the last."""
+        self._part, self._parts = part, parts
+
     def spans(self, d: torch.dtype) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The parameters, and what lies behind them."""
+        """What is exchanged of the parameters, and of what lies behind them. A worker that is not finite needs all."""
         edge, n = min(self.m.edge[d], self.m.n[d]), self.m.n[d]
-        return (0, edge), (edge, n)
+        part, parts = (self._part, self._parts) if self.fit else (0, 1)
+        bounds = edge * part // parts, edge * (part + 1) // parts
+        return bounds, ((edge if part == parts - 1 else n), n)
 
     def summed(
         self, z: Vector, d: torch.dtype, start: int, stop: int, alpha: float = 0.0

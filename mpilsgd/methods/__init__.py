@@ -3,6 +3,7 @@
 from mpilsgd.exchange import Diverged, Method, Metrics
 from mpilsgd.methods.admm import ADMM
 from mpilsgd.methods.allreduce import AllreduceSGD
+from mpilsgd.methods.diloco import DiLoCo
 from mpilsgd.methods.downpour import Downpour
 from mpilsgd.methods.easgd import EASGD
 from mpilsgd.methods.easgd_tree import EASGDTree
@@ -14,6 +15,7 @@ __all__ = [
     "EASGD",
     "LSGD",
     "AllreduceSGD",
+    "DiLoCo",
     "Diverged",
     "Downpour",
     "EASGDTree",

@@ -12,7 +12,7 @@ from method_cases import refused, refuses, several
 from problems import Quadratic, TanhNet
 from simulation import Local
 
-from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, EASGDTree, LocalSGD, Topology
+from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, DiLoCo, Downpour, EASGDTree, LocalSGD, Topology
 
 pytestmark = [pytest.mark.mpi, pytest.mark.ranks(1, 2, 3), pytest.mark.brief(1, 2)]
 
@@ -41,6 +41,17 @@ WRONG: list[tuple[Any, ...]] = [
     (EASGD, {"overlap": True, "form": "gauss-seidel"}),
     (EASGD, {"overlap": True, "form": "gauss-seidel", **ASYNCHRONOUS}),
     *((EASGD, {"asynchronous": value}) for value in ("wait-free", None, 2)),
+    (DiLoCo, {"fragments": 10_000, "period": 10_000}),
+    (DiLoCo, {"fragments": 3, "period": 10}),
+    (DiLoCo, {"outer_momentum": 1.5}),
+    (DiLoCo, {"mixing": -0.1}),
+    (DiLoCo, {"outer": lambda parameters: parameters}),
+    (DiLoCo, {"outer": lambda parameters: torch.optim.SGD(parameters[:1], lr=1.0)}),
+    (DiLoCo, {"outer": lambda parameters: 1 / 0}),
+    *(
+        (DiLoCo, {**more, **ASYNCHRONOUS})
+        for more in ({"mixing": 0.5}, {"fragments": 2}, {"outer": torch.optim.Adam})
+    ),
     (Downpour, {"period": 2, "momentum": 0.5}),
     *((Downpour, {"momentum": value}) for value in (-0.1, 1.5, math.nan, "much")),
     *((Downpour, {"average": value}) for value in ("mean", 0, -0.1, 1.5, math.nan, True)),

@@ -76,7 +76,8 @@ class Exchange:
     def stepped(self) -> None:
         """After a step; the exchange that is due then."""
         if not self.m.clock.first and self.is_due():
-            self.run()
+            with torch.no_grad():
+                self.run()
 
     def exchange(self, purpose: float) -> Rows | None:
         """Meets the others for a round, or for the centre or the end: then the rows, unless a round was held."""

@@ -175,7 +175,7 @@ class BehindInTurn(Behind, InTurn):
 
     def stepped(self) -> None:
         if self._pending and self.is_due():  # the period is over
-            with self.m.iterates():
+            with torch.no_grad(), self.m.iterates():
                 self._end()
         super().stepped()
 

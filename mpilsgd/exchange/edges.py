@@ -220,6 +220,7 @@ class Edges(Exchange):
             self._pass(node, sends=False)
         node.t += 1
 
+    @torch.no_grad()
     def stepped(self) -> None:
         now, m = time.perf_counter(), self.m
         if self._last_step is not None:

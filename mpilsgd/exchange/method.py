@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
@@ -18,7 +17,7 @@ from mpilsgd.exchange.rules import check_free_name, check_names, check_rule, com
 from mpilsgd.exchange.together import Together
 from mpilsgd.exchange.vectors import Vector
 from mpilsgd.exchange.worker import Diverged, Worker
-from mpilsgd.exchange.wrapped import step_toward
+from mpilsgd.exchange.wrapped import local_step
 from mpilsgd.fields import Field, choice, fields_of
 from mpilsgd.optimizers.wrapped import gradient_at_x, known
 
@@ -126,20 +125,11 @@ class Method(Worker):
 
     # What a rule declares
 
-    def vector(self, name: str, per: str = "worker", start: Any = 0, wide: bool = False) -> Vector:
-        """A vector as long as x that this method keeps; see `Vector`."""
-        self.vectors[name] = Vector(name, per, start, wide)
-        return self.vectors[name]
-
     def value(self, name: str, start: Any) -> None:
         """A value that this worker keeps, as an attribute of this name: saved and loaded like the vectors."""
         check_free_name(type(self), name, Method)
         setattr(self, name, start)
         self.values.append(name)
-
-    def window(self, name: str, length: int) -> None:
-        """The last so many numbers, as an attribute; a worker that starts anew forgets them."""
-        self.value(name, deque(maxlen=length))
 
     # The life of a step
 
@@ -152,6 +142,13 @@ class Method(Worker):
 
         Returns: the loss.
         """
+        if self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks:
+            return _with_hooks(self, closure, loss=loss)
+        return self._one_step(closure, loss=loss)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch's own, for profilers and all optimizers, runs in the one inside
+
+    def _one_step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
         self._refuse_if_unfit()
         clock, r, rounds = self.clock, self.r, self.metrics.rounds
         if not self.computes:
@@ -173,40 +170,36 @@ class Method(Worker):
             clock.broken = False
         else:
             self._hook()
-            result = self._local_step(closure)
+            result = local_step(self, closure)
         loss = result if loss is None else loss
         self.t += 1
-        with torch.no_grad():
-            if not clock.first:
+        if self._observes and not clock.first:
+            with torch.no_grad():
                 self.observe(loss)
-            r.stepped()
-            if self.metrics.rounds != rounds:
-                self.flat.touched()
+        r.stepped()
+        if self.metrics.rounds != rounds:
+            self.flat.touched()
         return loss
 
     def _exchange_and_step(self, closure: Callable[[], Any] | None, loss: Any) -> Any:
         """The exchange, then the local step with the gradient as it was before it."""
-        with torch.no_grad():
-            self.observe(loss)
+        if self._observes:
+            with torch.no_grad():
+                self.observe(loss)
         due = self.r.is_due()
-        at_x = (due or self._hooked) and self.guard != "g"
-        with gradient_at_x(self.optimizer) if at_x else contextlib.nullcontext():
+        if not due and not self._hooked:
+            return local_step(self, closure)
+        with contextlib.nullcontext() if self.guard == "g" else gradient_at_x(self.optimizer):
             if due:
                 with torch.no_grad():
                     self.r.run()
             self._hook()
-            return self._local_step(closure)
+            return local_step(self, closure)
 
     def _hook(self) -> None:
         if self._hooked:
             with torch.no_grad():
                 self.before_step()
-
-    def _local_step(self, closure: Callable[[], Any] | None) -> Any:
-        if self.toward:
-            toward, self.toward = self.toward, ()
-            return step_toward(self, toward, closure)
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
     def _refuse_if_unfit(self) -> None:
         self._refuse_if_closed()
@@ -233,7 +226,7 @@ class Method(Worker):
     @property
     def computes(self) -> bool:
         """Whether this rank takes gradients; where it does not, `step()` goes without."""
-        return self.topology.world.rank in self.workers
+        return self._computes
 
     def settle(self) -> None:
         """Waits for this worker's own exchange, if one is under way (`EASGD(overlap=True)`)."""
@@ -299,3 +292,4 @@ class Method(Worker):
 
 
 Method.fields = fields_of(Method)
+_with_hooks = torch.optim.Optimizer.profile_hook_step(Method._one_step)

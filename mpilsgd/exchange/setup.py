@@ -73,11 +73,12 @@ def build(m: Method, model: torch.nn.Module | None, given: dict[str, Any]) -> No
     if m.asynchronous or kind.always_ordered:
         m.course = Course(topology, *_order(m), {**m.about, "optimizer": described(m.optimizer)})
     m.r = kind(m)
+    m._computes = topology.world.rank in m.workers
     if m.course is not None:
         m.course.workers = len(m.workers)
     _allocate(m, plan)
     m._members = Members(m.optimizer, m.flat)
-    m._hooked = _defines(cls, "before_step")
+    m._hooked, m._observes = _defines(cls, "before_step"), _defines(cls, "observe")
     _start(m)
     m.fabric.traffic.group = m.fabric.traffic.across = 0  # counts rounds
     m._open = True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mpilsgd import kernels
 from mpilsgd.exchange.base import average
 from mpilsgd.exchange.rows import ROUND, Row
-from mpilsgd.exchange.vectors import Span
+from mpilsgd.exchange.vectors import Span, Vector
 from mpilsgd.exchange.wrapped import Wrapper
 from mpilsgd.optimizers.wrapped import forget
 
@@ -30,6 +30,15 @@ class Worker(Wrapper):
         # what `setup` makes, and a rule's values
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def vector(self, name: str, per: str = "worker", start: Any = 0, wide: bool = False) -> Vector:
+        """A vector as long as x that this method keeps; see `Vector`."""
+        self.vectors[name] = Vector(name, per, start, wide)
+        return self.vectors[name]
+
+    def window(self, name: str, length: int) -> None:
+        """The last so many numbers, as an attribute; a worker that starts anew forgets them."""
+        self.value(name, deque(maxlen=length))
 
     @contextlib.contextmanager
     def iterates(self) -> Iterator[None]:

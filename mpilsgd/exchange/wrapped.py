@@ -51,12 +51,15 @@ class Members:
         everyone = [p for group in optimizer.param_groups for p in group["params"]]
         self._count = len(everyone)
         self._frozen = [p for p in everyone if not p.requires_grad]
+        self._one_point = False  # whether the optimizer's state has been seen to hold no other
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """A ValueError names a parameter that has become trainable, or was added to the optimizer."""
-        several = points_problem(optimizer)
-        if several is not None:
-            raise ValueError(several)
+        if not self._one_point:
+            several = points_problem(optimizer)
+            if several is not None:
+                raise ValueError(several)
+            self._one_point = len(optimizer.state) > 0
         same = sum(len(group["params"]) for group in optimizer.param_groups) == self._count
         if same and not any(p.requires_grad for p in self._frozen):
             return
@@ -76,7 +79,15 @@ def wrap_problem(optimizer: Any, method: str, gradients: bool) -> str | None:
     return unfit_problem(optimizer, method, gradients)
 
 
-def step_toward(m: Method, toward: Any, closure: Callable[[], Any] | None) -> Any:
+def local_step(m: Method, closure: Callable[[], Any] | None) -> Any:
+    """The wrapped optimizer's; with what the rule asks for in `toward`."""
+    if not m.toward:
+        return m.optimizer.step() if closure is None else m.optimizer.step(closure)
+    toward, m.toward = m.toward, ()
+    return _step_toward(m, toward, closure)
+
+
+def _step_toward(m: Method, toward: Any, closure: Callable[[], Any] | None) -> Any:
     """The local step and x <- x - sum of rate (x - vector), from the same x; of MSGD in one pass."""
     inner: Any = m.optimizer
     fused = fuses(inner) and all(p.grad is not None for p in m.flat.parameters)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mpilsgd.comm import Topology
-from mpilsgd.methods import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, LocalSGD
+from mpilsgd.methods import ADMM, EASGD, LSGD, AllreduceSGD, DiLoCo, Downpour, LocalSGD
 from mpilsgd.train.table import columns, in_bytes
 
 PULL, CENTER_RATE = 0.1, 0.9
@@ -30,6 +30,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     'LocalSGD average="quadratic"': lambda optimizer, topology: LocalSGD(
         optimizer, topology, period=1, average="quadratic", a=1.0
     ),
+    "DiLoCo": lambda optimizer, topology: DiLoCo(optimizer, topology, period=1),
     "AllreduceSGD": lambda optimizer, topology: AllreduceSGD(optimizer, topology),
     "EASGD asynchronous": lambda optimizer, topology: EASGD(optimizer, topology, period=1, asynchronous=True),
     "EASGD asynchronous, overlap": lambda optimizer, topology: EASGD(

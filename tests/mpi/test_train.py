@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from job_harness import METHODS, NET, QUICK, WORLD, everyone_got, lines, same_run
+from job_harness import METHODS, NET, QUICK, WORLD, as_a_process, everyone_got, lines, same_run
 
 from mpilsgd.train import job, loop
 from mpilsgd.train.command_line import parse
@@ -122,7 +122,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         step(self, *arguments)
 
     step = loop.Trainer._step
-    with monkeypatch.context() as patch:
+    with as_a_process(), monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "_step", kill)
         everyone_got(job.main([*argv, "--output", str(cut)]), FAILED)
     assert [row["step"] for row in lines(cut / "metrics.jsonl")] == [10, 20, 30]

@@ -21,6 +21,7 @@ from mpilsgd.train.together import FAILED, Stopped
 pytestmark = pytest.mark.mpi
 
 
+@pytest.mark.brief(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_digits(method: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = folder / "run"
@@ -185,6 +186,7 @@ def test_threads_are_shared_fairly(folder: Path, monkeypatch: pytest.MonkeyPatch
         topology.free()
 
 
+@pytest.mark.brief(2)
 @pytest.mark.parametrize("buffers", ["average", "keep", "recalibrate"])
 def test_batchnorm_models_train_with_every_policy(
     buffers: str, folder: Path, module: Callable[[str], str]
@@ -210,6 +212,7 @@ def test_batchnorm_models_train_with_every_policy(
     assert lines(folder / "run" / "metrics.jsonl")[-1]["test_error"] < 0.15
 
 
+@pytest.mark.brief(2)
 @pytest.mark.parametrize(
     "extra",
     [

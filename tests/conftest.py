@@ -6,6 +6,7 @@ tests/run.sh sets the environment below and reads the record with tally.py; a pl
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import tempfile
@@ -20,7 +21,7 @@ RUN = os.environ.get("MPILSGD_TEST_RUN", "")  # the run's name, as tally.py prin
 RECORD = os.environ.get("MPILSGD_TEST_RECORD")  # the folder of the outcomes
 RANKS = int(os.environ.get("MPILSGD_TEST_RANKS", "0"))  # the world's size, 0 for any
 NODES = int(os.environ.get("MPILSGD_TEST_NODES", "0"))  # shared-memory nodes there have to be, 0 for any
-ALL = os.environ.get("MPILSGD_TEST_ALL", "") == "1"  # also what the marker `brief` leaves out
+ALL = os.environ.get("MPILSGD_TEST_ALL", "") == "1"  # also what is `brief` everywhere
 SECONDS = float(os.environ.get("MPILSGD_TEST_SECONDS", "240"))  # the longest one test may take
 SLOW = 15  # times as long for a test marked slow
 
@@ -177,6 +178,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in reasons]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What the imports and the collection left, over 100,000 objects, stays; frozen, nothing looks through it again.
+
+    A method looks for its model among all live objects, and many tests collect garbage: most of the time of many.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def left_out(item: pytest.Item, size: int) -> str:
     """Why the markers leave this test out at so many ranks; else nothing. See MARKERS."""
     if "gpu" in item.keywords and not gpu():
@@ -187,10 +198,12 @@ def left_out(item: pytest.Item, size: int) -> str:
     for mark in item.iter_markers("ranks"):
         if size not in mark.args:
             return f"needs {' or '.join(map(str, mark.args))} ranks"
-    for mark in item.iter_markers("brief"):
-        layout = f"{size}x{NODES}" if NODES > 1 else str(size)
-        if not ALL and layout not in map(str, mark.args):
-            return ONLY_ALL if not mark.args else f"needs {' or '.join(map(str, mark.args))} ranks"
+    brief = item.get_closest_marker("brief")  # a test's own before its file's
+    layout = f"{size}x{NODES}" if NODES > 1 else str(size)
+    if brief and not brief.args and not ALL:
+        return ONLY_ALL
+    if brief and brief.args and layout not in map(str, brief.args):
+        return f"needs {' or '.join(map(str, brief.args))} ranks"
     return ""
 
 
@@ -204,7 +217,7 @@ ONLY_ALL = "in bash tests/run.sh --all"
 MARKERS = (
     "gpu: on a CUDA device; left out where there is none",
     "ranks(n, ...): only at these numbers of ranks",
-    "brief(n, ...): without --all only at so many ranks (2), or ranks and nodes ('4x2'); none given: with --all only",
+    "brief(n, ...): only at so many ranks (2), or ranks and nodes ('4x2'); none given: with --all only",
 )
 
 

@@ -59,6 +59,11 @@ def stop_of(opt: Method, topology: Topology, signals: Signals, step: int) -> Sto
     return AtOnce(topology, signals) if opt.asynchronous else AtCommonStep(topology, signals, step)
 
 
+# MPI reads and writes here until all have been asked, also where a run has ended in an error before that: it must not
+# become anybody else's memory.
+_unanswered: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+
 class AtEvents:
     """All stop at the next evaluation or checkpoint, where they meet anyway."""
 
@@ -124,11 +129,13 @@ class AtCommonStep:
         self._asked = time.perf_counter()
         self._own[:] = self._signals.came, max(seconds, 1e-9)
         self._request: MPI.Request | None = self._comm.Iallreduce(self._own, self._all, MPI.MAX)
+        _unanswered[id(self._all)] = self._own, self._all
 
     def _take(self) -> None:
         if self._request is not None:
             self._request.Wait()
             self._request = None
+            del _unanswered[id(self._all)]
 
     def free(self) -> None:
         self._take()  # all have asked the same questions

@@ -14,7 +14,7 @@ import mpilsgd
 from mpilsgd.comm import inquiry
 from mpilsgd.train import bench, info, job
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.brief(1, 2, 3, "3x2")]
 WORLD = MPI.COMM_WORLD
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from job_harness import METHODS, NET, QUICK, WORLD, everyone_got, lines, same_run
+from job_harness import METHODS, NET, QUICK, WORLD, as_a_process, everyone_got, lines, same_run
 
 from mpilsgd.train import job, loop
 from mpilsgd.train.command_line import parse
@@ -21,6 +21,7 @@ from mpilsgd.train.together import FAILED, Stopped
 pytestmark = pytest.mark.mpi
 
 
+@pytest.mark.brief(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_digits(method: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = folder / "run"
@@ -122,7 +123,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         step(self, *arguments)
 
     step = loop.Trainer._step
-    with monkeypatch.context() as patch:
+    with as_a_process(), monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "_step", kill)
         everyone_got(job.main([*argv, "--output", str(cut)]), FAILED)
     assert [row["step"] for row in lines(cut / "metrics.jsonl")] == [10, 20, 30]
@@ -185,6 +186,7 @@ def test_threads_are_shared_fairly(folder: Path, monkeypatch: pytest.MonkeyPatch
         topology.free()
 
 
+@pytest.mark.brief(2)
 @pytest.mark.parametrize("buffers", ["average", "keep", "recalibrate"])
 def test_batchnorm_models_train_with_every_policy(
     buffers: str, folder: Path, module: Callable[[str], str]
@@ -210,6 +212,7 @@ def test_batchnorm_models_train_with_every_policy(
     assert lines(folder / "run" / "metrics.jsonl")[-1]["test_error"] < 0.15
 
 
+@pytest.mark.brief(2)
 @pytest.mark.parametrize(
     "extra",
     [

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from job_harness import METHODS, QUICK, WORLD, everyone_got, lines, untimed
+from job_harness import METHODS, QUICK, WORLD, as_a_process, everyone_got, lines, untimed
 
-from mpilsgd.exchange import leaving
 from mpilsgd.train import job, loop
 from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.together import FAILED, Stopped
@@ -143,11 +142,9 @@ def killed(monkeypatch: pytest.MonkeyPatch, argv: list[str], at: int) -> None:
         do(self, events)
 
     do = loop.Trainer._do
-    with monkeypatch.context() as patch:
+    with as_a_process(), monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "_do", kill)
         everyone_got(job.main(argv), FAILED)
-    for method in list(leaving._living.values()):  # as the end of the process would
-        method.close()
 
 
 @pytest.mark.parametrize("name", ROUND_ROBIN)

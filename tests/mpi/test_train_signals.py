@@ -5,15 +5,20 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from harness import check_together
 from job_harness import NET, QUICK, WORLD, everyone_got, lines, same_run
 
+from mpilsgd import Topology
 from mpilsgd.train import job, loop
 from mpilsgd.train.run_directory import RunDirectory
+from mpilsgd.train.stopping import AtCommonStep, Signals
 from mpilsgd.train.together import FAILED, TO_BE_RESUMED
 
 pytestmark = pytest.mark.mpi
@@ -142,3 +147,27 @@ def test_what_was_trained_outlives_the_last_evaluation(folder: Path, monkeypatch
     assert not steps and len(after) == 4
     assert [row["test_error"] for row in after] == [row["test_error"] for row in before]
     assert [row["train_loss"] for row in after] == [row["train_loss"] for row in before]
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.brief(2)
+def test_a_question_outlives_the_run_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends in an error waits for no answer: what MPI writes then must not be anybody else's memory."""
+    topology = Topology()
+    ask = AtCommonStep._ask
+
+    def late(self: AtCommonStep, seconds: float) -> None:
+        if WORLD.rank:
+            time.sleep(0.1)  # until rank 0 has let go of its own
+        ask(self, seconds)
+
+    monkeypatch.setattr(AtCommonStep, "_ask", late)
+    asked: Any = AtCommonStep(topology, Signals(), 0)
+    if WORLD.rank == 0:
+        del asked
+    others = [np.full(2, 7.0) for _ in range(2000)]
+    topology.barrier()
+    if WORLD.rank:
+        asked._take()
+    check_together([] if all((other == 7.0).all() for other in others) else ["memory was overwritten"])
+    topology.free()

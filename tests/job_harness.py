@@ -20,6 +20,7 @@ METHODS = {
     "LocalSGD": ("--period", "5"),
     "LSGD": ("--period", "5", "--pull", "0.2"),
     "EASGD": ("--period", "5"),
+    "DiLoCo": ("--period", "5", "--fragments", "5"),
 }
 QUICK = ("--threads", "1", "--device", "cpu", "--eval_every", "2", "--lr", "0.2")
 

@@ -123,6 +123,9 @@ class BehindTogether(Behind, Together):
         self.c = c
         super().elastic(c, 0.0, rate)
 
+    def barrier(self) -> None:
+        """None: what is read next, c and the copies, is this island's, and has been fenced. x is not written."""
+
     def _take_centre(self) -> None:
         self.m.begin_anew()
         for d, n in self.m.n.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,9 +26,9 @@ class Verbs(Exchange):
     total = False
     _part, _parts = 0, 1
 
+    @abc.abstractmethod
     def here(self, d: torch.dtype, start: int, stop: int) -> tuple[int, int]:
         """Which of the elements from start to stop this rank works on."""
-        raise NotImplementedError
 
     def peers(self, d: torch.dtype, a: int, b: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """These elements of the finite workers that are served here, and of the others."""
@@ -40,7 +41,7 @@ class Verbs(Exchange):
 
     def added(self, whole: torch.Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Sums over the islands; the parts that this rank works on, each as soon as its sum is there."""
-        raise NotImplementedError
+        return iter(())
 
     def fence(self) -> None: ...
 

@@ -52,7 +52,7 @@ class DiLoCo(Method):
 
     def declare(self) -> Iterable[str | None]:
         self.c = self.vector("c", per="all", start="mean", wide=True)
-        self.u = self.vector("u", per="all", wide=True)
+        self.u = self.c if self.outer is not None else self.vector("u", per="all", wide=True)
         self.made: dict[tuple[int, int], Any] = {}  # the outer optimizers of this rank's parts
         self.value("memory", {})  # and their states
         self.known = self.memory
@@ -63,11 +63,8 @@ class DiLoCo(Method):
         if self.outer is not None:
             yield _outer_problem(self.outer)
         numel = sum(p.numel() for group in self.param_groups for p in group["params"])
-        yield (
-            f"fragments={self.fragments} is more than the {numel} parameters"
-            if self.fragments > numel
-            else None
-        )
+        if self.fragments > numel:
+            yield f"fragments={self.fragments} is more than the {numel} parameters"
         if self.period % self.fragments:
             yield f"period={self.period} must be a multiple of fragments={self.fragments}"
 

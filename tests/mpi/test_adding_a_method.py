@@ -14,6 +14,7 @@ from job_harness import everyone_got
 from problems import TanhNet
 from simulation import Local
 
+from mpilsgd import DiLoCo
 from mpilsgd.exchange import Every, InTurn, Method, number
 from mpilsgd.train import job
 from mpilsgd.train.callables import resolve
@@ -55,6 +56,17 @@ def test_it_equals_the_paper(slowmo: Any, layout: Layout) -> None:
         gap = distance(run.center(), c)
         errors += [f"the centre differs by {gap:.1e}"] if gap > 1e-12 else []
     check_together(errors)
+
+
+def test_it_is_a_setting_of_diloco(slowmo: Any) -> None:
+    """As long as the local rate gamma stays: the outer optimizer is SGD with SlowMo's momentum and rate."""
+    settings = {"period": 3, "slow_momentum": 0.6, "slow_lr": 0.9}
+    with running(Case(slowmo, settings), TanhNet(), Local(lr=0.05), FEW[0]) as run:
+        expected = run.run(10).x()
+    outer = {"period": 3, "outer": lambda c: torch.optim.SGD(c, lr=0.9, momentum=0.6)}
+    with running(Case(DiLoCo, outer), TanhNet(), Local(lr=0.05), FEW[0]) as run:
+        gap = distance(run.run(10).x(), expected)
+    check_together([f"differs by {gap:.1e}"] if gap > 1e-12 else [])
 
 
 def test_a_job_trains_with_it(slowmo: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,7 +134,7 @@ def _configure(argv: Sequence[str], base: Topology) -> tuple[Config | None, int]
 
 
 def _mistakes_of_ranks(config: Config, base: Topology) -> list[str]:
-    """What the topology and the method have against their arguments, tried on a model of one parameter. Collective."""
+    """What the topology and the method have against their arguments, tried on a small model. Collective."""
     mistakes = []
     if config.group_size is None or config.group_size >= 1:
         try:
@@ -147,7 +147,7 @@ def _mistakes_of_ranks(config: Config, base: Topology) -> list[str]:
             f"slow: there is no rank {rank}; the ranks are 0 to {base.world.size - 1}" for rank in absent
         ]
     if config.method in methods() and _is_complete(config):
-        trial = torch.nn.Linear(1, 1)
+        trial = torch.nn.Linear(1, config.method_options.get("fragments") or 1)  # one parameter each at least
         unrecorded = dataclasses.replace(
             config, method_options={**config.method_options, **dict.fromkeys(_recordings(config))}
         )

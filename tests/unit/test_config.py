@@ -132,8 +132,8 @@ def test_every_constructor_argument_is_an_option() -> None:
         "buffers",
     } <= set(options)
     assert not {"optimizer", "topology", "model", "self", "score"} & set(options)
-    assert set(options["period"].defaults) == {"LocalSGD", "LSGD", "EASGD", "Downpour", "EASGDTree"}
-    assert set(options["asynchronous"].defaults) == {"LSGD", "EASGD", "Downpour", "ADMM"}
+    assert set(options["period"].defaults) == {"DiLoCo", "LocalSGD", "LSGD", "EASGD", "Downpour", "EASGDTree"}
+    assert set(options["asynchronous"].defaults) == {"LSGD", "EASGD", "DiLoCo", "Downpour", "ADMM"}
     assert {"overlap", "order", "record", "replay", "rho", "momentum"} <= set(options)
     assert "method_momentum" in method_options(["momentum"])
     assert not [name for name, option in options.items() if not option.help]

@@ -154,26 +154,32 @@ class BehindInTurn(Behind, InTurn):
     def allocate(self, vectors: list[Vector]) -> None:
         super().allocate(vectors)
         self.x = {d: Private(d, n, self.m.device) for d, n in self.m.n.items()}
-        self._sent = {d: torch.empty_like(copy.mine) for d, copy in self.x.items()}
+        self._sent: dict[torch.dtype, torch.Tensor] = {}
 
     def begin(self) -> None:
         self.copy_x()
-        for d, sent in self._sent.items():
-            sent.copy_(self.x[d].mine)
+        self._sent = {d: copy.mine.clone() for d, copy in self.x.items()} if self.fit else {}
         self._pending = True
-        self.submit(self.visit, False)
+        self.submit(self._visit_behind, None)
         if not self.fit:
             self._end()
+
+    def _visit_behind(self, _: Any) -> None:
+        """The copy becomes what it has moved, of a worker that is not finite the centre."""
+        self.visit(timed=False)
+        for d, sent in self._sent.items():
+            self.x[d].mine.sub_(sent)
+        self._sent = {}
 
     def _end(self) -> None:
         self.settle()
         self._pending = False
-        for d, sent in self._sent.items():
-            x, moved = self.m.x[d].mine[: self.m.n[d]], self.x[d].mine
+        for d, copy in self.x.items():
+            x = self.m.x[d].mine[: self.m.n[d]]
             if self.fit:
-                x.add_(torch.sub(moved, sent, out=sent))
+                x.add_(copy.mine)
             else:
-                x.copy_(moved)
+                x.copy_(copy.mine)
         self.m.flat.touched()
 
     def stepped(self) -> None:
@@ -183,15 +189,14 @@ class BehindInTurn(Behind, InTurn):
         super().stepped()
 
     def state(self) -> dict[str, Any]:
-        pending = [save(self._sent), save({d: w.mine for d, w in self.x.items()})] if self._pending else None
-        return {**super().state(), "pending": pending}
+        moved = save({d: copy.mine for d, copy in self.x.items()}) if self._pending else None
+        return {**super().state(), "moved": moved}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self._pending, self.fit = state["pending"] is not None, True
+        self._pending, self.fit = state["moved"] is not None, True
         if self._pending:
-            load(self._sent, state["pending"][0])
-            load({d: w.mine for d, w in self.x.items()}, state["pending"][1])
+            load({d: copy.mine for d, copy in self.x.items()}, state["moved"])
 
 
 BEHIND: dict[type[Exchange], type[Exchange]] = {Together: BehindTogether, InTurn: BehindInTurn}

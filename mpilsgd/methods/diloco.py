@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,13 +38,10 @@ class DiLoCo(Method):
     outer_lr: float = number(0.7, 0, help="lr: learning rate of the outer optimizer")
     outer_momentum: float = number(0.9, 0, 1, help="mu: its Nesterov momentum")
     outer: Callable[[Any], Any] | None = code(
-        arguments="of a list of parameters that gives a torch optimizer of them",
-        help="an outer optimizer in place of outer_lr and outer_momentum",
+        arguments="of a list of parameters", help="gives an outer optimizer of them, in place of the two"
     )
     period: int = whole(100, help="H: steps between two exchanges of a parameter")
-    fragments: int = whole(
-        1, help="P: parts of the parameters, of which one is exchanged every period / P steps"
-    )
+    fragments: int = whole(1, help="P: parts of the parameters; one is exchanged every period / P steps")
     mixing: float = number(0.0, 0, 1, help="m: how much of its own parameters a worker keeps")
     asynchronous: bool = flag(False, help="true: each worker comes alone, and none waits for the others")
 
@@ -101,7 +98,7 @@ class DiLoCo(Method):
             self.made[part] = self.outer([torch.nn.Parameter(c)])
             if part in self.memory:
                 self.made[part].load_state_dict(self.memory[part])
-        (p,) = _parameters(self.made[part])
+        (p,) = self.made[part].param_groups[0]["params"]
         p.grad = c - x
         self.made[part].step()
         self.memory[part] = self.made[part].state_dict()
@@ -126,17 +123,13 @@ class DiLoCo(Method):
         return self.c
 
 
-def _parameters(optimizer: Any) -> Iterator[torch.Tensor]:
-    return (p for group in optimizer.param_groups for p in group["params"])
-
-
 def _outer_problem(outer: Callable[[Any], Any]) -> str | None:
     given = [torch.nn.Parameter(torch.zeros(1))]
     try:
         made = outer(given)
-        if isinstance(made, torch.optim.Optimizer) and list(map(id, _parameters(made))) == list(
-            map(id, given)
-        ):
+        if isinstance(made, torch.optim.Optimizer) and [group["params"] for group in made.param_groups] == [
+            given
+        ]:
             return None
     except Exception as wrong:
         return f"outer failed: {type(wrong).__name__}: {wrong}"

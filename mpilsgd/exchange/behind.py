@@ -58,7 +58,6 @@ class Behind(Exchange):
             self._thread.end()
             self._thread = None
         super().free()
-        self.x = {}
 
 
 class BehindTogether(Behind, Together):

@@ -185,6 +185,7 @@ def release(m: Method) -> None:
     try:
         if r is not None:
             r.free()  # before the parameters need memory of their own
+            r.x = {}
     finally:
         if flat is not None:
             flat.release()

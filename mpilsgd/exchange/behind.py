@@ -15,7 +15,7 @@ from mpilsgd.exchange.base import Exchange, convex
 from mpilsgd.exchange.in_turn import InTurn
 from mpilsgd.exchange.rows import ROUND, Rows
 from mpilsgd.exchange.together import Together
-from mpilsgd.exchange.vectors import Vector, load, save
+from mpilsgd.exchange.vectors import Vector, accumulation_dtype, save
 from mpilsgd.transport.messages import Private
 
 
@@ -67,6 +67,9 @@ class BehindTogether(Behind, Together):
     behind.
     """
 
+    c: Vector
+    rate: float
+
     def sizes(self, nbytes: int, wide: int) -> int:
         return nbytes
 
@@ -90,8 +93,7 @@ class BehindTogether(Behind, Together):
         """The worker's half, before it is announced: c is read, which the others then change."""
         fit = self.m.is_fit()
         self.copy_x()
-        if fit:
-            self.m.exchange(_Half(self))
+        self.m.exchange(_Half(self, fit))
         return fit
 
     def meet(self, purpose: float) -> Rows | None:
@@ -115,12 +117,7 @@ class BehindTogether(Behind, Together):
         self.level, self.bad, self.seed = self.m.fabric.world, rows.broken(), rows.round or 0
         self.total = self.level.n_islands > 1
         self.m.refuse_if_all(self.bad)
-        self.m.exchange(self)
-
-    def elastic(self, c: Vector, alpha: float, rate: float, gauss_seidel: bool = False) -> None:
-        """c <- c + rate sum_i (x_i - c), over the workers that are finite."""
-        self.c = c
-        super().elastic(c, 0.0, rate)
+        self.elastic(self.c, 0.0, self.rate)
 
     def barrier(self) -> None:
         """None: what is read next, c and the copies, is this island's, and has been fenced. x is not written."""
@@ -132,16 +129,17 @@ class BehindTogether(Behind, Together):
 
 
 class _Half:
-    """What a rule is given for the worker's half of a round."""
+    """What a rule is given: its `elastic` is the worker's half of a round, and says what the other half will be."""
 
-    def __init__(self, r: BehindTogether):
-        self._m = r.m
+    def __init__(self, r: BehindTogether, fit: bool):
+        self._r, self._fit = r, fit
 
     def elastic(self, c: Vector, alpha: float, rate: float, gauss_seidel: bool = False) -> None:
         """x <- x - alpha (x - c)."""
-        for d, w in self._m.x.items():
-            for start, stop, a, _ in convex(self._m, d, alpha, rate):
-                kernels.pull(w.mine[start:stop], c[d][start:stop], a, seed=self._m.t)
+        m, self._r.c, self._r.rate = self._r.m, c, rate
+        for d, w in m.x.items() if self._fit else ():
+            for start, stop, a, _ in convex(m, d, alpha, rate):
+                kernels.pull(w.mine[start:stop], c[d][start:stop], a, seed=m.t)
 
 
 class BehindInTurn(Behind, InTurn):
@@ -154,6 +152,7 @@ class BehindInTurn(Behind, InTurn):
         super().allocate(vectors)
         self.x = {d: Private(d, n, self.m.device) for d, n in self.m.n.items()}
         self._sent: dict[torch.dtype, torch.Tensor] = {}
+        self._moved: dict[torch.dtype, torch.Tensor] = {}  # by the copy, of a half type in a wider one
 
     def begin(self) -> None:
         self.copy_x()
@@ -164,10 +163,9 @@ class BehindInTurn(Behind, InTurn):
             self._end()
 
     def _visit_behind(self, _: Any) -> None:
-        """The copy becomes what it has moved, of a worker that is not finite the centre."""
         self.visit(timed=False)
         for d, sent in self._sent.items():
-            self.x[d].mine.sub_(sent)
+            self._moved[d] = self.x[d].mine.to(accumulation_dtype(d)).sub_(sent)
         self._sent = {}
 
     def _end(self) -> None:
@@ -176,9 +174,10 @@ class BehindInTurn(Behind, InTurn):
         for d, copy in self.x.items():
             x = self.m.x[d].mine[: self.m.n[d]]
             if self.fit:
-                x.add_(copy.mine)
+                kernels.elastic_apply(x, [], self._moved[d], 0.0, 1.0, seed=self.m.t)
             else:
                 x.copy_(copy.mine)
+        self._moved = {}
         self.m.flat.touched()
 
     def stepped(self) -> None:
@@ -188,14 +187,19 @@ class BehindInTurn(Behind, InTurn):
         super().stepped()
 
     def state(self) -> dict[str, Any]:
-        moved = save({d: copy.mine for d, copy in self.x.items()}) if self._pending else None
-        return {**super().state(), "moved": moved}
+        return {**super().state(), "moved": save(self._moved) if self._pending else None}
+
+    def misfit(self, state: dict[str, Any]) -> str | None:
+        return super().misfit(state) if "moved" in state else "the state is of another version of mpilsgd"
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self._pending, self.fit = state["moved"] is not None, True
-        if self._pending:
-            load({d: copy.mine for d, copy in self.x.items()}, state["moved"])
+        self._moved = {d: state["moved"][str(d)].to(self.m.device).clone() for d in self.x if self._pending}
+
+    def free(self) -> None:
+        super().free()
+        self._sent, self._moved = {}, {}
 
 
 BEHIND: dict[type[Exchange], type[Exchange]] = {Together: BehindTogether, InTurn: BehindInTurn}

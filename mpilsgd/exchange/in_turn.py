@@ -56,6 +56,7 @@ class InTurn(Verbs):
         m = self.m
         with m.iterates():
             self.fit, self.t = m.is_finite(), m.t
+            self.only(0, 1)
             if not self.fit:
                 m.begin_anew()
             self.begin()

@@ -59,7 +59,7 @@ def load(m: Method, state: dict[str, Any]) -> None:
             kept.clear()
             kept.extend(own["values"][name])
         else:
-            setattr(m, name, own["values"][name])
+            setattr(m, name, copy.deepcopy(own["values"][name]))
     for name, v in _own(m):
         load_vector(v, own["vectors"][name])
     m.r.load(own["exchange"])
@@ -87,4 +87,4 @@ def _unfit(m: Method, own: Any) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    return [float(v) for v in value] if isinstance(value, deque) else value
+    return [float(v) for v in value] if isinstance(value, deque) else copy.deepcopy(value)

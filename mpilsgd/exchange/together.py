@@ -125,6 +125,7 @@ class Together(Leaders):
         assert rows is not None
         self.rows, self.bad = rows, rows.broken()
         self.t = self.seed = self.joined
+        self.only(0, 1)
         self.total = self.level.n_islands > 1
         self.came = Rows(*(column[rows.purpose == ROUND] for column in rows))
         m.metrics.rounds += 1

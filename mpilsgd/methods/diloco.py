@@ -29,7 +29,7 @@ class DiLoCo(Method):
 
     c, u and s lie once on each node (asynchronous: once in all), in float32 where x is of a half type. `mixing` takes a
     copy of x during a round, `asynchronous` one vector more a worker. The outer optimizer's state is in parts, one a
-    rank. A worker found non-finite is left out and takes c.
+    rank, and must not be used after `close()`. A worker found non-finite is left out and takes c.
 
     Source: DiLoCo (arXiv:2311.08105), Algorithm 1; Streaming DiLoCo (arXiv:2501.18512), Algorithm 2; asynchronous Local
     SGD (arXiv:2401.09135), Algorithm 3 with c = 0.

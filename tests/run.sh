@@ -64,7 +64,6 @@ trap 'exit 130' INT TERM
 record=$scratch/record
 mkdir "$record"
 
-cores=$(nproc 2>/dev/null || echo 1)
 export OMP_NUM_THREADS=1 MPILSGD_TEST_RECORD=$record MPILSGD_MPIEXEC=$MPIEXEC MPILSGD_TEST_ALL=$all
 select_tests=(-m "not slow")
 [[ -t 1 ]] || select_tests+=(--color=no) # Open MPI's ranks always see a terminal
@@ -91,9 +90,6 @@ mpi() { # mpi NAME RANKS [NODES]
   local ignored=() one
   for one in $without; do ignored+=("--ignore-glob=*/test_$one*"); done
   export MPILSGD_TEST_RANKS=$2 MPILSGD_TEST_NODES=${3:-0}
-  # MPICH's ranks spin while they wait, and a yield does not always give the core away: more ranks than cores have to sleep
-  unset MPIR_CVAR_ENABLE_HEAVY_YIELD
-  (($2 <= cores)) || export MPIR_CVAR_ENABLE_HEAVY_YIELD=1
   run "$1" run_ranks "$2" "$PY" -m mpi4py -m pytest --with-mpi -x -q --no-summary -p no:cacheprovider \
     "${select_tests[@]}" ${ignored[@]+"${ignored[@]}"} ${options[@]+"${options[@]}"} $paths
 }
@@ -115,7 +111,7 @@ trees() { # the larger ones; those of 13 and 21 ranks in lock-step only
 }
 
 cluster() {
-  unset MPILSGD_TEST_RANKS MPILSGD_TEST_NODES MPIR_CVAR_ENABLE_HEAVY_YIELD
+  unset MPILSGD_TEST_RANKS MPILSGD_TEST_NODES
   run "cluster" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/cluster
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +18,9 @@ from simulation import Local, Simulation
 
 import mpilsgd
 
-# A method looks for its model among all live objects. What the imports left (torch._dynamo too, with the first
-# optimizer) is no model: frozen, it is not looked through in each of the hundreds of runs.
-torch.optim.SGD([torch.zeros(1)])
-gc.collect()
-gc.freeze()
+torch.optim.SGD(
+    [torch.zeros(1)]
+)  # the first imports torch._dynamo: before conftest.py freezes what imports left
 
 WORLD = MPI.COMM_WORLD
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}

@@ -23,7 +23,7 @@ class InTurn(Verbs):
     (whether this worker is finite: else it writes nothing and takes the centre over), updates (of this shard so far).
     """
 
-    verbs = frozenset({"elastic", "push", "follow", "each", "copy", "only", "statistics"})
+    verbs = frozenset({"elastic", "push", "follow", "each", "copy", "statistics"})
     always_ordered = True
     _shard: Shard
 
@@ -56,7 +56,6 @@ class InTurn(Verbs):
         m = self.m
         with m.iterates():
             self.fit, self.t = m.is_finite(), m.t
-            self.only(0, 1)
             if not self.fit:
                 m.begin_anew()
             self.begin()

@@ -32,6 +32,7 @@ class Together(Leaders):
     def __init__(self, method: Method):
         super().__init__(method)
         self.rows: Rows | None = None
+        self._part = 0, 1
         self.due: Due = ALL
         self._mates: Rows | None = None
         self._everyone: Rows | None = None
@@ -125,7 +126,7 @@ class Together(Leaders):
         assert rows is not None
         self.rows, self.bad = rows, rows.broken()
         self.t = self.seed = self.joined
-        self.only(0, 1)
+        self._part = 0, 1
         self.total = self.level.n_islands > 1
         self.came = Rows(*(column[rows.purpose == ROUND] for column in rows))
         m.metrics.rounds += 1
@@ -156,9 +157,20 @@ class Together(Leaders):
         fit = self.rows.fit if counted is None else counted
         m.mean_over(spans, {r for r, c in enumerate(fit) if c})
 
+    def only(self, k: int, parts: int) -> None:
+        """`mean`, `each` and `copy` go by the k-th part of the parameters in this round; what lies behind goes with the
+        last.
+        """
+        self._part = k, parts
+
+    def part(self, d: torch.dtype) -> tuple[tuple[int, int], tuple[int, int]]:
+        (_, edge), (_, n) = self.spans(d)
+        k, parts = self._part
+        return (edge * k // parts, edge * (k + 1) // parts), (edge if k == parts - 1 else n, n)
+
     def _joint(self, d: torch.dtype) -> list[tuple[int, int]]:
-        """The spans, adjacent ones as one."""
-        (a, b), (edge, n) = self.spans(d)
+        """The part's spans, adjacent ones as one."""
+        (a, b), (edge, n) = self.part(d)
         return [(a, n)] if b == edge else [(a, b), (edge, n)][: 1 + (edge < n)]
 
     def here(self, d: torch.dtype, start: int, stop: int) -> tuple[int, int]:
@@ -210,7 +222,7 @@ class Together(Leaders):
         """
         broken = self.level.rank in self.bad
         for d, window in self.x.items():
-            (a, b), (edge, n) = self.spans(d)
+            (a, b), (edge, n) = self.part(d)
             if broken:  # in all its parts
                 a, b = 0, edge
             x = window.mine[a:b].copy_(c[d][a:b])

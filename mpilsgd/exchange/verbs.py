@@ -24,7 +24,6 @@ class Verbs(Exchange):
     fit = True
     t = seed = 0
     total = False
-    _part, _parts = 0, 1
 
     @abc.abstractmethod
     def here(self, d: torch.dtype, start: int, stop: int) -> tuple[int, int]:
@@ -55,16 +54,14 @@ class Verbs(Exchange):
         for x in broken:
             x.copy_(c)
 
-    def only(self, part: int, parts: int) -> None:
-        """The verbs `mean`, `each` and `copy` go by one part of the parameters; what lies behind goes with the last."""
-        self._part, self._parts = part, parts
-
     def spans(self, d: torch.dtype) -> tuple[tuple[int, int], tuple[int, int]]:
-        """What is exchanged of the parameters, and of what lies behind them. A worker that is not finite needs all."""
+        """The parameters, and what lies behind them."""
         edge, n = min(self.m.edge[d], self.m.n[d]), self.m.n[d]
-        part, parts = (self._part, self._parts) if self.fit else (0, 1)
-        bounds = edge * part // parts, edge * (part + 1) // parts
-        return bounds, ((edge if part == parts - 1 else n), n)
+        return (0, edge), (edge, n)
+
+    def part(self, d: torch.dtype) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What of the spans `each` and `copy` go by."""
+        return self.spans(d)
 
     def summed(
         self, z: Vector, d: torch.dtype, start: int, stop: int, alpha: float = 0.0
@@ -125,6 +122,6 @@ class Verbs(Exchange):
         finite gets nothing, unless it asks for it: see `fit` and `copy`.
         """
         for d in self.x if self.fit or broken else ():
-            a, b = self.here(d, *self.spans(d)[0])
+            a, b = self.here(d, *self.part(d)[0])
             yield [self.of(v, d, a, b) for v in vectors]
         self.fence()

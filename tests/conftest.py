@@ -197,6 +197,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def left_out(item: pytest.Item, size: int) -> str:
     """Why the markers leave this test out at so many ranks; else nothing. See MARKERS."""
+    brief = item.get_closest_marker("brief")  # a test's own before its file's
+    if brief and not brief.args and not ALL:
+        return ONLY_ALL  # before the ranks, as no run at any number of them has it
     if "gpu" in item.keywords and not gpu():
         return "needs a GPU"
     least = max((mark.kwargs.get("min_size") or 1 for mark in item.iter_markers("mpi")), default=1)
@@ -205,10 +208,7 @@ def left_out(item: pytest.Item, size: int) -> str:
     for mark in item.iter_markers("ranks"):
         if size not in mark.args:
             return f"needs {' or '.join(map(str, mark.args))} ranks"
-    brief = item.get_closest_marker("brief")  # a test's own before its file's
     layout = f"{size}x{NODES}" if NODES > 1 else str(size)
-    if brief and not brief.args and not ALL:
-        return ONLY_ALL
     if brief and brief.args and layout not in map(str, brief.args):
         return f"needs {' or '.join(map(str, brief.args))} ranks"
     return ""

@@ -7,8 +7,8 @@
 #   cluster       MPICH on several hosts with TCP between them (needs root, iproute2 and util-linux), and batch jobs on a
 #                 Slurm that is started for them (needs root, slurm-wlm and munge)
 #   --all         also what is left out for time, as it says little that is new: the tests that are marked `brief` with
-#                 no number of ranks; whole jobs at 4 ranks, and started on the second MPI; trees of 13 and 21; 3 ranks
-#                 on 3 nodes; 4 ranks on the second MPI
+#                 no number of ranks; whole jobs at 4 ranks, and on the second MPI; trees of 13 and 21, and on several
+#                 nodes with 3 ranks; 4 ranks on the second MPI
 #   --slow NAME   instead of these, the long tests whose name contains NAME (as pytest's -k), at MPILSGD_RANKS (4) ranks
 #
 # The last line is "N passed, N failed, N skipped" over all runs; the status is not 0 if any test failed, hung, died or
@@ -105,8 +105,9 @@ all_ranks() { # all_ranks COUNT...
   for n in "$@"; do mpi "$n ranks, $MPI" "$n"; done
 }
 
-trees() { # the larger ones; those of 13 and 21 ranks in lock-step only
-  paths=tests/mpi/test_tree.py all_ranks 5 7
+trees() { # the larger ones; those of more than 5 ranks in lock-step only
+  paths=tests/mpi/test_tree.py all_ranks 5
+  paths=tests/mpi/test_tree.py::test_lock_step_equals_the_oracle all_ranks 7
   [[ -z $all ]] || paths=tests/mpi/test_tree.py::test_lock_step_equals_the_oracle all_ranks 13 21
 }
 
@@ -117,7 +118,7 @@ cluster() {
 
 # What a run leaves out for time: the tests of jobs, asynchrony and life cycles need not run on every layout.
 emulated_nodes() {
-  without="train asynchronous" cliques 3 2
+  without="train asynchronous $([[ -n $all ]] || echo tree life_cycle)" cliques 3 2
   # one rank a node is also what every run does by messages
   [[ -z $all ]] || without="" paths=tests/mpi/test_tree.py cliques 3 3
   without="train life_cycle" cliques 4 2
@@ -151,7 +152,7 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
     export MPILSGD_MPIEXEC=$MPIEXEC
     # what any MPI would do alike has been tested on the first one
     alike="optimizers real_inputs arguments info_bench heartbeat identities adding_a_method life_cycle"
-    without="$alike $([[ -n $all ]] || echo jobs)" all_ranks 2
+    without="$alike $([[ -n $all ]] || echo jobs train)" all_ranks 2
     if [[ -n $all ]]; then
       without="$alike train asynchronous" all_ranks 4
     else

@@ -60,7 +60,7 @@ def test_ranks_end_at_different_times() -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.brief(2, "4x2")
+@pytest.mark.brief(2)
 def test_a_rank_that_holds_the_interpreter_s_lock_is_slow_and_not_gone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 
+from mpilsgd.cli import main
 from mpilsgd.tree import Periods, cut, lay_tree, tree_problem
 
 
@@ -127,8 +129,14 @@ def test_periods() -> None:
 
 
 def info(*options: str, tree: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mpilsgd.cli", "info", *(["--tree"] if tree else []), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    """As a command, but without the seconds that starting one takes."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(["info", *(["--tree"] if tree else []), *options])
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return subprocess.CompletedProcess(options, status, out.getvalue(), err.getvalue())
 
 
 def test_info_prints_a_tree_that_is_not_started() -> None:

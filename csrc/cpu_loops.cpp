@@ -288,6 +288,25 @@ void work(const Push& op, std::int64_t at, int m, Tally&) {
   __builtin_memcpy(anchor_memory, x_memory, sizeof(T) * m);
 }
 
+template <class T>
+void work(const Outer& op, std::int64_t at, int m, Tally&) {
+  using A = Acc<T>;
+  Buffer<A> center_buffer, v_buffer, mean_buffer;
+  const A momentum = A(op.momentum), kept = A(op.kept), look = A(op.look);
+  T* center_memory = static_cast<T*>(op.center) + at;
+  T* v_memory = static_cast<T*>(op.velocity) + at;
+  A* center = open(center_memory, center_buffer, m);
+  A* v = open(v_memory, v_buffer, m);
+  const A* mean = open(static_cast<const T*>(op.mean) + at, mean_buffer, m);
+#pragma omp simd
+  for (int j = 0; j < m; ++j) {
+    v[j] = outer_velocity(v[j], center[j], mean[j], momentum);
+    center[j] = outer_center(center[j], mean[j], v[j], kept, look);
+  }
+  close(v_memory, v, m);
+  close(center_memory, center, m);
+}
+
 // Reads so little per element that memory must be asked ahead of time: the processor's own prefetching lags.
 template <class T>
 void work(const Check& op, std::int64_t at, int m, Tally& tally) {

@@ -225,6 +225,18 @@ Tally start(const Push& op, const Stream& on) {
 }
 
 template <class T>
+Tally start(const Outer& op, const Stream& on) {
+  using A = Acc<T>;
+  const OuterBody<T> body{static_cast<T*>(op.center),
+                          static_cast<T*>(op.velocity),
+                          static_cast<const T*>(op.mean),
+                          A(op.momentum),
+                          A(op.kept),
+                          A(op.look)};
+  return launch(body, op, all_aligned(op.center, op.velocity, op.mean), on);
+}
+
+template <class T>
 Tally start(const Check& op, const Stream& on) {
   return launch(CheckBody<T>{static_cast<const T*>(op.x)}, op, all_aligned(op.x), on);
 }

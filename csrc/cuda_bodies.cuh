@@ -297,6 +297,30 @@ struct PushBody {
 };
 
 template <class T>
+struct OuterBody {
+  using Stored = T;
+  using A = Acc<T>;
+  T *center, *velocity;
+  const T* mean;
+  A momentum, kept, look;
+
+  template <int W, bool kStats>
+  __device__ void run(std::int64_t at, Note<kStats>&) const {
+    A c[W], v[W], m[W];
+    load<W>(center + at, c);
+    load<W>(velocity + at, v);
+    load<W>(mean + at, m);
+#pragma unroll
+    for (int k = 0; k < W; ++k) {
+      v[k] = outer_velocity(v[k], c[k], m[k], momentum);
+      c[k] = outer_center(c[k], m[k], v[k], kept, look);
+    }
+    store<W>(velocity + at, v);
+    store<W>(center + at, c);
+  }
+};
+
+template <class T>
 struct CheckBody {
   using Stored = T;
   using A = Acc<T>;

@@ -87,6 +87,13 @@ struct Push : Operation {
   double rate = 1, momentum = 0;
 };
 
+struct Outer : Operation {
+  void* center = nullptr;
+  void* velocity = nullptr;
+  const void* mean = nullptr;
+  double momentum = 0, kept = 0, look = 0;
+};
+
 // Reads only; the tally's `finite` is the answer.
 struct Check : Operation {
   const void* x = nullptr;
@@ -120,7 +127,8 @@ struct Tally {
   DO(Pull)                     \
   DO(Elastic)                  \
   DO(ElasticSum)               \
-  DO(ElasticApply) DO(Total) DO(Assign) DO(Average) DO(Msgd) DO(Iterate) DO(Push) DO(Check) DO(Triad)
+  DO(ElasticApply)             \
+  DO(Total) DO(Assign) DO(Average) DO(Msgd) DO(Iterate) DO(Push) DO(Outer) DO(Check) DO(Triad)
 
 namespace cpu {
 

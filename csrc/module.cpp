@@ -176,6 +176,18 @@ py::object push(const Where& where, Address center, Address x, Address anchor, d
   return finish(op, where);
 }
 
+py::object outer(const Where& where, Address center, Address velocity, Address mean, double momentum,
+                 double kept, double look) {
+  mpilsgd::Outer op;
+  op.center = at(center);
+  op.velocity = at(velocity);
+  op.mean = at(mean);
+  op.momentum = momentum;
+  op.kept = kept;
+  op.look = look;
+  return finish(op, where);
+}
+
 py::object check(const Where& where, Address x) {
   mpilsgd::Check op;
   op.x = at(x);
@@ -253,6 +265,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("msgd", &msgd);
   m.def("iterate", &iterate);
   m.def("push", &push);
+  m.def("outer", &outer);
   m.def("check", &check);
   m.def("triad", &triad);
 

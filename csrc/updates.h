@@ -132,6 +132,24 @@ MPILSGD_UPDATE A push_velocity(A velocity, A x, A anchor, A rate, A momentum) {
   return momentum * velocity + rate * elastic_term(x, anchor);
 }
 
+// --- outer step (DiLoCo): toward where the workers went, with torch's Nesterov momentum
+// -----------------------------------------------------------------------------------
+
+// g = c - mean; 0 where one of the two is not finite.  u <- momentum u + g
+template <class A>
+MPILSGD_UPDATE A outer_velocity(A velocity, A center, A mean, A momentum) {
+  return momentum * velocity + elastic_term(center, mean);
+}
+
+// c <- c - lr (g + momentum u) = mean + kept g - look u, with kept = 1 - lr and look = lr momentum: written
+// from the mean, which is what it is to the last bit where both are 0. Where the mean is not finite it is
+// taken as c.
+template <class A>
+MPILSGD_UPDATE A outer_center(A center, A mean, A velocity, A kept, A look) {
+  const A from = is_finite(mean) ? mean : center;
+  return from + kept * elastic_term(center, mean) - look * velocity;
+}
+
 // --- sums and means over workers
 // ----------------------------------------------------------------------------
 

@@ -48,6 +48,7 @@ __all__ = [
     "instruction_set",
     "iterate",
     "msgd",
+    "outer",
     "pull",
     "push",
     "total",
@@ -265,6 +266,25 @@ def push(
         _core.push(
             where, center.data_ptr(), x.data_ptr(), anchor.data_ptr(), rate, pointer(velocity), momentum
         )
+
+
+def outer(center: Tensor, velocity: Tensor, mean: Tensor, lr: float, momentum: float) -> None:
+    """An outer optimizer's step toward the workers' mean, SGD with torch's Nesterov momentum (DiLoCo).
+
+    g = c - mean;  u <- momentum u + g;  c <- c - lr (g + momentum u)
+
+    center: c. velocity: u. mean: read only. All lie apart. lr 1 and momentum 0 make c the mean to the last bit. Where c
+    or the mean is not finite g is 0 and c goes on from the other one.
+    """
+    need.match(center, velocity=velocity, mean=mean)
+    need.apart([("center", center), ("velocity", velocity), ("mean", mean)], [])
+    need.number(lr=lr, momentum=momentum)
+    where = where_to_run(center, False)
+    if where is None:
+        reference.outer(center, velocity, mean, lr, momentum)
+    else:
+        own = (center.data_ptr(), velocity.data_ptr(), mean.data_ptr())
+        _core.outer(where, *own, momentum, 1 - lr, lr * momentum)
 
 
 def check(x: Tensor) -> bool:

@@ -27,6 +27,7 @@ __all__ = [
     "elastic_sum",
     "iterate",
     "msgd",
+    "outer",
     "pull",
     "push",
     "total",
@@ -236,6 +237,19 @@ def push(
     center.copy_(c)
     x.copy_(c if velocity is None else c + momentum * u)
     anchor.copy_(x)
+
+
+# --- outer step -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def outer(center: Tensor, velocity: Tensor, mean: Tensor, lr: float, momentum: float) -> None:
+    """g = c - mean;  u <- momentum u + g;  c <- c - lr (g + momentum u) = mean + (1 - lr) g - lr momentum u"""
+    c, m = _wide(center), _wide(mean)
+    g = elastic_term(c, m)
+    u = momentum * _wide(velocity) + g
+    velocity.copy_(u)
+    center.copy_(torch.where(torch.isfinite(m), m, c) + (1 - lr) * g - (lr * momentum) * u)
 
 
 # --- reading, and the yardstick -------------------------------------------------------------------

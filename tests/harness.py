@@ -99,7 +99,7 @@ class Case:
             if self.method is mpilsgd.Downpour:
                 own["asynchronous"] = self.asynchronous
         else:  # what changes how it is done, or only what the centre is
-            own = {k: v for k, v in own.items() if k not in ("average", "overlap")}
+            own = {k: v for k, v in own.items() if k != "average" and (k, v) != ("overlap", True)}
         workers = sum(len(group) for group in layout.groups)
         made: Simulation = getattr(source, name)(problem, workers, local, **own, **options)
         return made

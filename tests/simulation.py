@@ -139,6 +139,7 @@ class DiLoCo(Simulation):
     """DiLoCo, Algorithm 1, with torch's Nesterov momentum as the outer optimizer; fragments: see Streaming DiLoCo.
 
     g = c - mean x; u ← μu + g; c ← c - lr (g + μu); x ← m x + (1 - m) c, of a fragment every period/P steps.
+    overlap: x takes c over so many steps later.
     statistics: so many last values are no parameters but BatchNorm statistics: their mean.
     """
 
@@ -151,6 +152,7 @@ class DiLoCo(Simulation):
         period: int = 100,
         fragments: int = 1,
         mixing: float = 0.0,
+        overlap: int = 0,
         statistics: int = 0,
         **options: object,
     ):
@@ -160,11 +162,14 @@ class DiLoCo(Simulation):
         self.c = self.x.mean(0)
         self.u = np.zeros_like(self.c)
         self.x = np.stack([self.c] * self.workers)
+        self.overlap, self.landing = overlap, {}
 
     def center(self) -> NDArray[np.float64]:
         return self.c
 
     def after(self, losses: Sequence[float]) -> None:
+        if self.t in self.landing:
+            self._land(self.landing.pop(self.t))
         k, odd = divmod(self.t * self.fragments, self.period)
         if odd:
             return
@@ -177,6 +182,13 @@ class DiLoCo(Simulation):
         u = self.momentum * self.u + g
         c = np.where(numbers, self.c - self.lr * (g + self.momentum * u), mean)
         self.u, self.c = np.where(mask, u, self.u), np.where(mask, c, self.c)
+        if self.overlap:
+            self.landing[self.t + self.overlap] = mask
+        else:
+            self._land(mask)
+
+    def _land(self, mask: NDArray[np.bool_]) -> None:
+        numbers = np.arange(len(self.c)) < self.parameters
         mixed = np.where(numbers, self.mixing * self.x + (1 - self.mixing) * self.c, self.c)
         self.x = np.where(mask, mixed, self.x)
 

@@ -1,6 +1,7 @@
 """The worker and the parts that a method is put together from: clocks, exchanges, vectors, fields."""
 
-from mpilsgd.exchange.base import follow
+from mpilsgd.comm import thread_problem
+from mpilsgd.exchange.base import follow, outer_step
 from mpilsgd.exchange.clocks import Every, EverySo, TwoPeriods, UntilGradient
 from mpilsgd.exchange.edges import Edges
 from mpilsgd.exchange.in_turn import InTurn
@@ -49,7 +50,9 @@ __all__ = [
     "forget",
     "number",
     "number_problem",
+    "outer_step",
     "path",
+    "thread_problem",
     "whole",
     "whole_problem",
 ]

@@ -196,6 +196,11 @@ def follow(z: torch.Tensor, x: torch.Tensor, rate: float) -> None:
         z.lerp_(x.to(z.dtype), rate)
 
 
+def outer_step(c: torch.Tensor, u: torch.Tensor, mean: torch.Tensor, lr: float, momentum: float) -> None:
+    """g = c - mean;  u <- momentum u + g;  c <- c - lr (g + momentum u), c and u of x's type or a wider one."""
+    kernels.outer(c, u, mean.to(c.dtype), lr, momentum)
+
+
 def average(level: Level, scratch: dict[torch.dtype, Any], spans: list[Span], counted: set[int]) -> None:
     """Replaces every worker's window[start:stop] by the mean over the counted workers (at least one).
 

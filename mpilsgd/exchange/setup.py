@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpilsgd.exchange import leaving
-from mpilsgd.exchange.behind import BEHIND
+from mpilsgd.exchange.behind import BEHIND, BehindSteps
 from mpilsgd.exchange.clocks import TwoPeriods
 from mpilsgd.exchange.course import Course, course_problems
 from mpilsgd.exchange.edges import Edges
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
 
 
-EXCHANGES = (*BEHIND, *BEHIND.values(), Published, Edges)
+EXCHANGES = (*BEHIND, *BEHIND.values(), BehindSteps, Published, Edges)
 
 
 def kind_of(m: Method) -> Any:
@@ -36,7 +36,7 @@ def kind_of(m: Method) -> Any:
     if getattr(m, "overlap", False):
         if kind not in BEHIND:
             raise TypeError(f"{cls.__name__}: overlap goes with {' or '.join(k.__name__ for k in BEHIND)}")
-        kind = BEHIND[kind]
+        kind = BEHIND[kind] if isinstance(m.overlap, bool) else BehindSteps
     if isinstance(m.clock, TwoPeriods) and m.guard:
         raise TypeError(f'{cls.__name__}: with the clock TwoPeriods it is the pull that guards: guard = ""')
     allowed = kind.verbs & {"pull", "keep"} if isinstance(m.clock, TwoPeriods) else kind.verbs

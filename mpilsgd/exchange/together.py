@@ -149,7 +149,7 @@ class Together(Leaders):
             self.fence()  # others write into x
         m = self.m
         if vectors is None:
-            spans = [Span(w, *span) for d, w in m.x.items() for span in self._joint(d)]
+            spans = [Span(w, *span) for d, w in self.x.items() for span in self._joint(d)]
         else:
             spans = [Span(w, 0, w.mine.numel()) for w in vectors.values()]
             spans += [Span(w, m.edge[d], m.n[d]) for d, w in m.x.items() if m.edge[d] < m.n[d]]

@@ -7,7 +7,19 @@ from typing import Any
 
 import torch
 
-from mpilsgd.exchange import Every, InTurn, Method, Together, Vector, code, flag, number, whole
+from mpilsgd.exchange import (
+    Every,
+    InTurn,
+    Method,
+    Together,
+    Vector,
+    code,
+    flag,
+    number,
+    outer_step,
+    thread_problem,
+    whole,
+)
 
 
 class DiLoCo(Method):
@@ -20,6 +32,9 @@ class DiLoCo(Method):
 
     `fragments` = P (Streaming DiLoCo): a P-th of the parameters every H/P steps, in turn; buffers go with the last.
 
+    `overlap` = o: the exchange of x_t goes on while the worker computes, and x takes c over after step t + o; what it
+    moved in these o steps is lost but for `mixing`, for which 0.5 is the paper's choice.
+
     `asynchronous` (delayed Nesterov): worker i comes alone, with g = a - x^i, where a is what it last received:
 
         s <- s + g;    c <- c - lr g/p;    x^i, a <- c;    at every p-th arrival, before x^i takes c:
@@ -28,8 +43,9 @@ class DiLoCo(Method):
     SlowMo (its beta, alpha and gamma, as long as gamma stays) is outer=lambda c: torch.optim.SGD(c, alpha, beta).
 
     c, u and s lie once on each node (asynchronous: once in all), in float32 where x is of a half type. `mixing` takes a
-    copy of x during a round, `asynchronous` one vector more a worker. The outer optimizer's state is in parts, one a
-    rank, and must not be used after `close()`. A worker found non-finite is left out and takes c.
+    copy of x during a round, `overlap` one all the time, `asynchronous` one vector more a worker. The outer optimizer's
+    state is in parts, one a rank, and must not be used after `close()`. A worker found non-finite is left out and takes
+    c.
 
     Source: DiLoCo (arXiv:2311.08105), Algorithm 1; Streaming DiLoCo (arXiv:2501.18512), Algorithm 2; asynchronous Local
     SGD (arXiv:2401.09135), Algorithm 3 with c = 0.
@@ -42,6 +58,11 @@ class DiLoCo(Method):
     )
     period: int = whole(100, help="H: steps between two exchanges of a parameter")
     fragments: int = whole(1, help="P: parts of the parameters; one is exchanged every period / P steps")
+    overlap: int = whole(
+        0,
+        0,
+        help="steps that x goes on for while a fragment is exchanged, before it takes c over (0: it waits)",
+    )
     mixing: float = number(0.0, 0, 1, help="m: how much of its own parameters a worker keeps")
     asynchronous: bool = flag(False, help="true: each worker comes alone, and none waits for the others")
 
@@ -55,8 +76,8 @@ class DiLoCo(Method):
         self.known = self.memory
         if self.asynchronous:
             self.s, self.a = self.vector("s", per="all", wide=True), self.vector("a", wide=True)
-            if self.outer is not None or self.mixing or self.fragments > 1:
-                yield "outer, mixing and fragments go with asynchronous=False"
+            if self.outer is not None or self.mixing or self.overlap or self.fragments > 1:
+                yield "outer, mixing, overlap and fragments go with asynchronous=False"
         if self.outer is not None:
             yield _outer_problem(self.outer)
         numel = sum(p.numel() for group in self.param_groups for p in group["params"])
@@ -64,6 +85,10 @@ class DiLoCo(Method):
             yield f"fragments={self.fragments} is more than the {numel} parameters"
         if self.period % self.fragments:
             yield f"period={self.period} must be a multiple of fragments={self.fragments}"
+        elif self.overlap >= self.period // self.fragments:
+            yield f"overlap={self.overlap} must be less than period / fragments = {self.period // self.fragments}"
+        if self.overlap:
+            yield thread_problem()
 
     def clock_of(self) -> Every:
         return Every(self.period // self.fragments)
@@ -84,9 +109,7 @@ class DiLoCo(Method):
             if self.outer is not None:
                 self._step((fragment, k), c, x)
                 continue
-            g = c - x
-            u.mul_(self.outer_momentum).add_(g)
-            c.copy_(x).add_(g, alpha=1 - self.outer_lr).sub_(u, alpha=self.outer_lr * self.outer_momentum)
+            outer_step(c, u, x, self.outer_lr, self.outer_momentum)
         r.copy(self.c, self.mixing)
 
     def _step(self, part: tuple[int, int], c: torch.Tensor, x: torch.Tensor) -> None:

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mpilsgd.comm import thread_problem
-from mpilsgd.exchange import Every, InTurn, Method, Together, Vector, choice, flag, number, whole
+from mpilsgd.exchange import (
+    Every,
+    InTurn,
+    Method,
+    Together,
+    Vector,
+    choice,
+    flag,
+    number,
+    thread_problem,
+    whole,
+)
 
 
 class EASGD(Method):

@@ -31,6 +31,7 @@ METHODS: dict[str, Callable[..., Any]] = {
         optimizer, topology, period=1, average="quadratic", a=1.0
     ),
     "DiLoCo": lambda optimizer, topology: DiLoCo(optimizer, topology, period=1),
+    "DiLoCo overlap": lambda optimizer, topology: DiLoCo(optimizer, topology, period=2, overlap=1),
     "AllreduceSGD": lambda optimizer, topology: AllreduceSGD(optimizer, topology),
     "EASGD asynchronous": lambda optimizer, topology: EASGD(optimizer, topology, period=1, asynchronous=True),
     "EASGD asynchronous, overlap": lambda optimizer, topology: EASGD(

@@ -44,13 +44,16 @@ WRONG: list[tuple[Any, ...]] = [
     (DiLoCo, {"fragments": 10_000, "period": 10_000}),
     (DiLoCo, {"fragments": 3, "period": 10}),
     (DiLoCo, {"outer_momentum": 1.5}),
+    (DiLoCo, {"fragments": 2, "period": 8, "overlap": 4}),
+    (DiLoCo, {"overlap": -1}),
+    (DiLoCo, {"overlap": True, "period": 8}),
     (DiLoCo, {"mixing": -0.1}),
     (DiLoCo, {"outer": lambda parameters: parameters}),
     (DiLoCo, {"outer": lambda parameters: torch.optim.SGD(parameters[:1], lr=1.0)}),
     (DiLoCo, {"outer": lambda parameters: 1 / 0}),
     *(
         (DiLoCo, {**more, **ASYNCHRONOUS})
-        for more in ({"mixing": 0.5}, {"fragments": 2}, {"outer": torch.optim.Adam})
+        for more in ({"mixing": 0.5}, {"fragments": 2}, {"overlap": 1}, {"outer": torch.optim.Adam})
     ),
     (Downpour, {"period": 2, "momentum": 0.5}),
     *((Downpour, {"momentum": value}) for value in (-0.1, 1.5, math.nan, "much")),

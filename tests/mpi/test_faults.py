@@ -26,6 +26,8 @@ METHODS: dict[str, Callable[[Any, Any], Any]] = {
     "LSGD-every": lambda o, t: mpilsgd.LSGD(o, t, period=1, when="every_step"),
     "EASGD-jacobi": lambda o, t: mpilsgd.EASGD(o, t, period=1),
     "EASGD-overlap": lambda o, t: mpilsgd.EASGD(o, t, period=1, overlap=True),
+    "DiLoCo": lambda o, t: mpilsgd.DiLoCo(o, t, period=1),
+    "DiLoCo-overlap": lambda o, t: mpilsgd.DiLoCo(o, t, period=2, overlap=1),
     "EASGD-seidel": lambda o, t: mpilsgd.EASGD(o, t, period=1, form="gauss-seidel"),
 }
 by_method = pytest.mark.parametrize("name", METHODS)

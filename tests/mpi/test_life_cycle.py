@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from problems import LeastSquares, Quadratic, TanhNet, fill
 from simulation import Local
 
-from mpilsgd import EASGD, LSGD, AllreduceSGD, LocalSGD, Topology
+from mpilsgd import EASGD, LSGD, AllreduceSGD, DiLoCo, LocalSGD, Topology
 
 pytestmark = pytest.mark.mpi
 
@@ -30,6 +30,7 @@ METHODS = [
     Case(EASGD, {"period": 3}, "jacobi"),
     Case(EASGD, {"period": 3, "overlap": True}, "overlap"),
     Case(EASGD, {"period": 3, "form": "gauss-seidel"}, "gauss-seidel"),
+    Case(DiLoCo, {"period": 6, "fragments": 2, "mixing": 0.5, "overlap": 2}, "overlap"),
 ]
 LOCALS = {
     "SGD": Local(lr=0.05),
@@ -76,6 +77,7 @@ NAN_CASES = [
     Case(EASGD, {"period": 1, "center_rate": 0.6}, "jacobi"),
     Case(EASGD, {"period": 1, "center_rate": 0.6, "overlap": True}, "overlap"),
     Case(EASGD, {"period": 1, "center_rate": 0.6, "form": "gauss-seidel"}, "gauss-seidel"),
+    Case(DiLoCo, {"period": 1}),
 ]
 
 
@@ -89,6 +91,10 @@ def without(
         return new, new[fine].mean(0), [new[i] for i in fine]
     if case.method is LocalSGD:
         new[:] = x[fine].mean(0)
+        return new, new[0], [new[0]]
+    if case.method is DiLoCo:
+        g = c - x[fine].mean(0)
+        new[:] = c - 0.7 * (g + 0.9 * g)
         return new, new[0], [new[0]]
     if case.method is EASGD:
         alpha = 0.6 / len(x)

@@ -23,7 +23,7 @@ from simulation import LSGD as SimulatedLSGD
 from simulation import Local
 from simulation import LocalSGD as SimulatedLocalSGD
 
-from mpilsgd import EASGD, LSGD, LocalSGD, Topology
+from mpilsgd import EASGD, LSGD, DiLoCo, LocalSGD, Topology
 
 pytestmark = pytest.mark.mpi
 
@@ -61,9 +61,11 @@ def test_overlap_changes_nothing(shared: bool) -> None:
 
 @pytest.mark.mpi(min_size=2)
 @by_layout
-def test_overlap_waits_for_nobody_within_a_period(layout: Layout) -> None:
+@pytest.mark.parametrize(
+    "case", [Case(EASGD, {"period": 3, "overlap": True}), Case(DiLoCo, {"period": 3, "overlap": 2})], ids=str
+)
+def test_overlap_waits_for_nobody_within_a_period(layout: Layout, case: Case) -> None:
     """The others take their first step when rank 0 has taken all of its first period."""
-    case = Case(EASGD, {"period": 3, "overlap": True})
     with running(case, Quadratic(), SGD, layout) as run:
         if WORLD.rank == 0:
             run.run(3)

@@ -75,6 +75,12 @@ def np_push(a: Arrays, s: Callable[[float], Any], rate: float, momentum: float |
     return {"c": c, "x": x, "l": x} | ({} if momentum is None else {"v": u})
 
 
+def np_outer(a: Arrays, s: Callable[[float], Any]) -> Arrays:
+    g = a["c"] - a["l"]
+    u = s(M) * a["v"] + g
+    return {"v": u, "c": a["l"] + s(1 - LR) * g - s(LR * M) * u}
+
+
 def msgd_case(
     momentum: float, nesterov: bool, pulls: int, velocity: bool = True
 ) -> tuple[Callable, Callable]:
@@ -164,6 +170,7 @@ CASES: dict[str, tuple[Callable, Callable]] = {
         lambda f, v, s: f.push(v["c"], v["x"], v["l"], R, v["v"], M),
         lambda a, s: np_push(a, s, R, M),
     ),
+    "outer": (lambda f, v, s: f.outer(v["c"], v["v"], v["l"], LR, M), np_outer),
     "triad": (lambda f, v, s: f.triad(v["x"], v["l"], v["o"], R), lambda a, s: {"x": a["l"] + s(R) * a["o"]}),
 }
 BY_CHANCE = ("pull", "jacobi", "gauss-seidel", "moving average", "elastic")
@@ -181,7 +188,7 @@ def np_stored(name: str, values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return (rounded | sign).view(np.float32)
 
 
-WITHOUT_STATS = ("elastic_apply", "assign", "iterate", "push", "triad")
+WITHOUT_STATS = ("elastic_apply", "assign", "iterate", "push", "outer", "triad")
 WITH_STATS = [name for name in CASES if not name.startswith(WITHOUT_STATS)]
 
 

@@ -177,6 +177,24 @@ def test_push_by_hand(isa: str, bad: float) -> None:
     assert c.tolist() == x.tolist() == a.tolist() == [3, 2, 3]
 
 
+@pytest.mark.parametrize("bad", SPECIAL)
+def test_outer_by_hand(isa: str, bad: float) -> None:
+    def vec(*values: float) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    c, u, m = vec(4, bad, 4), vec(1, 1, 1), vec(2, 2, bad)
+    kernels.outer(c, u, m, 0.5, 0.5)
+    assert u.tolist() == [2.5, 0.5, 0.5]
+    assert c.tolist() == [2.375, 1.875, 3.875]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outer_with_rate_1_is_the_mean(isa: str, dtype: torch.dtype) -> None:
+    v = make(dtype, 5003, 0, start=1)
+    kernels.outer(v["c"], v["v"], v["l"], 1.0, 0.0)
+    assert_same({"c": v["c"]}, {"c": v["l"]}, "outer")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_push_leaves_equal_vectors(isa: str, dtype: torch.dtype) -> None:
     """The worker must find what is stored: x at the centre, the anchor at x; also where the push overflows."""
@@ -316,6 +334,7 @@ k.average([x, l, o], stats=True)
 k.msgd(x, l, v, 0.1, 0.9, leader=o, rate=0.1, stats=True)
 k.iterate(x, v, 0.9, -1)
 k.push(x, l, o, 0.1, v, 0.9)
+k.outer(x, v, l, 0.7, 0.9)
 k.check(x)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 x.zero_()
@@ -400,6 +419,9 @@ X, Y, Z = torch.zeros(4), torch.ones(4), torch.ones(4)
         (lambda: kernels.push(X, Y, Z, float("nan")), "rate must be a finite number"),
         (lambda: kernels.push(X, Y, Z, 1.0, torch.zeros(4), float("inf")), "momentum must be a finite"),
         (lambda: kernels.push(X, Y, Z, momentum=0.9), "needs a velocity"),
+        (lambda: kernels.outer(X, Y, Y, 0.7, 0.9), "overlap"),
+        (lambda: kernels.outer(X, Y, torch.zeros(5), 0.7, 0.9), "mean has length 5"),
+        (lambda: kernels.outer(X, Y, Z, float("nan"), 0.9), "lr must be a finite number"),
     ],
 )
 def test_bad_arguments(call: Callable[[], Any], message: str) -> None:

@@ -10,9 +10,9 @@ import traceback
 from typing import Any
 
 import torch
-from mpi4py import MPI
 
 from mpilsgd.comm.channel import Channel
+from mpilsgd.comm.mpi import MPI, here
 
 
 class Refused(ValueError):
@@ -60,8 +60,10 @@ class Topology:
                 "MPI is not started in a process that multiprocessing started, as it is none of the ranks: make the "
                 "Topology in the program's main process"
             )
+        if not (comm is None or isinstance(comm, MPI.Intracomm)):
+            raise TypeError(f"comm must be an mpi4py communicator of these ranks, not {comm!r}")
         self.world = (MPI.COMM_WORLD if comm is None else comm).Dup()
-        if self.world.size > 1:
+        if self.world.size > 1 and here.rank.is_process:
             _abort_on_exception()
         self.shared = shared
         self.node = self.world.Split_type(MPI.COMM_TYPE_SHARED, key=self.world.rank)
@@ -250,6 +252,8 @@ def _abort_on_exception() -> None:
 def end_job(kind: type[BaseException], value: BaseException, trace: Any) -> None:
     """Prints the exception with this rank's number and ends all ranks."""
     global _status
+    if not here.rank.is_process:
+        raise value  # from the task
     _status = 1
     if issubclass(kind, KeyboardInterrupt):
         told = f"rank {MPI.COMM_WORLD.rank}: interrupted, the job ends\n"

@@ -1,8 +1,8 @@
 """Tasks that pass one baton: exactly one runs, and a seed decides who goes on.
 
-A task gives the baton away where it waits for others, and at some of the points where others could do something that it
-would see. Everything that is waited for is a condition that somebody else's doing makes true, so that where no condition
-is true nobody can ever go on: a deadlock is known at once, and what each waits in.
+A task gives the baton away where it waits for others, and at some of the points where others could do something that
+it would see. All that is waited for are conditions that what somebody else does makes true, so that where none is true
+nobody can ever go on: a deadlock is known at once, and what each waits in.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _STAY = 0.5  # how often a task keeps the baton where it need not wait
 _SPREAD = 1.5  # of the logarithm of the tasks' speeds
 _GRACE = 10.0  # seconds that an interrupted run waits for a task that computes
 _PACKAGE = str(Path(__file__).parent.parent)
-_OWN = {str(Path(__file__).with_name(name)) for name in ("baton.py", "tasks.py", "task_requests.py", "task_windows.py", "waiting.py")}
+_OWN = {
+    str(Path(__file__).with_name(name))
+    for name in ("baton.py", "tasks.py", "task_requests.py", "task_windows.py", "waiting.py")
+}
 
 
 class Deadlock(RuntimeError):
@@ -45,8 +48,8 @@ class Ended(BaseException):
 class Task:
     """A thread that runs while it has the baton.
 
-    Attributes: rank: whose; serves: it only does what the rank's others give it, and need not come to an end; true: what
-    it waits for; alarm: the time at which that may come true by itself; what: its words.
+    Attributes: rank: whose; serves: it only does what the rank's other one gives it, and need not come to an end; true:
+    what it waits for; alarm: the time at which that may come true by itself; what: its words.
     """
 
     def __init__(self, baton: Baton, rank: Rank, name: str, do: Callable[[], Any], serves: bool = False):
@@ -112,7 +115,9 @@ class Baton:
 
     # For the task that has it
 
-    def wait(self, true: Callable[[], bool] | None, what: Callable[[], str] | None, alarm: float | None) -> None:
+    def wait(
+        self, true: Callable[[], bool] | None, what: Callable[[], str] | None, alarm: float | None
+    ) -> None:
         """Returns when it is true, which it may become by itself at the alarm; None: at the alarm."""
         if self._choosing:
             raise RuntimeError("a condition that is waited for must not wait itself")
@@ -230,8 +235,8 @@ class Baton:
         others = ", ".join(task.name for task in self.tasks if task is not holder and not task.serves)
         stack = "".join(traceback.format_list(traceback.extract_stack(_frames(holder.thread)[-1], limit=8)))
         return (
-            f"{holder.name} has neither stepped nor waited in a method for {patience:g} s, while {others} cannot go on: "
-            f"one task runs at a time, and it blocks or computes at\n{stack}"
+            f"{holder.name} has come to no method for {patience:g} s, and {others} cannot go on, as one of them runs at "
+            f"a time: it blocks or computes at\n{stack}"
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from mpilsgd.comm.mpi import MPI
 
 
-
 class Bell:
     """Whoever rings tells rank 0, which tells all; each hears of it when it next listens.
 

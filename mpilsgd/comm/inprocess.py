@@ -20,10 +20,10 @@ def in_process(
 ) -> list[_T]:
     """Runs workers as tasks of this process, without MPI, and gives what each returns, in the order of the ranks.
 
-    Inside, `Topology()` is that of these workers, and all is as it would be under mpiexec: each has its rank, its model,
-    random generators of its own (Python's, numpy's and torch's default ones), and ends like a program of its own. One
-    of them runs at a time. Which goes on where one waits for others, or has taken a step of an asynchronous method,
-    the seed decides: the same seed gives the same run, another one another order.
+    Inside, `Topology()` is that of these workers, and all is as it would be under mpiexec: each has its rank, its
+    model, random generators of its own (Python's, numpy's and torch's default ones), and ends like a program of its
+    own. One of them runs at a time. Which goes on where one waits for others, or has taken a step of an asynchronous
+    method, the seed decides: the same seed gives the same run, another one another order.
 
     Args:
         worker: called once for each, without arguments.
@@ -53,7 +53,8 @@ def in_process(
 
     def work() -> _T:
         result = worker()
-        here.rank.end()
+        rank: Any = here.rank
+        rank.end()
         return result
 
     return baton.run(ranks, work, patience)
@@ -112,7 +113,8 @@ class TaskMPI:
     Request, Status = task_requests.Request, task_requests.Status
     Win, Info = task_windows.Win, task_windows.Info
     SUM, MAX, LOR, LAND, REPLACE, NO_OP = (
-        staticmethod(getattr(task_windows, name)) for name in ("SUM", "MAX", "LOR", "LAND", "REPLACE", "NO_OP")
+        staticmethod(getattr(task_windows, name))
+        for name in ("SUM", "MAX", "LOR", "LAND", "REPLACE", "NO_OP")
     )
     COMM_NULL = BOTTOM = None
     UNDEFINED, ANY_SOURCE, ANY_TAG = tasks.UNDEFINED, task_requests.ANY_SOURCE, task_requests.ANY_TAG

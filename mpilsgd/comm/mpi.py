@@ -1,7 +1,7 @@
 """Which MPI a rank talks to: mpi4py's where every rank is a process, that of `tasks` where it is a task of one.
 
-Everything here and above asks this `MPI` for its names, so nothing else knows of the difference. mpi4py.MPI, whose import
-starts MPI, is imported when a process first asks for one of them.
+Everything else asks this `MPI` for its names, so nothing above knows of the difference. mpi4py.MPI, whose import starts
+MPI, is imported when a process first asks for one of them.
 """
 
 from __future__ import annotations

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpilsgd.comm.task_requests import as_bytes
 from mpilsgd.comm.waiting import give_way
+
+if TYPE_CHECKING:
+    from mpilsgd.comm.tasks import Comm
 
 _ALIGN = 64  # bytes
 

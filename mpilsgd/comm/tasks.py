@@ -53,8 +53,8 @@ class Comm:
         if meeting.name != name:
             first = min(meeting.given)
             raise RuntimeError(
-                f"rank {ranks[self.rank]} comes to {name} and rank {ranks[first]} to {meeting.name}: collective calls must "
-                "come in the same order on every rank"
+                f"rank {ranks[self.rank]} comes to {name} and rank {ranks[first]} to {meeting.name}: collective calls "
+                "must come in the same order on every rank"
             )
         meeting.given[self.rank] = value
         meeting.left -= 1
@@ -110,7 +110,9 @@ class Comm:
         return self._collect("Iallgather", send, receive, lambda given: given)
 
     def Ialltoall(self, send: Any, receive: Any) -> Request:
-        return self._collect("Ialltoall", send, receive, lambda given: given.reshape(self.size, -1)[self.rank])
+        return self._collect(
+            "Ialltoall", send, receive, lambda given: given.reshape(self.size, -1)[self.rank]
+        )
 
     def Iallreduce(self, send: Any, receive: Any, op: Any = None) -> Request:
         given = self._meet("Iallreduce", send.copy())
@@ -124,7 +126,9 @@ class Comm:
         given[1].finish = finish
         return given[1]
 
-    def _collect(self, name: str, send: Any, receive: Any, part: Callable[[np.ndarray], np.ndarray]) -> Request:
+    def _collect(
+        self, name: str, send: Any, receive: Any, part: Callable[[np.ndarray], np.ndarray]
+    ) -> Request:
         into = as_bytes(receive).reshape(self.size, -1)
         meeting, request = self._meet(name, as_bytes(send).copy())
 

@@ -90,4 +90,3 @@ def reap(topology: Topology, parameters: Iterable[torch.Tensor]) -> None:
     everyone = topology.allgather(sorted(mine))
     for key in sorted(set.intersection(*map(set, everyone))):
         mine[key].close()
-

@@ -9,10 +9,10 @@ import pytest
 import torch
 from harness import WORLD, check_together, distance
 from internals import small_pieces
-from mpi4py import MPI
 from problems import TanhNet, flatten, state_of
 
 from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, EASGDTree, LocalSGD, Topology
+from mpilsgd.comm import MPI
 
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.brief(2, "3x2", "4x2")]
 

@@ -39,11 +39,11 @@ from method_cases import (
     several,
     work,
 )
-from mpi4py import MPI
 from problems import LeastSquares, Quadratic, TanhNet
 from simulation import Local
 
 from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, LocalSGD
+from mpilsgd.comm import MPI
 
 pytestmark = pytest.mark.mpi
 

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from mpilsgd.comm.mpi import Rank, here
-from mpilsgd.comm.randomness import fresh, put, taken
+from mpilsgd.comm.randomness import Generators
 
 _TICK = 1e-4  # seconds that the tasks' clock counts from one point to the next
 _STAY = 0.5  # how often a task keeps the baton where it need not wait
@@ -110,7 +110,7 @@ class Baton:
         self.holder: Task | None = None
         self.over = threading.Event()
         self._choosing = False
-        self._states: dict[Rank, Any] = {}
+        self._generators: dict[Rank, Generators] = {}
         self._last: Rank | None = None  # whose random numbers are in place
 
     # For the task that has it
@@ -145,8 +145,8 @@ class Baton:
         """The task goes on, with its rank's random numbers."""
         if self._last is not task.rank:
             if self._last is not None:
-                self._states[self._last] = taken()
-            put(self._states[task.rank])
+                self._generators[self._last].keep()
+            self._generators[task.rank].put()
             self._last = task.rank
         error, task.true, task.what, task.alarm, task.error = task.error, None, None, None, None
         if self.failure is not None:
@@ -200,16 +200,16 @@ class Baton:
 
     def run(self, ranks: Sequence[Rank], work: Callable[[], Any], patience: float) -> list[Any]:
         """What `work` gives as a task of each rank."""
-        before = taken()
+        before = Generators(None)
         try:
             for rank in ranks:
-                self._states[rank] = fresh(self.random.getrandbits(32))
+                self._generators[rank] = Generators(self.random.getrandbits(32))
             tasks = [Task(self, rank, str(rank), work) for rank in ranks]
             self.holder = self._choose(tasks[0])
             self.holder.turn.release()
             self._watch(patience)
         finally:
-            put(before)
+            before.put()
         if self.failure is not None and not isinstance(self.failure, Ended):
             raise self.failure
         return [task.result for task in tasks]
@@ -235,7 +235,7 @@ class Baton:
         others = ", ".join(task.name for task in self.tasks if task is not holder and not task.serves)
         stack = "".join(traceback.format_list(traceback.extract_stack(_frames(holder.thread)[-1], limit=8)))
         return (
-            f"{holder.name} has come to no method for {patience:g} s, and {others} cannot go on, as one of them runs at "
+            f"{holder.name} came to no method for {patience:g} s, and {others} cannot go on, as one of them runs at "
             f"a time: it blocks or computes at\n{stack}"
         )
 

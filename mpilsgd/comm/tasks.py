@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpilsgd.comm.mpi import here
-from mpilsgd.comm.task_requests import Receive, Request, Sent, as_bytes
+from mpilsgd.comm.task_requests import ANY_SOURCE, ANY_TAG, Receive, Request, Sent, as_bytes
 from mpilsgd.comm.task_windows import SUM
 from mpilsgd.comm.waiting import give_way
 
@@ -114,17 +114,8 @@ class Comm:
             "Ialltoall", send, receive, lambda given: given.reshape(self.size, -1)[self.rank]
         )
 
-    def Iallreduce(self, send: Any, receive: Any, op: Any = None) -> Request:
-        given = self._meet("Iallreduce", send.copy())
-
-        def finish() -> None:
-            first, *others = (given[0].given[r] for r in range(self.size))
-            receive[:] = first
-            for other in others:
-                receive[:] = (op or SUM)(receive, other)
-
-        given[1].finish = finish
-        return given[1]
+    def Allreduce(self, send: Any, receive: Any, op: Any = None) -> None:
+        receive[:] = self.allreduce(send, op)
 
     def _collect(
         self, name: str, send: Any, receive: Any, part: Callable[[np.ndarray], np.ndarray]
@@ -167,6 +158,18 @@ class Comm:
         raise SystemExit(code)
 
     # Messages
+
+    def send(self, item: Any, dest: int, tag: int = 0) -> None:
+        self.Isend(np.frombuffer(pickle.dumps(item), np.uint8), dest, tag)
+
+    def recv(self, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> Any:
+        wanted = Request(lambda: self._first(source, tag) is not None, lambda: f"a message of rank {source}")
+        wanted.Wait()
+        sent = self._first(source, tag)
+        assert sent is not None
+        self.members.sent[self.rank].remove(sent)
+        sent.taken = True
+        return pickle.loads(sent.data.tobytes())
 
     def Isend(self, buffer: Any, dest: int, tag: int = 0) -> Request:
         sent = Sent(self, dest, tag, as_bytes(buffer).copy())

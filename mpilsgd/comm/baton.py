@@ -29,7 +29,7 @@ _GRACE = 10.0  # seconds that an interrupted run waits for a task that computes
 _PACKAGE = str(Path(__file__).parent.parent)
 _OWN = {
     str(Path(__file__).with_name(name))
-    for name in ("baton.py", "tasks.py", "task_requests.py", "task_windows.py", "waiting.py")
+    for name in ("baton.py", "inprocess.py", "tasks.py", "task_requests.py", "task_windows.py", "waiting.py")
 }
 
 

@@ -65,7 +65,7 @@ class Topology:
         self.world = (MPI.COMM_WORLD if comm is None else comm).Dup()
         if self.world.size > 1 and here.rank.is_process:
             _abort_on_exception()
-        self.shared = shared
+        self.shared, self._rank = shared, here.rank
         self.node = self.world.Split_type(MPI.COMM_TYPE_SHARED, key=self.world.rank)
         try:
             self.agree(_version_error(self.allgather(_versions())))
@@ -159,6 +159,10 @@ class Topology:
 
     def hold(self) -> None:
         """A method uses the communicators."""
+        if self._rank is not here.rank:
+            raise RuntimeError(
+                "this topology is another worker's, or of another run: make the Topology in the worker"
+            )
         self._users += 1
 
     def leave(self) -> None:

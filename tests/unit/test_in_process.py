@@ -57,14 +57,16 @@ def starts(seed: int) -> Vector:
 
 
 def conserves(options: dict[str, Any], seed: int) -> float:
-    """Z: sum x + c, less what the workers' own steps add."""
+    """Z: sum x + c, less what the workers' own steps add. An exchange behind the steps moves x at the next one."""
     w = Worker(EASGD, {**options, **MOST}, starts(seed)[here_rank()])
     before, own = w.sum(w.x()) + w.center(), np.zeros(5)
     for t in range(4 + w.world.rank):
         own -= RATE * (gradient := np.sin(w.x() + t))
         w.step(gradient)
     center = w.center()
-    return float(abs(w.sum(w.x()) + center - before - w.sum(own)).max())
+    moves = w.opt.state_dict()["mpilsgd"]["exchange"].get("moved") or {}
+    x = w.x() + sum(move.numpy()[:5] for move in moves.values())
+    return float(abs(w.sum(x) + center - before - w.sum(own)).max())
 
 
 def loses_nothing(options: dict[str, Any], seed: int) -> float:
@@ -85,10 +87,9 @@ def keeps_its_centre(options: dict[str, Any], seed: int) -> float:
     w, r = Worker(ADMM, options, starts(seed)[here_rank()]), RATE * options["rho"]
     dual = np.zeros(5)
     for t in range(4 + w.world.rank):
-        gradient = np.sin(w.x() + t)
-        y = w.x() - RATE * gradient
+        x, gradient = w.x(), np.sin(w.x() + t)
         w.step(gradient)
-        dual = ((w.x() * (1 + r) - y) / r + dual - w.x()) / 2
+        dual = ((w.x() * (1 + r) - (x - RATE * gradient)) / r + dual - x) / 2
     mean = w.sum(w.x() - dual) / P
     return float(abs(w.center() - mean).max())
 

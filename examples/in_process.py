@@ -5,19 +5,17 @@ from mpilsgd.train.formats import read_digits
 
 
 def worker():
-    (images, labels), _ = (tuple(map(torch.from_numpy, part)) for part in read_digits())
-    topology = mpilsgd.Topology()
-    torch.manual_seed(topology.world.rank)
+    (images, labels), _ = read_digits()
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    optimizer = mpilsgd.LSGD(torch.optim.SGD(model.parameters(), lr=0.2), topology, period=8)
-    for _ in range(200):
-        batch = torch.randint(len(labels), (32,))
+    optimizer = mpilsgd.LSGD(torch.optim.SGD(model.parameters(), lr=0.2), topology := mpilsgd.Topology(), period=8)
+    torch.manual_seed(topology.world.rank)
+    for batch in torch.randint(len(labels), (200, 32)):
+        inputs, targets = torch.tensor(images)[batch] / 16, torch.tensor(labels)[batch].long()
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(images[batch] / 16), labels[batch].long())
+        loss = torch.nn.functional.cross_entropy(model(inputs), targets)
         loss.backward()
         optimizer.step(loss=loss)
     return model
 
 
-if __name__ == "__main__":
-    models = mpilsgd.in_process(worker, workers=4)
+models = mpilsgd.in_process(worker, workers=4) if __name__ == "__main__" else []

@@ -212,6 +212,7 @@ def test_reached_where_workers_keep_step(case: Case) -> None:
 
 @pytest.mark.brief(1, 2, 3, "4x2")
 @several
+@pytest.mark.processes
 @by_free_and_transport
 def test_a_slow_worker_holds_nobody_up(case: Case, layout: Layout) -> None:
     """Of methods without rounds, the others finish their steps while one sleeps."""

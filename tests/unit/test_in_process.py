@@ -21,6 +21,8 @@ import torch
 from mpilsgd import ADMM, EASGD, LSGD, DiLoCo, Downpour, EASGDTree, Topology, in_process
 from mpilsgd.comm import Deadlock, WorkerFailed
 
+# The first imports torch._dynamo: before conftest.py freezes what imports left.
+torch.optim.SGD([torch.zeros(1)], lr=0.1)
 EXAMPLES = Path(__file__).parents[2] / "examples"
 Vector = np.ndarray
 P, RATE = 3, 0.125

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpilsgd.comm import Topology
+    from mpilsgd.comm import Topology, in_process
     from mpilsgd.flat import FlatParameters
     from mpilsgd.methods import (
         ADMM,
@@ -43,9 +43,10 @@ __all__ = [
     "RunningAverage",
     "Topology",
     "__version__",
+    "in_process",
 ]
 
-_ELSEWHERE = {"Topology": "mpilsgd.comm", "FlatParameters": "mpilsgd.flat"}
+_ELSEWHERE = {"Topology": "mpilsgd.comm", "in_process": "mpilsgd.comm", "FlatParameters": "mpilsgd.flat"}
 _ELSEWHERE |= dict.fromkeys(("MSGD", "RunningAverage"), "mpilsgd.optimizers")
 
 

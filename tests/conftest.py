@@ -9,6 +9,7 @@ import faulthandler
 import gc
 import json
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -22,6 +23,8 @@ RECORD = os.environ.get("MPILSGD_TEST_RECORD")  # the folder of the outcomes
 RANKS = int(os.environ.get("MPILSGD_TEST_RANKS", "0"))  # the world's size, 0 for any
 NODES = int(os.environ.get("MPILSGD_TEST_NODES", "0"))  # shared-memory nodes there have to be, 0 for any
 ALL = os.environ.get("MPILSGD_TEST_ALL", "") == "1"  # also what is `brief` everywhere
+# ranks are so many tasks of one process ("4"), on so many nodes ("4x2")
+TASKS = os.environ.get("MPILSGD_TEST_TASKS", "")
 SECONDS = float(os.environ.get("MPILSGD_TEST_SECONDS", "240"))  # the longest one test may take
 SLOW = 15  # times as long for a test marked slow
 
@@ -169,6 +172,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from mpi4py import MPI
 
         rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
+    elif "harness" in sys.modules:  # ranks that are tasks
+        size = sys.modules["harness"].WORLD.size
     reasons = {item: why for item in items if (why := left_out(item, size))}
     if reasons:
         config.hook.pytest_deselected(items=list(reasons))
@@ -202,6 +207,8 @@ def left_out(item: pytest.Item, size: int) -> str:
         return ONLY_ALL  # before the ranks, as no run at any number of them has it
     if "gpu" in item.keywords and not gpu():
         return "needs a GPU"
+    if TASKS and "processes" in item.keywords:
+        return "needs ranks that are processes"
     least = max((mark.kwargs.get("min_size") or 1 for mark in item.iter_markers("mpi")), default=1)
     if least > size:
         return f"needs {least} ranks"
@@ -223,6 +230,7 @@ def gpu() -> bool:
 ONLY_ALL = "in bash tests/run.sh --all"
 MARKERS = (
     "gpu: on a CUDA device; left out where there is none",
+    "processes: not where ranks are tasks of one process, for which time or a fork is another matter",
     "ranks(n, ...): only at these numbers of ranks",
     "brief(n, ...): only at so many ranks (2), or ranks and nodes ('4x2'); none given: with --all only",
 )

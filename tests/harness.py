@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,18 +12,53 @@ import asynchronous_simulation
 import numpy as np
 import simulation
 import torch
-from mpi4py import MPI
 from numpy.typing import NDArray
 from problems import Problem, flatten, state_of
 from simulation import Local, Simulation
 
 import mpilsgd
+from mpilsgd.comm import MPI, WorkerFailed, here
 
 torch.optim.SGD(
     [torch.zeros(1)]
 )  # the first imports torch._dynamo: before conftest.py freezes what imports left
 
-WORLD = MPI.COMM_WORLD
+# Ranks are so many tasks of one process ("4"), on so many nodes ("4x2").
+TASKS = os.environ.get("MPILSGD_TEST_TASKS", "")
+
+
+class Outside:
+    """The world as its first rank sees it, outside of a test, where tasks are none."""
+
+    rank, size = 0, int(TASKS.split("x")[0] or 1)
+    nodes = int(TASKS.split("x")[1]) if "x" in TASKS else 1
+
+    def bcast(self, item: Any) -> Any:
+        return item
+
+    def Barrier(self) -> None: ...
+
+
+class World:
+    """That of the task that asks."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(Outside() if here.task is None else MPI.COMM_WORLD, name)
+
+
+WORLD: Any = World() if TASKS else MPI.COMM_WORLD
+
+
+def on_every_rank(do: Callable[[], Any], seed: int = 0) -> Any:
+    """What it gives, on rank 0; where ranks are tasks this makes them."""
+    if not TASKS:
+        return do()
+    try:
+        return mpilsgd.in_process(do, Outside.size, nodes=Outside.nodes, seed=seed)[0]
+    except WorkerFailed as failure:
+        raise failure.__cause__ or failure from None
+
+
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
 
@@ -40,7 +76,7 @@ class Layout:
         return f"{shape}-{'windows' if self.shared else 'messages'}"
 
 
-def layouts(comm: MPI.Comm = WORLD) -> list[Layout]:
+def layouts(comm: Any = WORLD) -> list[Layout]:
     """Every way to group the ranks of `comm`, whatever the nodes they came up on; the first: a group a node."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
     lowest = comm.allgather(node.bcast(comm.rank))
@@ -56,7 +92,7 @@ def layouts(comm: MPI.Comm = WORLD) -> list[Layout]:
     return [Layout(size, shared, groups) for groups, size in found.items() for shared in (True, False)]
 
 
-LAYOUTS = layouts()
+LAYOUTS = on_every_rank(layouts)
 
 
 def chosen() -> list[Layout]:
@@ -115,18 +151,20 @@ def optimizer(local: Local, parameters: Any) -> torch.optim.Optimizer:
     )
 
 
-def topology(layout: Layout, comm: MPI.Comm) -> tuple[mpilsgd.Topology, bool]:
+def topology(layout: Layout, comm: Any) -> tuple[mpilsgd.Topology, bool]:
     """Made once a layout and kept, as it takes as long as a short run; and whether it is the caller's to free."""
-    key = layout.group_size, layout.shared, comm == WORLD
-    if key not in TOPOLOGIES or comm not in (WORLD, MPI.COMM_SELF):
-        made = mpilsgd.Topology(comm, group_size=layout.group_size, shared=layout.shared)
+    kept, key = here.rank.once(topologies), (layout.group_size, layout.shared, comm == WORLD)
+    if key not in kept or comm not in (WORLD, MPI.COMM_SELF):
+        given = None if comm is WORLD else comm
+        made = mpilsgd.Topology(given, group_size=layout.group_size, shared=layout.shared)
         if comm not in (WORLD, MPI.COMM_SELF):
             return made, True
-        TOPOLOGIES[key] = made
-    return TOPOLOGIES[key], False
+        kept[key] = made
+    return kept[key], False
 
 
-TOPOLOGIES: dict[tuple[int | None, bool, bool], mpilsgd.Topology] = {}
+def topologies() -> dict[tuple[int | None, bool, bool], mpilsgd.Topology]:
+    return {}
 
 
 class Run:
@@ -143,7 +181,7 @@ class Run:
         dtype: torch.dtype = torch.float64,
         device: str = "cpu",
         losses: Callable[[int, int], float] | None = None,
-        comm: MPI.Comm = WORLD,
+        comm: Any = WORLD,
         topo: mpilsgd.Topology | None = None,
         **options: Any,
     ):

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from mpi4py import MPI
+
+from mpilsgd.comm import MPI
 
 
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

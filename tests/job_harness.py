@@ -46,9 +46,10 @@ def as_a_process() -> Iterator[None]:
 
     Whether the garbage collector has found one yet, and so on which list it is, differs from rank to rank.
     """
-    first = next(leaving._serials)
+    books = leaving.books()
+    first = next(books.serials)
     yield
-    left = {**dict(leaving._living.items()), **leaving._abandoned}
+    left = {**dict(books.living.items()), **books.abandoned}
     for serial in sorted(left):
         if serial > first:
             left[serial].close()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the tests:  bash tests/run.sh [unit] [mpi] [cluster] [--all] [--slow NAME] [-- PYTEST OPTIONS]
 #
-#   unit          the tests of one process
+#   unit          the tests of one process, and those of methods with ranks that are tasks of one
 #   mpi           the tests of several ranks: 1, 2, 3 and 4, on one node and on emulated ones (MPICH), and once more on
 #                 a second MPI where one can be had; trees at 5 and 7
 #   cluster       MPICH on several hosts with TCP between them (needs root, iproute2 and util-linux), and batch jobs on a
@@ -86,6 +86,15 @@ unit() {
   run "unit" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/unit
 }
 
+tasks() { # tasks RANKS[xNODES]: what tests methods at several ranks, with ranks that are tasks of one process
+  local paths=() one
+  for one in every_method identities asynchronous life_cycle optimizers tree across_dtype; do paths+=("tests/mpi/test_$one.py"); done
+  export MPILSGD_TEST_TASKS=$1
+  run "$1 tasks" "$PY" -m pytest -q -p no:cacheprovider -p no:pytest_mpi "${select_tests[@]}" \
+    ${options[@]+"${options[@]}"} "${paths[@]}"
+  unset MPILSGD_TEST_TASKS
+}
+
 mpi() { # mpi NAME RANKS [NODES]
   local ignored=() one
   for one in $without; do ignored+=("--ignore-glob=*/test_$one*"); done
@@ -132,7 +141,13 @@ if [[ " ${parts[*]} " == *" mpi "* && -z $slow ]]; then
   alone=$!
   set +m
 fi
-if [[ " ${parts[*]} " == *" unit "* ]]; then unit; fi
+if [[ " ${parts[*]} " == *" unit "* ]]; then
+  unit
+  if [[ -z $slow ]]; then
+    tasks 2
+    tasks 4x2
+  fi
+fi
 if [[ " ${parts[*]} " == *" mpi "* && -n $slow ]]; then
   LIMIT=14400 all_ranks "${MPILSGD_RANKS:-4}"
 elif [[ " ${parts[*]} " == *" mpi "* ]]; then

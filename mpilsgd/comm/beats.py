@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from mpi4py import MPI
+
+from mpilsgd.comm.mpi import MPI
 
 _core: Any = None
 with contextlib.suppress(ImportError):

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from mpi4py import MPI
+
+from mpilsgd.comm.mpi import MPI
 
 _PIECE = 1 << 22  # bytes a message at most: those of a chunk follow each other, and MPI's counts are C ints
 _CHUNK = 1 << 24  # bytes that are received before they are used, while the next ones come

@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 
+from mpilsgd.comm.mpi import MPI, here
 from mpilsgd.comm.onesided import Board, expose
+from mpilsgd.comm.waiting import give_way
 
 _POLL = 5e-4  # seconds between two looks of the progress thread
 
@@ -32,6 +33,7 @@ class Counter:
 
     def add(self) -> None:
         """Counts a step of this worker."""
+        give_way()
         before = self._island.add(0, self.COUNT, 1)
         if self._all is not None and (before + 1) % self._batch == 0:
             handed = self._batch
@@ -55,6 +57,7 @@ class Counter:
 
     def read(self, near: int | None = None) -> int:
         """The total, as far as it is known on this island; close to `near` as far as it is known at all."""
+        give_way()
         if self._all is None:
             return self._island.read(0, self.COUNT)
         seen = max(self._island.read(0, self.SEEN), self._all.peek(self.CROSSED))
@@ -107,9 +110,9 @@ def progresses_alone(comm: MPI.Comm, homes: list[int]) -> bool:
     """Whether one-sided operations on another island's memory complete while its owner is not in MPI.
 
     homes: the first rank of every island. Measured once between the first and the last of them; True where there is one
-    island only. Collective over `comm`.
+    island only, or one process. Collective over `comm`.
     """
-    if len(homes) == 1:
+    if len(homes) == 1 or not here.rank.is_process:
         return True
     group = comm.Get_group()
     everyone = MPI.COMM_WORLD.Get_group()

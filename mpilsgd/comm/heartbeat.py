@@ -12,10 +12,10 @@ import time
 
 import numpy as np
 import torch
-from mpi4py import MPI
 
 from mpilsgd.comm.beats import Beats, beats
 from mpilsgd.comm.counting import thread_problem
+from mpilsgd.comm.mpi import MPI
 from mpilsgd.comm.standstill import ENDED, Place, Sign, Standstill, position
 from mpilsgd.comm.topology import Topology
 from mpilsgd.comm.windows import Window

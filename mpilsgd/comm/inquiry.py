@@ -11,17 +11,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import mpi4py
-from mpi4py import MPI
 
 from mpilsgd.comm.counting import progresses_alone
+from mpilsgd.comm.mpi import MPI
 from mpilsgd.comm.windows import free_shared_memory
 
-THREAD_LEVELS = {
-    MPI.THREAD_SINGLE: "MPI_THREAD_SINGLE",
-    MPI.THREAD_FUNNELED: "MPI_THREAD_FUNNELED",
-    MPI.THREAD_SERIALIZED: "MPI_THREAD_SERIALIZED",
-    MPI.THREAD_MULTIPLE: "MPI_THREAD_MULTIPLE",
-}
+THREAD_LEVELS = "SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE"
 # Where a launcher says how many processes it starts (not SLURM_NTASKS, which a batch script has too).
 LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
 # What an MPI names its memory kinds for CUDA (MPI 4.1, "mpi_memory_alloc_kinds": "mpi,system,cuda:device").
@@ -60,7 +55,7 @@ def info(comm: MPI.Comm | None = None) -> dict[str, Any]:
         "library_version": version,
         "standard": f"{major}.{minor}",
         "mpi4py": mpi4py.__version__,
-        "thread_level": THREAD_LEVELS.get(MPI.Query_thread(), "unknown"),
+        "thread_level": _thread_level(),
         "cuda": min((row[4] for row in rows), key=lambda support: support.aware),
         "progresses_alone": progresses_alone(world, firsts),
         "size": world.size,
@@ -70,6 +65,11 @@ def info(comm: MPI.Comm | None = None) -> dict[str, Any]:
         "shared_memory": [rows[f][2] for f in firsts],
         "memory": [rows[f][3] for f in firsts],
     }
+
+
+def _thread_level() -> str:
+    names = {getattr(MPI, f"THREAD_{level}"): f"MPI_THREAD_{level}" for level in THREAD_LEVELS}
+    return names.get(MPI.Query_thread(), "unknown")
 
 
 def hosts(comm: MPI.Comm) -> list[str]:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 
+from mpilsgd.comm.mpi import MPI
 from mpilsgd.comm.waiting import wait_until
 
 _PIECE = 1 << 30  # bytes a message: MPI counts are C ints

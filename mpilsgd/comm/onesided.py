@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 
+from mpilsgd.comm.mpi import MPI
 from mpilsgd.comm.waiting import wait_until
 
 _core: Any = None

@@ -7,8 +7,8 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
-from mpi4py import MPI
 
+from mpilsgd.comm.mpi import MPI
 from mpilsgd.comm.onesided import Turns, expose
 from mpilsgd.comm.windows import Window
 

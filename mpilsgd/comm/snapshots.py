@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from mpi4py import MPI
 
+from mpilsgd.comm.mpi import MPI
 from mpilsgd.comm.onesided import Board, expose
 from mpilsgd.comm.shards import transfer
 from mpilsgd.comm.waiting import wait_until

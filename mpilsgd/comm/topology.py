@@ -10,9 +10,9 @@ import traceback
 from typing import Any
 
 import torch
-from mpi4py import MPI
 
 from mpilsgd.comm.channel import Channel
+from mpilsgd.comm.mpi import MPI, here
 
 
 class Refused(ValueError):
@@ -60,10 +60,12 @@ class Topology:
                 "MPI is not started in a process that multiprocessing started, as it is none of the ranks: make the "
                 "Topology in the program's main process"
             )
+        if not (comm is None or isinstance(comm, MPI.Intracomm)):
+            raise TypeError(f"comm must be an mpi4py communicator of these ranks, not {comm!r}")
         self.world = (MPI.COMM_WORLD if comm is None else comm).Dup()
-        if self.world.size > 1:
+        if self.world.size > 1 and here.rank.is_process:
             _abort_on_exception()
-        self.shared = shared
+        self.shared, self._rank = shared, here.rank
         self.node = self.world.Split_type(MPI.COMM_TYPE_SHARED, key=self.world.rank)
         try:
             self.agree(_version_error(self.allgather(_versions())))
@@ -157,6 +159,10 @@ class Topology:
 
     def hold(self) -> None:
         """A method uses the communicators."""
+        if self._rank is not here.rank:
+            raise RuntimeError(
+                "this topology is another worker's, or of another run: make the Topology in the worker"
+            )
         self._users += 1
 
     def leave(self) -> None:
@@ -250,6 +256,8 @@ def _abort_on_exception() -> None:
 def end_job(kind: type[BaseException], value: BaseException, trace: Any) -> None:
     """Prints the exception with this rank's number and ends all ranks."""
     global _status
+    if not here.rank.is_process:
+        raise value  # from the task
     _status = 1
     if issubclass(kind, KeyboardInterrupt):
         told = f"rank {MPI.COMM_WORLD.rank}: interrupted, the job ends\n"

@@ -11,14 +11,21 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from mpi4py import MPI
+
+from mpilsgd.comm.mpi import MPI, here
 
 _SLEEP = 2e-5, 1e-3  # seconds between two looks: at first, at last
 
 
-def wait_until(true: Callable[[], bool]) -> float:
-    """Returns when it is true; the seconds that took. Leaves the core to others meanwhile."""
+def wait_until(true: Callable[[], bool], alarm: float | None = None) -> float:
+    """Returns when it is true; the seconds that took. Leaves the core to others meanwhile.
+
+    alarm: a time of `clock` at which it may come true, or raise, though no other rank does anything.
+    """
     start, pause = time.perf_counter(), _SLEEP[0]
+    if here.task is not None:
+        here.task.baton.wait(true, None, alarm)
+        return time.perf_counter() - start
     for _ in range(20):
         if true():
             return time.perf_counter() - start
@@ -26,6 +33,37 @@ def wait_until(true: Callable[[], bool]) -> float:
         time.sleep(pause)
         pause = min(2 * pause, _SLEEP[1])
     return time.perf_counter() - start
+
+
+def give_way() -> None:
+    """Ranks that are tasks of one process may take turns here."""
+    if here.task is not None:
+        here.task.baton.give_way()
+
+
+def clock() -> float:
+    """Seconds. Those of tasks pass by what they do, so that a run does not depend on how fast it is."""
+    return time.perf_counter() if here.task is None else here.task.baton.now
+
+
+def pause(seconds: float) -> None:
+    """Leaves the core to others for so long."""
+    if here.task is None:
+        time.sleep(seconds)
+    else:
+        here.task.baton.wait(None, None, clock() + seconds)
+
+
+def _give_way_until(true: Callable[[], bool]) -> None:
+    """Before a thread waits for another of its rank: where they are tasks it must not keep the others from running."""
+    if here.task is not None:
+        wait_until(true)
+
+
+def result(future: Future[None]) -> None:
+    """Waits for what a `Background` was given, and raises what it raised."""
+    _give_way_until(future.done)
+    future.result()
 
 
 def complete(request: MPI.Request) -> None:
@@ -38,6 +76,15 @@ def complete(request: MPI.Request) -> None:
         raise
 
 
+def start_thread(work: Callable[[], None], name: str) -> threading.Thread:
+    """A thread of this rank, which a process that ends does not wait for."""
+    if here.task is not None:
+        return here.task.helper(work, name)
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
 class Background:
     """A thread that does what it is given, one after the other, on the CUDA stream of who gives it.
 
@@ -46,12 +93,12 @@ class Background:
 
     def __init__(self, name: str, device: torch.device):
         self._device = device
+        self._ended = False
         self._todo: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._work, name)
 
     def _work(self) -> None:
-        while (job := self._todo.get()) is not None:
+        while (job := self._next()) is not None:
             future, do = job
             error = None
             try:
@@ -64,6 +111,11 @@ class Background:
             else:
                 future.set_exception(error)
             del future, error
+        self._ended = True
+
+    def _next(self) -> tuple[Future[None], Callable[[], None]] | None:
+        _give_way_until(lambda: not self._todo.empty())
+        return self._todo.get()
 
     def submit(self, do: Callable[[Any], None], given: Any) -> Future[None]:
         future: Future[None] = Future()
@@ -79,4 +131,5 @@ class Background:
     def end(self) -> None:
         """After what it was given. Joined: a daemon that the interpreter's end kills in C++ would abort the process."""
         self._todo.put(None)
+        _give_way_until(lambda: self._ended)
         self._thread.join()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Background
+from mpilsgd.comm import Background, result
 from mpilsgd.exchange.base import Exchange, convex
 from mpilsgd.exchange.in_turn import InTurn
 from mpilsgd.exchange.rows import ROUND, Rows
@@ -45,7 +45,7 @@ class Behind(Exchange):
             return
         start, m = time.perf_counter(), self.m
         try:
-            self._exchanging.result()
+            result(self._exchanging)
         finally:
             if self._exchanging.done():  # and not this wait interrupted
                 self._exchanging = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Edge, Inbox, Links, wait_until
+from mpilsgd.comm import Edge, Inbox, Links, clock, pause, wait_until
 from mpilsgd.exchange.base import Exchange
 from mpilsgd.exchange.rows import CENTER
 from mpilsgd.exchange.vectors import Span, Vector, load, save
@@ -194,35 +193,35 @@ class Edges(Exchange):
 
     def _wait(self, true: Callable[[], bool], edge: Edge) -> None:
         """Lock-step: until the other end has come as far."""
-        end = time.perf_counter() + _PATIENCE + self._message_bytes(edge.narrow) / _SLOWEST
+        end = clock() + _PATIENCE + self._message_bytes(edge.narrow) / _SLOWEST
 
         def come() -> bool:
             assert self._links is not None
             if true():
                 return True
-            if time.perf_counter() > end and self._links.rests(edge.rank):
+            if clock() > end and self._links.rests(edge.rank):
                 raise RuntimeError(
                     f"rank {edge.rank} has ended its steps, and this one needs it for its step {self.m.t}: "
                     'order="lock-step" is for equally many steps on every rank'
                 )
             return False
 
-        self.m.metrics.t_wait += wait_until(come)
+        self.m.metrics.t_wait += wait_until(come, end)
 
     # The life of a step
 
     def idle(self) -> None:
         """A step of a rank that only averages: one pass, and what comes while a leaf's step would last."""
-        start, (node,) = time.perf_counter(), self._own
+        start, (node,) = clock(), self._own
         self._pass(node)
-        while not self.lock_step and (rest := start + self._seconds - time.perf_counter()) > 0:
-            time.sleep(min(_PAUSE, rest))
+        while not self.lock_step and (rest := start + self._seconds - clock()) > 0:
+            pause(min(_PAUSE, rest))
             self._pass(node, sends=False)
         node.t += 1
 
     @torch.no_grad()
     def stepped(self) -> None:
-        now, m = time.perf_counter(), self.m
+        now, m = clock(), self.m
         if self._last_step is not None:
             taken, known = now - self._last_step, self._seconds
             mean = _MEMORY * known + (1 - _MEMORY) * min(taken, _PAUSED * known)  # a pause is no step
@@ -236,7 +235,7 @@ class Edges(Exchange):
         if self.lock_step or any(e.into.has() or leaf.t % e.send_every == 0 for e in leaf.edges):
             with m.iterates():
                 self._pass(leaf)
-        m.metrics.t_comm += time.perf_counter() - now
+        m.metrics.t_comm += clock() - now
         m.course.count(m.t)
 
     # All meet

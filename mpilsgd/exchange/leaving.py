@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import itertools
 import os
@@ -12,41 +11,69 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mpilsgd.comm import Topology, end_job, exit_status
+from mpilsgd.comm import Topology, end_job, exit_status, here
 from mpilsgd.flat import FlatParameters
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
 
-_living: weakref.WeakValueDictionary[int, Method] = weakref.WeakValueDictionary()
-_abandoned: dict[int, Method] = {}  # nobody holds them; they go on serving the others until all let them go
-_process = os.getpid()
-_serials, _owners = itertools.count(), itertools.count()
 _MANY = 4
+
+
+class Books:
+    """The methods of one rank. abandoned: nobody holds them; they go on serving the others until all let them go."""
+
+    def __init__(self) -> None:
+        self.living: weakref.WeakValueDictionary[int, Method] = weakref.WeakValueDictionary()
+        self.abandoned: dict[int, Method] = {}
+        self.process = os.getpid()
+        self.serials, self.owners = itertools.count(), itertools.count()
+        here.rank.at_end(self.rest)
+
+    def rest(self) -> None:
+        """The program ends on this rank: serve the others' rounds to their end, unless the job is being aborted."""
+        if os.getpid() != self.process:  # a fork's end is not the rank's
+            return
+        try:
+            left: dict[int, Any] = {**dict(self.living.items()), **self.abandoned}
+            for serial in sorted(left):  # in the same order on all ranks
+                if not exit_status():
+                    left[serial].close()
+        except Exception as failure:
+            end_job(type(failure), failure, failure.__traceback__)
+
+
+def books() -> Books:
+    """Those of this rank."""
+    return here.rank.once(Books)
+
+
+books()  # in a program that is a rank: before what the user registers for its end, so after it
 
 
 def number(m: Method) -> int:
     """Of a new method among those of its topology, or of those with one of their own: the same on every rank."""
     if m._owns_topology:
-        return next(_owners)
+        return next(books().owners)
     m.topology.made += 1
     return m.topology.made
 
 
 def enter(m: Method) -> None:
-    m.serial = next(_serials)
-    _living[m.serial] = m
+    m._books = books()
+    m.serial = next(m._books.serials)
+    m._books.living[m.serial] = m
 
 
 def forget(m: Method) -> None:
-    _living.pop(m.serial, None)
-    _abandoned.pop(m.serial, None)
+    m._books.living.pop(m.serial, None)
+    m._books.abandoned.pop(m.serial, None)
 
 
 def abandon(m: Method) -> None:
     """Nobody holds the method any more. It cannot be closed here, as the others may not have come so far."""
-    if m.__dict__.get("_open") and os.getpid() == _process:
-        _abandoned[m.serial] = m
+    if m.__dict__.get("_open") and os.getpid() == m._books.process:
+        m._books.abandoned[m.serial] = m
 
 
 def reap(topology: Topology, parameters: Iterable[torch.Tensor]) -> None:
@@ -55,24 +82,11 @@ def reap(topology: Topology, parameters: Iterable[torch.Tensor]) -> None:
     def theirs(m: Method) -> bool:
         return m.topology is topology or (m._owns_topology and m.p == topology.world.size)
 
+    own = books()
     held = any(FlatParameters.of(p) for p in parameters)
-    if held or sum(map(theirs, list(_living.values()))) >= _MANY:
+    if held or sum(map(theirs, list(own.living.values()))) >= _MANY:
         gc.collect()  # a method is part of a cycle; what nobody holds may be there still
-    mine = {(m._owns_topology, m.number): m for m in list(_abandoned.values()) if theirs(m)}
+    mine = {(m._owns_topology, m.number): m for m in list(own.abandoned.values()) if theirs(m)}
     everyone = topology.allgather(sorted(mine))
     for key in sorted(set.intersection(*map(set, everyone))):
         mine[key].close()
-
-
-@atexit.register
-def _rest_at_exit() -> None:
-    """The program ends on this rank: serve the others' rounds to their end, unless the job is being aborted."""
-    if os.getpid() != _process:  # a fork's end is not the rank's
-        return
-    try:
-        left: dict[int, Any] = {**dict(_living.items()), **_abandoned}
-        for serial in sorted(left):  # in the same order on all ranks
-            if not exit_status():
-                left[serial].close()
-    except Exception as failure:
-        end_job(type(failure), failure, failure.__traceback__)

@@ -7,9 +7,9 @@ import time
 from typing import Any, Protocol
 
 import numpy as np
-from mpi4py import MPI
 
 from mpilsgd.comm import Bell, Topology
+from mpilsgd.comm.mpi import MPI
 from mpilsgd.methods import Method
 
 _SECONDS = 1.0  # of training between two questions; a signal is followed after two such spans at most

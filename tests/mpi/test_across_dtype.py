@@ -7,18 +7,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import WORLD, check_together, distance
+from harness import WORLD, check_together, distance, on_every_rank
 from internals import small_pieces
-from mpi4py import MPI
 from problems import TanhNet, flatten, state_of
 
 from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, EASGDTree, LocalSGD, Topology
+from mpilsgd.comm import MPI
 
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.brief(2, "3x2", "4x2")]
 
-NODE = WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-ALONE = WORLD.allreduce(NODE.size, MPI.MAX) == 1
-NODE.Free()
+
+def alone() -> bool:
+    """Whether every rank has a node of its own."""
+    node = WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    largest = WORLD.allreduce(node.size, MPI.MAX)
+    node.Free()
+    return largest == 1
+
+
+ALONE = on_every_rank(alone)
 TURNS = {"asynchronous": True, "order": "round-robin"}
 METHODS: list[tuple[Any, dict[str, Any]]] = [
     (AllreduceSGD, {}),

@@ -69,6 +69,7 @@ def test_it_is_a_setting_of_diloco(slowmo: Any) -> None:
     check_together([f"differs by {gap:.1e}"] if gap > 1e-12 else [])
 
 
+@pytest.mark.processes
 def test_a_job_trains_with_it(slowmo: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its fields are options, and a run that goes on from a checkpoint equals one that was never stopped."""
     argv = [

@@ -283,6 +283,7 @@ def step(opt: Any, model: nn.Module, t: int) -> None:
 
 
 @pytest.mark.brief(2)
+@pytest.mark.processes
 @by_forked
 def test_what_a_forked_child_writes_is_its_own(name: str, forking: Any) -> None:
     """Its parameters and gradients, as of any tensor; and it sees its own."""
@@ -313,6 +314,7 @@ def test_what_a_forked_child_writes_is_its_own(name: str, forking: Any) -> None:
 
 
 @pytest.mark.brief(2)
+@pytest.mark.processes
 @by_forked
 def test_a_forked_child_keeps_what_there_was(name: str, forking: Any) -> None:
     """As of any tensor: it sees the parameters of the moment of the fork, while training goes on."""

@@ -39,11 +39,11 @@ from method_cases import (
     several,
     work,
 )
-from mpi4py import MPI
 from problems import LeastSquares, Quadratic, TanhNet
 from simulation import Local
 
 from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, LocalSGD
+from mpilsgd.comm import MPI
 
 pytestmark = pytest.mark.mpi
 
@@ -212,6 +212,7 @@ def test_reached_where_workers_keep_step(case: Case) -> None:
 
 @pytest.mark.brief(1, 2, 3, "4x2")
 @several
+@pytest.mark.processes
 @by_free_and_transport
 def test_a_slow_worker_holds_nobody_up(case: Case, layout: Layout) -> None:
     """Of methods without rounds, the others finish their steps while one sleeps."""

@@ -19,11 +19,11 @@ from harness import (
     running,
 )
 from method_cases import by_transport, close, in_turns, refused, several
-from mpi4py import MPI
 from problems import Quadratic
 from simulation import Local
 
 from mpilsgd import EASGD, Downpour, Topology
+from mpilsgd.comm import MPI
 from mpilsgd.methods import Diverged
 
 pytestmark = pytest.mark.mpi

@@ -47,11 +47,11 @@ from method_cases import (
     several,
     work,
 )
-from mpi4py import MPI
 from problems import Accumulated, Buffered, LeastSquares, Problem, Quadratic, TanhNet
 from simulation import Local, Simulation
 
 from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, DiLoCo, Downpour, LocalSGD
+from mpilsgd.comm import MPI
 from mpilsgd.methods import Diverged
 
 pytestmark = pytest.mark.mpi

@@ -8,10 +8,9 @@ import warnings
 
 import pytest
 import torch
-from mpi4py import MPI
 
 import mpilsgd
-from mpilsgd.comm import inquiry
+from mpilsgd.comm import MPI, inquiry
 from mpilsgd.train import bench, info, job
 
 pytestmark = [pytest.mark.mpi, pytest.mark.brief(1, 2, 3, "3x2")]

@@ -120,7 +120,9 @@ class BehindTogether(Behind, Together):
         self.elastic(self.c, 0.0, self.rate)
 
     def barrier(self) -> None:
-        """None: what is read next, c and the copies, is this island's, and has been fenced. x is not written."""
+        """Of this island, whose c and copies are read next, unless it has been fenced. x is not written."""
+        if not self.total:
+            self.fence()
 
     def _take_centre(self) -> None:
         self.m.begin_anew()

@@ -96,6 +96,9 @@ class Level:
         self.comm, self.rank, self.size = channel.comm, channel.comm.rank, channel.comm.size
         self.local_ranks, self.n_islands = channel.local_ranks, channel.n_islands
         self.is_head, self._meeting = channel.is_head, channel.meeting
+        others = [self.world_ranks[r] for r in self.local_ranks if r != self.rank]
+        self._near = sum(r in self._mates for r in others)
+        self._far = len(others) - self._near
 
     def table(self, row: Sequence[float]) -> np.ndarray:
         """Every rank's row of numbers, the same (size, len(row)) table on every rank.
@@ -192,8 +195,8 @@ class Level:
 
     def count_local(self, nbytes: int) -> None:
         """Notes that this rank read `nbytes` of every other vector of the level on this island."""
-        for r in self.local_ranks:
-            self._count(r, 0 if r == self.rank else nbytes)
+        self._fabric.traffic.group += self._near * nbytes
+        self._fabric.traffic.across += self._far * nbytes
 
     def _count(self, owner: int, nbytes: int) -> None:
         if self.world_ranks[owner] in self._mates:

@@ -9,6 +9,7 @@
 
 #include "beats.h"
 #include "kernels.h"
+#include "shared.h"
 
 namespace py = pybind11;
 using mpilsgd::DType;
@@ -204,24 +205,6 @@ py::object triad(const Where& where, Address a, Address b, Address c, double sca
   return finish(op, where);
 }
 
-// Words that processes share: atomic for all of them, and a fence for what was stored before.
-std::int64_t word_add(Address word, std::int64_t value) {
-  return __atomic_fetch_add(at<std::int64_t>(word), value, __ATOMIC_SEQ_CST);
-}
-
-std::int64_t word_swap(Address word, std::int64_t value) {
-  return __atomic_exchange_n(at<std::int64_t>(word), value, __ATOMIC_SEQ_CST);
-}
-
-std::int64_t word_load(Address word) { return __atomic_load_n(at<std::int64_t>(word), __ATOMIC_SEQ_CST); }
-
-// Writes the value if the word is as expected; returns what it was.
-std::int64_t word_exchange(Address word, std::int64_t expected, std::int64_t value) {
-  __atomic_compare_exchange_n(at<std::int64_t>(word), &expected, value, false, __ATOMIC_SEQ_CST,
-                              __ATOMIC_SEQ_CST);
-  return expected;
-}
-
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const char* name : {"baseline", "avx2", "avx512"}) {
@@ -269,10 +252,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("check", &check);
   m.def("triad", &triad);
 
-  m.def("word_add", &word_add);
-  m.def("word_swap", &word_swap);
-  m.def("word_load", &word_load);
-  m.def("word_exchange", &word_exchange);
+  bind_shared(m);
 
   py::class_<mpilsgd::Beats>(m, "Beats")
       .def(py::init([](Address isend, Address test, bool int_handles, Address comm, Address byte,

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mpilsgd import bound, reference
 from mpilsgd import kernel_arguments as need
-from mpilsgd import reference
 from mpilsgd.extension import (
     FallbackWarning,
     backend,
@@ -73,13 +73,7 @@ def pull(
     x: the vector that moves, or several, which lie apart; then the leader's memory is read once for all of them.
     leader, other: what it is pulled to; may be the last x itself. rate, other_rate: finite.
     """
-    peers = [x] if isinstance(x, Tensor) else x
-    need.match_pulled(peers, leader, other)
-    need.number(rate=rate, other_rate=other_rate)
-    where = where_to_run(leader, stats, len(peers), seed)
-    if where is None:
-        return reference.pull(x, leader, rate, other, other_rate, stats, seed)
-    return moved(_core.pull(where, pointers(peers), leader.data_ptr(), rate, pointer(other), other_rate))
+    return bound.pull(x, leader, rate, other, other_rate)(stats, seed)
 
 
 def elastic(
@@ -100,12 +94,7 @@ def elastic(
     center: the centre c. peers: the workers' vectors x_i, one or more. moving_rate: alpha; with 0 the peers
     are only read. rate: of the centre, beta/p.
     """
-    need.match_peers(center, peers)
-    need.number(moving_rate=moving_rate, rate=rate)
-    where = where_to_run(center, stats, len(peers), seed)
-    if where is None:
-        return reference.elastic(center, peers, moving_rate, rate, gauss_seidel, stats, seed)
-    return moved(_core.elastic(where, center.data_ptr(), pointers(peers), moving_rate, rate, gauss_seidel))
+    return bound.elastic(center, peers, moving_rate, rate, gauss_seidel)(stats, seed)
 
 
 def elastic_sum(
@@ -180,11 +169,7 @@ def assign(peers: Sequence[Tensor], total: Tensor, scale: float) -> None:
 
 def average(peers: Sequence[Tensor], *, stats: bool = False) -> Moved | None:
     """x_i <- mean of all x_i (the finite ones; where none is, all stay as they are)."""
-    need.match_peers(None, peers)
-    where = where_to_run(peers[0], stats, len(peers))
-    if where is None:
-        return reference.average(peers, stats)
-    return moved(_core.average(where, pointers(peers)))
+    return bound.average(peers)(stats)
 
 
 def msgd(
@@ -289,11 +274,8 @@ def outer(center: Tensor, velocity: Tensor, mean: Tensor, lr: float, momentum: f
 
 def check(x: Tensor) -> bool:
     """Whether all values of x are finite; reads only."""
-    need.match(x)
-    where = where_to_run(x, True)
-    if where is None:
-        return reference.check(x)
-    return _core.check(where, x.data_ptr())[1]
+    moved = bound.check(x)(stats=True)
+    return moved is not None and moved.finite
 
 
 def triad(out: Tensor, b: Tensor, c: Tensor, scale: float, *, streaming: bool = True) -> None:

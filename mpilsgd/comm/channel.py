@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpilsgd.comm.meeting import meeting
 from mpilsgd.comm.mpi import MPI
 
 _PIECE = 1 << 22  # bytes a message at most: those of a chunk follow each other, and MPI's counts are C ints
@@ -22,15 +23,17 @@ _SMALLEST, _PIECES = 1 << 16, 16  # bytes a message at least; messages of a shor
 class Channel:
     """The communicators of some workers: a group's, or the world's. Collective: creation and `free`.
 
-    Args: comm: of the workers, duplicated here; islands: for each of its ranks the name of its island.
+    Args: comm: of the workers, duplicated here; islands: for each of its ranks the name of its island; name: of this
+    rank in the world.
 
     Attributes:
         comm, local, heads: all of them; those on this island; the first of every island (null elsewhere).
         local_ranks: the ranks in `comm` of those on this island; heads_ranks: of the first of every island.
         island_of: of each rank the index of its island; island: of this one; n_islands.
+        meeting: where all meet.
     """
 
-    def __init__(self, comm: MPI.Comm, islands: Sequence[int]):
+    def __init__(self, comm: MPI.Comm, islands: Sequence[int], name: int):
         self.comm = comm.Dup()
         names = list(dict.fromkeys(islands))  # by their first rank, like the ranks of `heads`
         self.island_of = [names.index(name) for name in islands]
@@ -39,12 +42,14 @@ class Channel:
         self.heads_ranks = [self.island_of.index(k) for k in range(self.n_islands)]
         self.local = self.comm.Split(self.island, key=comm.rank)
         self.heads = self.comm.Split(0 if self.local.rank == 0 else MPI.UNDEFINED, key=comm.rank)
+        self.meeting = meeting(self.comm, self.local, self.heads, self.island_of, name)
 
     @property
     def is_head(self) -> bool:
         return self.heads != MPI.COMM_NULL
 
     def free(self) -> None:
+        self.meeting.free()
         for comm in (self.heads, self.local, self.comm):
             if comm != MPI.COMM_NULL:
                 comm.Free()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from mpilsgd.comm.mpi import MPI
+from mpilsgd.comm.meeting import spins
+from mpilsgd.comm.mpi import MPI, here
 from mpilsgd.comm.waiting import wait_until
 
+_LOOK = 1.0  # seconds between two looks at the others
 _core: Any = None
 with contextlib.suppress(ImportError):
     _core = importlib.import_module("mpilsgd._core")
@@ -55,6 +58,10 @@ class Board:
     def __init__(self, comm: MPI.Comm, words: int, shared: bool):
         assert isinstance(comm, MPI.Intracomm)
         self._addresses: list[int] = []
+        self._asleep = (
+            shared and here.rank.is_process and hasattr(_core, "word_await")
+        )  # whether waiting needs no polls
+        self._spins = self._asleep and spins(comm)
         with one_sided("Win.Allocate"):
             if shared and _core is not None:
                 self._win = MPI.Win.Allocate_shared(8 * words, 8, comm=comm)
@@ -97,6 +104,24 @@ class Board:
         else:
             self._fetch(rank, word, value, MPI.REPLACE)
 
+    def wait_for(self, rank: int, word: int, value: int, sleepers: int, look: Callable[[], None]) -> float:
+        """Until the word has a value, of which `tell` tells; the seconds that took.
+
+        sleepers: a word beside it, for this. look: called every second.
+        """
+        if not self._asleep:
+            return wait_until(lambda: self.read(rank, word) == value)
+        start, at = time.perf_counter(), self._addresses[rank]
+        while not _core.word_await(at + 8 * word, value, at + 8 * sleepers, self._spins, _LOOK):
+            look()
+        return time.perf_counter() - start
+
+    def tell(self, rank: int, word: int, value: int, sleepers: int) -> None:
+        """Wakes those who wait for this value of a word, which has been written."""
+        if self._asleep:
+            at = self._addresses[rank]
+            _core.word_wake(at + 8 * word, value, at + 8 * sleepers)
+
     def raise_to(self, rank: int, word: int, value: int) -> None:
         """The larger of the word and the value."""
         if not self._addresses:
@@ -131,10 +156,10 @@ class Turns:
     Args: level: the ranks; homes: the rank that keeps the words of each place.
     """
 
-    NEXT, SERVING, TICKS, RESTING = range(4)
+    NEXT, SERVING, TICKS, RESTING, SLEEPERS = range(5)
 
     def __init__(self, level: Any, homes: list[int]):
-        self.board = Board(level.comm, 4, level.n_islands == 1)
+        self.board, self._look = Board(level.comm, 5, level.n_islands == 1), level.channel.meeting.look_after
         self._rank, self._size, self.homes = level.rank, level.size, homes
         self._round_robin = [0] * len(homes)  # turns taken since all last met
 
@@ -146,8 +171,7 @@ class Turns:
             self._round_robin[place] += 1
         elif ticket is None:
             ticket = board.add(home, self.NEXT, 1)
-        mine = ticket
-        waited = wait_until(lambda: board.read(home, self.SERVING) == mine)
+        waited = board.wait_for(home, self.SERVING, ticket, self.SLEEPERS, self._look)
         board.sync()
         return ticket, waited
 
@@ -168,7 +192,9 @@ class Turns:
         if round_robin:
             self._advance(place, ticket)
         else:
-            self.board.add(self.homes[place], self.SERVING, 1)
+            home = self.homes[place]
+            now = self.board.add(home, self.SERVING, 1) + 1
+            self.board.tell(home, self.SERVING, now, self.SLEEPERS)
 
     def _advance(self, place: int, ticket: int) -> None:
         """From a ticket to the next one whose rank does not rest. Who rests and who passes on may both come here."""
@@ -176,6 +202,7 @@ class Turns:
         for now in range(ticket, ticket + self._size):
             if not self.board.exchange(home, self.SERVING, now, now + 1):
                 return  # another rank did
+            self.board.tell(home, self.SERVING, now + 1, self.SLEEPERS)
             if not self.board.read((now + 1) % self._size, self.RESTING):
                 return
 

@@ -81,8 +81,8 @@ class Shards:
                     self._remote[name, d] = expose(exposed, level.comm)
                     longest = max(stop - start for start, stop in (s[d] for s in self._spans))
                     self._fetched[name][d] = torch.empty(longest, dtype=kind)
-        # whether a turn's work is done on copies
-        self._copies = device.type != "cpu" or bool(self.residuals)
+        # whether a turn's work is done on copies, new ones each time
+        self.copies = device.type != "cpu" or bool(self.residuals)
         self.waited = 0.0  # seconds, in all turns so far
         self.moved = 0  # bytes fetched from other islands
 
@@ -123,7 +123,7 @@ class Shards:
                     a, b = self._spans[k][d]
                     vectors[name][d] = self._fetched[name][d][: b - a]
                     self._transfer(k, name, d, vectors[name][d], MPI.Win.Get)
-        if self._copies:
+        if self.copies:
             for name, of in vectors.items():
                 vectors[name] = {d: v.to(self._device, self.kinds[name][d]) for d, v in of.items()}
         self._working = vectors
@@ -134,7 +134,7 @@ class Shards:
         for name, windows in self.own.items():
             for d, window in windows.items():
                 vector = self._working[name][d]
-                if self._copies:
+                if self.copies:
                     host = window.views[0] if here else self._fetched[name][d][: vector.numel()]
                     residual = self.residuals.get((name, d, k))
                     if residual is not None:

@@ -104,7 +104,8 @@ class Topology:
         mates = self.groups[self.group_index]
 
         def make() -> tuple[Channel, Channel]:
-            return Channel(self.world, islands), Channel(self.group, [islands[r] for r in mates])
+            me = self.world.rank
+            return Channel(self.world, islands, me), Channel(self.group, [islands[r] for r in mates], me)
 
         if own:
             return make()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from mpilsgd import kernels
+from mpilsgd import bound, kernels
 from mpilsgd.exchange.rows import Rows, checked
 from mpilsgd.exchange.vectors import Span, Vector, accumulation_dtype, allot
 from mpilsgd.transport import Level
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
+
+T = TypeVar("T")
+_MANY = 1000
 
 
 class Exchange:
@@ -32,6 +35,15 @@ class Exchange:
 
     def __init__(self, method: Method):
         self.m = method
+        self.made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for each key: views of vectors, which stay where they are, and bound kernels."""
+        if key not in self.made:
+            if len(self.made) >= _MANY:  # rates that change with every round
+                self.made.clear()
+            self.made[key] = make()
+        return self.made[key]
 
     # What an exchange may do otherwise
 
@@ -201,22 +213,45 @@ def outer_step(c: torch.Tensor, u: torch.Tensor, mean: torch.Tensor, lr: float, 
     kernels.outer(c, u, mean.to(c.dtype), lr, momentum)
 
 
-def average(level: Level, scratch: dict[torch.dtype, Any], spans: list[Span], counted: set[int]) -> None:
+def average(m: Method, spans: list[Span], counted: set[int]) -> None:
     """Replaces every worker's window[start:stop] by the mean over the counted workers (at least one).
 
     Each rank handles its slice of every window on its island; across islands the sums meet in `scratch`.
     Collective, after a barrier; on return all windows hold the mean.
     """
+    level = m.fabric.world
+    if level.n_islands > 1:
+        _average_across(level, m.scratch, spans, counted)
+    else:
+        key = "average", tuple(spans), frozenset(counted)
+        for mean, first, others, nbytes in m.r.once(key, lambda: _means(level, spans, counted)):
+            level.count_local(nbytes)
+            mean()
+            for x in others:
+                x.copy_(first)
+    level.barrier()
+
+
+def _means(level: Level, spans: list[Span], counted: set[int]) -> list[tuple[Any, ...]]:
+    """For this rank's slice of each span: the mean of those that count, their first, the others, and its bytes."""
+    means = []
+    for window, start, stop in spans:
+        a, b = level.share(start, stop)
+        every = {r: window.views[level.seats[r]][a:b] for r in level.local_ranks}
+        peers = [view for r, view in every.items() if r in counted]
+        others = [every[r] for r in every.keys() - counted]
+        means.append((bound.average(peers), peers[0], others, (b - a) * peers[0].element_size()))
+    return means
+
+
+def _average_across(
+    level: Level, scratch: dict[torch.dtype, Any], spans: list[Span], counted: set[int]
+) -> None:
     for window, start, stop in spans:  # dtypes of one accumulation type take turns in its scratch
         a, b = level.share(start, stop)
         every = {r: window.views[level.seats[r]][a:b] for r in level.local_ranks}
         peers = [view for r, view in every.items() if r in counted]
         level.count_local((b - a) * window.mine.element_size())
-        if level.n_islands == 1:
-            kernels.average(peers)
-            for r in every.keys() - counted:
-                every[r].copy_(peers[0])
-            continue
         sums = scratch[accumulation_dtype(window.mine.dtype)].views[0]
         if peers:
             kernels.total(sums[a:b], peers)
@@ -227,4 +262,3 @@ def average(level: Level, scratch: dict[torch.dtype, Any], spans: list[Span], co
             views = [window.views[level.seats[r]][a:b] for r in level.local_ranks]
             kernels.assign(views, sums[a:b], 1.0 / len(counted))
         level.fence()
-    level.barrier()

@@ -141,7 +141,9 @@ class BehindTogether(BehindAll):
         self.elastic(self.c, 0.0, self.rate)
 
     def barrier(self) -> None:
-        """None: what is read next, c and the copies, is this island's, and has been fenced. x is not written."""
+        """Of this island, whose c and copies are read next, unless it has been fenced. x is not written."""
+        if not self.total:
+            self.fence()
 
 
 class _Half:

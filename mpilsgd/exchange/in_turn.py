@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,12 @@ class InTurn(Verbs):
             for d, v in vector.items():
                 a, b = self._shards.span(d)
                 v.copy_(self.m.x[d].mine[a:b])
+
+    def those(self) -> Hashable:
+        return self.fit, self._shard.index
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        return make() if self._shards.copies else super().once(key, make)
 
     def _head(self) -> bool:
         world = self.m.fabric.world

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
-from mpilsgd import kernels
+from mpilsgd import bound, kernels
 from mpilsgd.exchange.base import pulls
 from mpilsgd.exchange.rows import Rows
 from mpilsgd.exchange.vectors import Vector
@@ -34,17 +34,17 @@ class Leaders(Verbs):
         m, (near, far) = self.m, self.leaders()
         if sequential and near is not None and far is not None:
             rate *= 1.0 - global_rate
-        found = np.zeros(self.level.size + 2)
+        found = [0.0] * (self.level.size + 2)
         due = ((m.fabric.group, near, rate), (m.fabric.world, far, global_rate))
         terms = [(level, leader, r) for level, leader, r in due if leader is not None and r]
         if len(terms) == 2 and m.topology.n_groups == 1:  # one leader of both: it comes once
             terms = [(*terms[1][:2], rate + global_rate)]
         self._pull(terms, found)
-        found = self.level.table(found.tolist()).sum(axis=0)
+        *bad, square, share = self.level.table(found).sum(axis=0).tolist()
         moved = sum(r for *_, r in terms)
-        if found[-1] and moved:
-            m.metrics.distance = math.sqrt(found[-2] / found[-1]) / moved
-        self.repair({r for r in range(self.level.size) if found[r]})
+        if share and moved:
+            m.metrics.distance = math.sqrt(square / share) / moved
+        self.repair({r for r, flag in enumerate(bad) if flag})
 
     def leaders(self) -> tuple[int | None, int | None]:
         """The ranks, in the group and in the world, of those who lead; None where nobody does, or none is due."""
@@ -59,7 +59,7 @@ class Leaders(Verbs):
         )
         return near, far
 
-    def _pull(self, terms: list[tuple[Level, int, float]], found: np.ndarray) -> None:
+    def _pull(self, terms: list[tuple[Level, int, float]], found: list[float]) -> None:
         """Pulls the workers of this island's part of the group, each rank its slice of all their vectors.
 
         So a leader is read from memory once for all of them, and nobody idles. A local leader that moves to the
@@ -82,9 +82,9 @@ class Leaders(Verbs):
                 found[self.level.rank] += not kernels.check(window.mine[: m.n[d]])
                 continue
             for start, stop in parts:  # while the next one comes
-                for a, b, leading in pulls(m, d, pulled, start, stop, group.share):
-                    peers = [window.views[group.seats[k]][a:b] for k in movers]
-                    moved = kernels.pull(peers, *leading, stats=True, seed=self.joined)
+                key = "pull", d, start, stop, tuple((level is group, *term) for level, *term in terms)
+                for pull in self.once(key, partial(self._bind, d, movers, pulled, start, stop)):
+                    moved = pull(stats=True, seed=self.joined)
                     assert moved is not None
                     bad = {group.world_ranks[movers[i]] for i in moved.bad_peers}
                     if len(leaders) == 1 and not moved.source_finite:  # one of two is seen where it moves
@@ -93,6 +93,21 @@ class Leaders(Verbs):
                         found[self.level.world_ranks.index(world_rank)] += 1
                     found[-2] += moved.squared_distance
         found[-1] = len(movers) / len(group.local_ranks)
+
+    def _bind(
+        self,
+        d: torch.dtype,
+        movers: list[int],
+        pulled: list[tuple[torch.Tensor, float]],
+        start: int,
+        stop: int,
+    ) -> list[bound.Bound]:
+        m, group = self.m, self.m.fabric.group
+        peers = [m.x[d].views[group.seats[k]] for k in movers]
+        return [
+            bound.pull([x[a:b] for x in peers], *leading)
+            for a, b, leading in pulls(m, d, pulled, start, stop, group.share)
+        ]
 
     def _landing(self, level: Level, d: torch.dtype) -> Any:
         return self.m.landing[d] if level is self.m.fabric.group else self.m.scratch.get(d)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -22,40 +23,43 @@ class Row(NamedTuple):
     behind: float
 
 
-class Rows(NamedTuple):
-    """The rows of all, in rank order; each field is one array."""
+class Rows:
+    """The rows of all, in rank order; each field of a row is one array.
 
-    method: np.ndarray
-    purpose: np.ndarray
-    stamp: np.ndarray
-    fit: np.ndarray
-    score: np.ndarray
-    behind: np.ndarray
+    came: the rows of those who came for a round; round: the step at which it is held, None if nobody came for one.
+    """
+
+    def __init__(self, table: np.ndarray):
+        self.method, self.purpose, self.stamp, self.fit, self.score, self.behind = table.T
+        came = self.purpose == ROUND
+        self._came = None if came.all() else Rows(table[came])
+        self.round = int(self.came.stamp[0]) if len(self.came.stamp) else None
 
     @property
-    def round(self) -> int | None:
-        """The step at which a round is held; None if nobody came for one."""
-        came = self.stamp[self.purpose == ROUND]
-        return int(came[0]) if len(came) else None
+    def came(self) -> Rows:
+        return self if self._came is None else self._came
 
     def best(self) -> int | None:
         """The rank with the least score, the lowest among equals; None if no score is finite."""
-        return int(np.argmin(self.score)) if np.isfinite(self.score).any() else None
+        best = int(np.argmin(self.score))  # a NaN, if there is one
+        if math.isfinite(self.score[best]):
+            return best
+        return int(np.nanargmin(self.score)) if np.isfinite(self.score).any() else None
 
     def broken(self) -> set[int]:
-        return {r for r, fit in enumerate(self.fit) if not fit}
+        return set() if self.fit.all() else {r for r, fit in enumerate(self.fit) if not fit}
 
 
 def checked(table: np.ndarray) -> Rows:
     """A table of rows, if they belong together; a RuntimeError on every rank if they do not."""
-    rows = Rows(*table.T)
-    if len(set(rows.method)) > 1:
+    rows = Rows(table)
+    if (rows.method != rows.method[0]).any():
         raise RuntimeError(
             "workers came to rounds of different methods: with several methods, give all workers equally many batches"
         )
-    stamps = {int(stamp) for stamp in rows.stamp[rows.purpose == ROUND]}
-    if len(stamps) > 1:
+    if (rows.came.stamp != rows.round).any():
         raise RuntimeError(
-            f"workers came to one round at different steps {sorted(stamps)}: are their periods equal?"
+            f"workers came to one round at different steps {sorted(set(map(int, rows.came.stamp)))}: are their periods "
+            "equal?"
         )
     return rows

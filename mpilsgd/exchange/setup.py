@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mpilsgd import bound
 from mpilsgd.exchange import leaving
 from mpilsgd.exchange.behind import BEHIND, BehindSteps
 from mpilsgd.exchange.clocks import TwoPeriods
@@ -117,6 +118,7 @@ def _allocate(m: Method, plan: Plan) -> None:
     m.edge = m.flat.n_parameters
     # the part of every vector that is exchanged
     m.n = {d: w.mine.numel() if m.buffers == "average" else m.edge[d] for d, w in m.x.items()}
+    m._checks = [bound.check(w.mine[: m.n[d]]) for d, w in m.x.items()]
     m.fresh = {d: w.mine[m.n[d] :].clone() for d, w in m.x.items() if m.n[d] < w.mine.numel()}
     m.scratch, m.landing = {}, {}  # a vector an island: what arrives, and sums; what arrives in a group
     world, group = m.fabric.world, m.fabric.group
@@ -185,12 +187,13 @@ def release(m: Method) -> None:
     try:
         if r is not None:
             r.free()  # before the parameters need memory of their own
-            r.x = {}
+            r.x, r.made = {}, {}
     finally:
         if flat is not None:
             flat.release()
     for vector in m.vectors.values():
         vector.memory = {}
+    m._checks = []
     m.x, m.g, m.scratch, m.landing, m.windows, m.fresh = {}, {}, {}, {}, {}, {}
     if m.course is not None:
         m.course.free()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from mpilsgd import kernels
 from mpilsgd.exchange.clocks import ALL, Due, TwoPeriods
 from mpilsgd.exchange.leaders import Leaders
-from mpilsgd.exchange.rows import ROUND, Rows, checked
+from mpilsgd.exchange.rows import ROUND, Row, Rows, checked
 from mpilsgd.exchange.vectors import Span, Vector
 from mpilsgd.transport import Level
 
@@ -113,9 +113,9 @@ class Together(Leaders):
         )
         return None
 
-    def _gate(self, level: Level, row: Iterable[float]) -> Rows:
+    def _gate(self, level: Level, row: Row) -> Rows:
         start = time.perf_counter()
-        table = level.table(list(row))
+        table = level.table(row)
         self.waited += time.perf_counter() - start
         return checked(table)
 
@@ -128,7 +128,7 @@ class Together(Leaders):
         self.t = self.seed = self.joined
         self._part = 0, 1
         self.total = self.level.n_islands > 1
-        self.came = Rows(*(column[rows.purpose == ROUND] for column in rows))
+        self.came = rows.came
         m.metrics.rounds += 1
         if m.guard == "x":
             m.set_back(self.bad)
@@ -175,6 +175,9 @@ class Together(Leaders):
 
     def here(self, d: torch.dtype, start: int, stop: int) -> tuple[int, int]:
         return self.level.share(start, stop)
+
+    def those(self) -> Hashable:
+        return self.level is self.m.fabric.world, frozenset(self.bad)
 
     def peers(self, d: torch.dtype, a: int, b: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         every = {r: self.x[d].views[self.level.seats[r]][a:b] for r in self.level.local_ranks}

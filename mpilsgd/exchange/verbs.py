@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from mpilsgd import kernels
+from mpilsgd import bound, kernels
 from mpilsgd.exchange.base import Exchange, convex, follow
 from mpilsgd.exchange.vectors import Vector, accumulation_dtype
 
@@ -33,6 +33,10 @@ class Verbs(Exchange):
         """These elements of the finite workers that are served here, and of the others."""
         x = [self.x[d].mine[a:b]]
         return (x, []) if self.fit else ([], x)
+
+    def those(self) -> Hashable:
+        """What tells one set of peers from another."""
+        return self.fit
 
     def of(self, v: Mapping[torch.dtype, Any], d: torch.dtype, a: int, b: int) -> torch.Tensor:
         """These elements of a vector."""
@@ -86,19 +90,31 @@ class Verbs(Exchange):
 
         A worker that is not finite adds nothing, and takes c over.
         """
+        if self.total:
+            for d in self.x:
+                for start, stop, moves, r in convex(self.m, d, alpha, rate):
+                    self._elastic(c, d, start, stop, moves, r, gauss_seidel)
+                self.fence()
+        else:
+            key = "elastic", c.name, alpha, rate, gauss_seidel, self.those()
+            for move, broken, part, nbytes in self.once(
+                key, lambda: list(self._moves(c, alpha, rate, gauss_seidel))
+            ):
+                self.seen(nbytes)
+                if move is not None:
+                    move(seed=self.seed)
+                if broken:
+                    self.trim(broken, part)
+        self.barrier()
+
+    def _moves(self, c: Vector, alpha: float, rate: float, seidel: bool) -> Iterator[tuple[Any, ...]]:
+        """For every span what moves c and the finite workers here, the others, this part of c, and a vector's bytes."""
         for d in self.x:
             for start, stop, moves, r in convex(self.m, d, alpha, rate):
-                if self.total:
-                    self._elastic(c, d, start, stop, moves, r, gauss_seidel)
-                    continue
                 a, b = self.here(d, start, stop)
                 part, (peers, broken) = self.of(c, d, a, b), self.peers(d, a, b)
-                self.seen((b - a) * d.itemsize)
-                if peers:
-                    kernels.elastic(part, peers, moves, r, gauss_seidel=gauss_seidel, seed=self.seed)
-                self.trim(broken, part)
-            self.fence()
-        self.barrier()
+                move = bound.elastic(part, peers, moves, r, seidel) if peers else None
+                yield move, broken, part, (b - a) * d.itemsize
 
     def _elastic(
         self, c: Vector, d: torch.dtype, start: int, stop: int, alpha: float, rate: float, seidel: bool

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mpilsgd import kernels
@@ -40,12 +39,11 @@ class Worker(Wrapper):
         """The last so many numbers, as an attribute; a worker that starts anew forgets them."""
         self.value(name, deque(maxlen=length))
 
-    @contextlib.contextmanager
-    def iterates(self) -> Iterator[None]:
+    def iterates(self) -> contextlib.AbstractContextManager[None]:
         """The parameters hold x, which is what is exchanged: between steps MSGD's hold the look-ahead."""
         self.flat.reseat()  # RNN.flatten_parameters, for one, moves parameters
-        with getattr(self.optimizer, "iterate", contextlib.nullcontext)() if self.guard != "g" else _nothing:
-            yield
+        iterate = None if self.guard == "g" else getattr(self.optimizer, "iterate", None)
+        return _nothing if iterate is None else iterate()
 
     def row(self, purpose: float, stamp: float, fit: bool | None = None) -> Row:
         fit = self.is_fit(purpose) if fit is None else fit
@@ -58,7 +56,7 @@ class Worker(Wrapper):
         return not self.guard or (self.is_finite() and not self.clock.broken)
 
     def is_finite(self) -> bool:
-        return all([kernels.check(w.mine[: self.n[d]]) for d, w in self.x.items()])
+        return all([check(stats=True).finite for check in self._checks])
 
     def refuse_if_all(self, bad: set[int]) -> None:
         if bad.issuperset(self.workers):
@@ -88,7 +86,7 @@ class Worker(Wrapper):
 
     def mean_over(self, spans: list[Span], counted: set[int]) -> None:
         """The mean over the world ranks that count, to all. Collective, after a barrier."""
-        average(self.fabric.world, self.scratch, spans, counted)
+        average(self, spans, counted)  # type: ignore[arg-type]
 
     def copy_from(self, source: int, takers: set[int] | None = None, rest: bool = False) -> None:
         """The takers (default: all) get the vectors of world rank `source`, to the bit. Collective.

@@ -11,7 +11,7 @@ import torch
 from mpilsgd import kernels
 from mpilsgd.exchange.base import pulls
 from mpilsgd.flat import FlatParameters
-from mpilsgd.optimizers.wrapped import fuses, points_problem, unfit_problem
+from mpilsgd.optimizers.wrapped import fuses, is_foreign, points_problem, unfit_problem
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
@@ -51,7 +51,8 @@ class Members:
         everyone = [p for group in optimizer.param_groups for p in group["params"]]
         self._count = len(everyone)
         self._frozen = [p for p in everyone if not p.requires_grad]
-        self._one_point = False  # whether the optimizer's state has been seen to hold no other
+        # whether it is known to hold no other point than x: of a foreign one its state has to be seen
+        self._one_point = not is_foreign(optimizer)
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """A ValueError names a parameter that has become trainable, or was added to the optimizer."""

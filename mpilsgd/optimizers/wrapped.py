@@ -41,7 +41,7 @@ def unfit_problem(optimizer: Any, method: str, gradients: bool) -> str | None:
 
 def points_problem(optimizer: torch.optim.Optimizer) -> str | None:
     """Why an optimizer that is not torch's or ours cannot be exchanged: it keeps more points than x."""
-    if not _is_foreign(optimizer):
+    if not is_foreign(optimizer):
         return None
     modes = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
     if not modes and not any("z" in kept for kept in list(optimizer.state.values())[:1]):
@@ -53,7 +53,7 @@ def points_problem(optimizer: torch.optim.Optimizer) -> str | None:
     )
 
 
-def _is_foreign(optimizer: Any) -> bool:
+def is_foreign(optimizer: Any) -> bool:
     inner = getattr(optimizer, "optimizer", optimizer)  # RunningAverage's
     return type(inner).__module__.partition(".")[0] not in ("torch", "mpilsgd")
 
@@ -83,19 +83,27 @@ def known(closure: Callable[[], Any], value: Any, once: bool) -> Callable[[], An
     return evaluate
 
 
-@contextlib.contextmanager
-def gradient_at_x(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def gradient_at_x(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:
     """Adds the optimizer's L2 term to the gradients now, at the present x, instead of in its step.
 
     x_{t+1} = x_t - eta (g(x_t) + wd x_t) - pull: when torch adds wd x, x has been pulled already.
     Decoupled weight decay (AdamW, Muon, ...) is no part of the gradient and stays in the step.
     """
+    decaying = [group for group in optimizer.param_groups if group.get("weight_decay", 0.0)]
+    return _decay_added(optimizer, decaying) if decaying else _nothing
+
+
+_nothing = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _decay_added(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> Iterator[None]:
     kept = []
     inner = getattr(optimizer, "optimizer", optimizer)  # RunningAverage's
     adds = isinstance(inner, _ADDS_L2) or fuses(inner)
-    for group in optimizer.param_groups:
-        decay = group.get("weight_decay", 0.0)
-        if decay and adds and not group.get("decoupled_weight_decay", False):
+    for group in groups:
+        decay = group["weight_decay"]
+        if adds and not group.get("decoupled_weight_decay", False):
             sign = -1.0 if group.get("maximize") else 1.0
             for p in group["params"]:
                 if p.grad is not None:
@@ -127,7 +135,7 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
     makes it anew: it may be a point of parameter space, of which 0 is no start.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # RunningAverage's
-    if _is_foreign(inner):
+    if is_foreign(inner):
         inner.state.clear()
         return
     for group in optimizer.param_groups:

@@ -81,8 +81,8 @@ class Level:
 
     Attributes:
         world_ranks: their ranks in the world; seats: the index of each in `views` of its island's vectors.
-        patient: meetings leave the core to others while they wait, as a thread beside the computing should; the same
-            on all ranks, as MPI does not match blocking and nonblocking collectives.
+        patient: what waits in MPI leaves the core to others, as a thread beside the computing should; the same on all
+            ranks, as MPI does not match blocking and nonblocking collectives.
     """
 
     patient = False
@@ -95,7 +95,10 @@ class Level:
         self.seats = [seats[r] for r in ranks]
         self.comm, self.rank, self.size = channel.comm, channel.comm.rank, channel.comm.size
         self.local_ranks, self.n_islands = channel.local_ranks, channel.n_islands
-        self.is_head = channel.is_head
+        self.is_head, self._meeting = channel.is_head, channel.meeting
+        others = [self.world_ranks[r] for r in self.local_ranks if r != self.rank]
+        self._near = sum(r in self._mates for r in others)
+        self._far = len(others) - self._near
 
     def table(self, row: Sequence[float]) -> np.ndarray:
         """Every rank's row of numbers, the same (size, len(row)) table on every rank.
@@ -103,30 +106,26 @@ class Level:
         Doubles as the barrier between accesses to each other's vectors. Numbers are compared after they have been
         gathered, by the same code on every rank: MPI's MIN and MINLOC disagree about a NaN.
         """
-        send = np.asarray(row, dtype=np.float64)
-        receive = np.empty((self.size, send.size))
-        self._fabric.place.sync()
-        if self.patient:
-            complete(self.comm.Iallgather(send, receive))
-        else:
-            self.comm.Allgather(send, receive)
-        self._fabric.place.sync()
-        return receive
+        self._sync()
+        table = self._meeting.table(row, self.patient)
+        self._sync()
+        return table
 
     def barrier(self) -> None:
         """All of the level have come here; what they stored before it is seen after it."""
-        self._fabric.place.sync()
-        self.comm.Barrier()
-        self._fabric.place.sync()
+        self._sync()
+        self._meeting.barrier(self.patient)
+        self._sync()
 
     def fence(self) -> None:
         """Barrier among those of the level on this island; their stores before it are seen after it."""
-        self._fabric.place.sync()
-        if self.patient:
-            complete(self.channel.local.Ibarrier())
-        else:
-            self.channel.local.Barrier()
-        self._fabric.place.sync()
+        self._sync()
+        self._meeting.fence(self.patient)
+        self._sync()
+
+    def _sync(self) -> None:
+        if self._meeting.through_mpi:
+            self._fabric.place.sync()
 
     def share(self, start: int, stop: int) -> tuple[int, int]:
         """This rank's slice of a vector on which the ranks of its island work together."""
@@ -196,8 +195,8 @@ class Level:
 
     def count_local(self, nbytes: int) -> None:
         """Notes that this rank read `nbytes` of every other vector of the level on this island."""
-        for r in self.local_ranks:
-            self._count(r, 0 if r == self.rank else nbytes)
+        self._fabric.traffic.group += self._near * nbytes
+        self._fabric.traffic.across += self._far * nbytes
 
     def _count(self, owner: int, nbytes: int) -> None:
         if self.world_ranks[owner] in self._mates:

@@ -415,7 +415,7 @@ BREAKABLE = [
     Case(EASGD, {"period": 1, "overlap": True}, "overlap"),
     Case(EASGD, {"period": 1, "form": "gauss-seidel"}, "gauss-seidel"),
     Case(DiLoCo, {"period": 1, "mixing": 0.2}),
-    Case(DiLoCo, {"period": 2, "overlap": 1}, "overlap"),
+    Case(DiLoCo, {"period": 2, "overlap": 1, "mixing": 0.5}, "overlap"),
     *FREE,
     *(
         in_turns(case.method, f"turns-{case.name}", **{**case.options, "order": "round-robin"})

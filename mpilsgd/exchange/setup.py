@@ -111,6 +111,8 @@ def _allocate(m: Method, plan: Plan) -> None:
         for kind in (lambda dtype: dtype, accumulation_dtype)
     )
     m.fabric = Fabric(m.topology, _shared_bytes(m, nbytes, wide, gradients), device, m.r.private)
+    if m.course is not None:
+        m.fabric.meet_by_mpi()
     m.device, m.x, m.g, m.windows = device, {}, {}, {}
     m.flat = FlatParameters(plan, allocate=_allocator(m, m.x))
     if gradients:

@@ -12,6 +12,7 @@ import torch
 
 from mpilsgd.comm import Channel, Topology, complete, free_shared_memory
 from mpilsgd.comm.channel import cuts, pass_along, sums
+from mpilsgd.comm.meeting import Meeting, MpiMeeting
 from mpilsgd.transport.messages import Messages
 from mpilsgd.transport.windows import SharedWindows
 
@@ -56,6 +57,12 @@ class Fabric:
         narrow = self._across_dtype
         return dtype if narrow is None or narrow.itemsize >= dtype.itemsize else narrow
 
+    def meet_by_mpi(self) -> None:
+        """From now on, on all ranks: one-sided operations and messages that are under way need those who wait to
+        be inside MPI."""
+        for level in (self.world, self.group):
+            level.meeting = MpiMeeting(level.comm, level.channel.local)
+
     def free(self) -> None:
         self.place.free()
         for level in (self.group, self.world) if self._own else ():
@@ -95,7 +102,8 @@ class Level:
         self.seats = [seats[r] for r in ranks]
         self.comm, self.rank, self.size = channel.comm, channel.comm.rank, channel.comm.size
         self.local_ranks, self.n_islands = channel.local_ranks, channel.n_islands
-        self.is_head, self._meeting = channel.is_head, channel.meeting
+        self.is_head = channel.is_head
+        self.meeting: Meeting = channel.meeting
         others = [self.world_ranks[r] for r in self.local_ranks if r != self.rank]
         self._near = sum(r in self._mates for r in others)
         self._far = len(others) - self._near
@@ -107,24 +115,24 @@ class Level:
         gathered, by the same code on every rank: MPI's MIN and MINLOC disagree about a NaN.
         """
         self._sync()
-        table = self._meeting.table(row, self.patient)
+        table = self.meeting.table(row, self.patient)
         self._sync()
         return table
 
     def barrier(self) -> None:
         """All of the level have come here; what they stored before it is seen after it."""
         self._sync()
-        self._meeting.barrier(self.patient)
+        self.meeting.barrier(self.patient)
         self._sync()
 
     def fence(self) -> None:
         """Barrier among those of the level on this island; their stores before it are seen after it."""
         self._sync()
-        self._meeting.fence(self.patient)
+        self.meeting.fence(self.patient)
         self._sync()
 
     def _sync(self) -> None:
-        if self._meeting.through_mpi:
+        if self.meeting.through_mpi:
             self._fabric.place.sync()
 
     def share(self, start: int, stop: int) -> tuple[int, int]:

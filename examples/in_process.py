@@ -5,8 +5,7 @@ from mpilsgd.train.formats import read_digits
 
 
 def worker():
-    topology = mpilsgd.Topology()
-    torch.manual_seed(topology.world.rank)
+    torch.manual_seed((topology := mpilsgd.Topology()).world.rank)
     images, labels = map(torch.tensor, read_digits()[0])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     optimizer = mpilsgd.LSGD(torch.optim.SGD(model.parameters(), lr=0.2), topology, period=8)

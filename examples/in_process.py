@@ -5,13 +5,13 @@ from mpilsgd.train.formats import read_digits
 
 
 def worker():
-    (images, labels), _ = read_digits()
+    torch.manual_seed((topology := mpilsgd.Topology()).world.rank)
+    images, labels = map(torch.tensor, read_digits()[0])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    optimizer = mpilsgd.LSGD(torch.optim.SGD(model.parameters(), lr=0.2), topology := mpilsgd.Topology(), period=8)
-    for batch in torch.randint(len(labels), (200, 32), generator=torch.manual_seed(topology.world.rank)):
-        inputs, targets = torch.tensor(images)[batch] / 16, torch.tensor(labels)[batch].long()
+    optimizer = mpilsgd.LSGD(torch.optim.SGD(model.parameters(), lr=0.2), topology, period=8)
+    for batch in torch.randint(len(labels), (200, 32)):
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+        loss = torch.nn.functional.cross_entropy(model(images[batch] / 16), labels[batch].long())
         loss.backward()
         optimizer.step(loss=loss)
     return model

@@ -215,7 +215,7 @@ def left_out(item: pytest.Item, size: int) -> str:
     for mark in item.iter_markers("ranks"):
         if size not in mark.args:
             return f"needs {' or '.join(map(str, mark.args))} ranks"
-    layout = f"{size}x{NODES}" if NODES > 1 else str(size)
+    layout = TASKS or (f"{size}x{NODES}" if NODES > 1 else str(size))
     if brief and brief.args and layout not in map(str, brief.args):
         return f"needs {' or '.join(map(str, brief.args))} ranks"
     return ""

@@ -88,7 +88,7 @@ unit() {
 
 tasks() { # tasks RANKS[xNODES]: what tests methods at several ranks, with ranks that are tasks of one process
   local paths=() one
-  for one in every_method identities asynchronous life_cycle optimizers tree across_dtype; do paths+=("tests/mpi/test_$one.py"); done
+  for one in every_method identities tree across_dtype; do paths+=("tests/mpi/test_$one.py"); done
   export MPILSGD_TEST_TASKS=$1
   run "$1 tasks" "$PY" -m pytest -q -p no:cacheprovider -p no:pytest_mpi "${select_tests[@]}" \
     ${options[@]+"${options[@]}"} "${paths[@]}"
@@ -145,7 +145,7 @@ if [[ " ${parts[*]} " == *" unit "* ]]; then
   unit
   if [[ -z $slow ]]; then
     tasks 2
-    tasks 4x2
+    [[ -z $all ]] || tasks 4x2
   fi
 fi
 if [[ " ${parts[*]} " == *" mpi "* && -n $slow ]]; then

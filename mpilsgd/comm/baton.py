@@ -202,8 +202,8 @@ class Baton:
         """What `work` gives as a task of each rank."""
         before = Generators(None)
         try:
-            for rank in ranks:
-                self._generators[rank] = Generators(self.random.getrandbits(32))
+            for number, rank in enumerate(ranks):  # the same in every order
+                self._generators[rank] = Generators(number)
             tasks = [Task(self, rank, str(rank), work) for rank in ranks]
             self.holder = self._choose(tasks[0])
             self.holder.turn.release()

@@ -28,7 +28,7 @@ def in_process(
     Args:
         worker: called once for each, without arguments.
         workers: how many.
-        seed: of the order. What the workers themselves draw is their own business, as under mpiexec.
+        seed: of the order alone. The generators of worker r begin with seed r, in every order.
         nodes: they lie on so many nodes, in consecutive blocks: between nodes vectors travel as messages.
         patience: seconds after which it is told that a worker blocks or computes while the others wait for it.
 

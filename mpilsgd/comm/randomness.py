@@ -16,7 +16,7 @@ _MT19937 = 625 * 4  # bytes: the words and the place among them
 class Generators:
     """Python's, numpy's and torch's default ones, of which one task's at a time are in place.
 
-    Args: seed: stands for what Python's and numpy's take from the system in a new process; None: as they are now.
+    Args: seed: stands for what a new process takes from the system; None: as they are now.
     """
 
     def __init__(self, seed: int | None):
@@ -27,7 +27,8 @@ class Generators:
             self._bits: Any = _numpy.get_bit_generator()
             self.keep()
             return
-        self._python, self._torch = random.Random(seed).getstate(), torch.Generator().get_state()
+        self._python = random.Random(seed).getstate()
+        self._torch = torch.Generator().manual_seed(seed).get_state()
         self._bits = np.random.MT19937(seed)
         self._first = self._raw()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ DTYPES: dict[torch.dtype, Any] = {
 HALF = (torch.bfloat16, torch.float16)
 INLINE_PEERS = 64  # more go through device memory (cuda.cu)
 _warned: set[str] = set()
+_PACKAGE = str(Path(__file__).parent)
 
 
 class FallbackWarning(UserWarning):
@@ -71,11 +74,15 @@ def where_to_run(x: Tensor, stats: bool, n_peers: int = 0, seed: int = 0) -> Any
 
 
 def _warn(problem: str, hint: str) -> None:
-    if problem not in _warned:
-        _warned.add(problem)
-        warnings.warn(
-            f"{problem}: slower torch operations take their place ({hint})", FallbackWarning, stacklevel=4
-        )
+    """Once, at the line that called the package."""
+    if problem in _warned:
+        return
+    _warned.add(problem)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    told = f"{problem}: slower torch operations take their place ({hint})"
+    warnings.warn(told, FallbackWarning, stacklevel=level)
 
 
 def moved(result: tuple[float, bool, bool, tuple[int, ...]] | None) -> Moved | None:

@@ -8,7 +8,9 @@ once, at the store: to nearest, or by chance where a small pull would be lost (`
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -216,7 +218,7 @@ def iterate(x: Tensor, velocity: Tensor, momentum: float, sign: float) -> None:
     x.copy_(_wide(x) + (sign * momentum) * _wide(velocity))
 
 
-# --- push into a centre ---------------------------------------------------------------------------
+# --- push into a centre, outer step ---------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -237,9 +239,6 @@ def push(
     center.copy_(c)
     x.copy_(c if velocity is None else c + momentum * u)
     anchor.copy_(x)
-
-
-# --- outer step -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -274,11 +273,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
     """The sum in the order of the terms (sum() would start with an int)."""
-    result: Tensor | None = None
-    for term in terms:
-        result = term if result is None else result + term
-    assert result is not None, "a sum over no peers"
-    return result
+    return functools.reduce(operator.add, terms)
 
 
 def _moved(before: Sequence[Tensor], after: Sequence[Tensor], sources: Sequence[Tensor]) -> Moved:

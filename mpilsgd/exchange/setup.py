@@ -9,11 +9,12 @@ import torch
 
 from mpilsgd import bound
 from mpilsgd.exchange import leaving
-from mpilsgd.exchange.behind import BEHIND, BehindSteps
+from mpilsgd.exchange.behind import BEHIND
 from mpilsgd.exchange.clocks import TwoPeriods
 from mpilsgd.exchange.course import Course, course_problems
 from mpilsgd.exchange.edges import Edges
 from mpilsgd.exchange.equality import agreed, broadcast_rest, laid_out
+from mpilsgd.exchange.landing import BehindSteps
 from mpilsgd.exchange.metrics import Metrics
 from mpilsgd.exchange.published import Published
 from mpilsgd.exchange.rules import check_verbs

@@ -245,8 +245,7 @@ def push(
 def outer(center: Tensor, velocity: Tensor, mean: Tensor, lr: float, momentum: float) -> None:
     """g = c - mean;  u <- momentum u + g;  c <- c - lr (g + momentum u) = mean + (1 - lr) g - lr momentum u"""
     c, m = _wide(center), _wide(mean)
-    g = elastic_term(c, m)
-    u = momentum * _wide(velocity) + g
+    u = momentum * _wide(velocity) + (g := elastic_term(c, m))
     velocity.copy_(u)
     center.copy_(torch.where(torch.isfinite(m), m, c) + (1 - lr) * g - (lr * momentum) * u)
 

@@ -105,25 +105,24 @@ struct Change {
   A before, after;
 };
 
-// Runs over a tile and takes its statistics: step(j) makes and returns the change of element j, at `after` lie
-// the values when all is done, the sources are the tiles of leaders. Returns whether all was finite before.
+// Runs over a tile and takes its statistics: step(j) makes and returns the change of element j, the sources
+// are the tiles of leaders. Returns whether all was finite before.
 template <class A, class Step, class... Source>
-bool measure(int m, Tally& tally, const A* after, Step step, const Source*... sources) {
-  Flaws<A> flaws_before = 0, flaws_of_moves = 0, flaws_of_sources = 0;
+bool measure(int m, Tally& tally, Step step, const Source*... sources) {
+  Flaws<A> flaws_before = 0, flaws_after = 0, flaws_of_sources = 0;
   double squares = 0;
-#pragma omp simd reduction(| : flaws_before, flaws_of_moves, flaws_of_sources) reduction(+ : squares)
+#pragma omp simd reduction(| : flaws_before, flaws_after, flaws_of_sources) reduction(+ : squares)
   for (int j = 0; j < m; ++j) {
     flaws_of_sources |= (Flaws<A>(0) | ... | flaw(sources[j]));  // first: one may be what is moved
     const Change<A> change = step(j);
     flaws_before |= flaw(change.before);
+    flaws_after |= flaw(change.after);
     const A moved = change.after - change.before;
-    flaws_of_moves |= flaw(moved);  // also where a value is not finite afterwards
     const double distance = is_finite(moved) ? moved : A(0);
     squares += distance * distance;
   }
   tally.squared_distance += squares;
-  // a move from one end of the type's range to the other is not finite either
-  tally.finite &= !flaws_before && (!flaws_of_moves || all_finite(after, m));
+  tally.finite &= !(flaws_before | flaws_after);
   tally.source_finite &= !flaws_of_sources;
   return !flaws_before;
 }
@@ -145,14 +144,14 @@ bool move(T* p, Acc<T>* x, int m, bool stats, Tally& tally, Update update, const
       x[j] = after;
       return Change<A>{before, after};
     };
-    return measure<A>(m, tally, x, step, sources...);
+    return measure<A>(m, tally, step, sources...);
   } else {
     Buffer<A> after;
 #pragma omp simd
     for (int j = 0; j < m; ++j) after.data[j] = update(x[j], j);
     narrow(after.data, p, m);
     widen(p, after.data, m);  // what was stored counts
-    return measure<A>(m, tally, after.data, [x, &after](int j) { return Change<A>{x[j], after.data[j]}; }, sources...);
+    return measure<A>(m, tally, [x, &after](int j) { return Change<A>{x[j], after.data[j]}; }, sources...);
   }
 }
 

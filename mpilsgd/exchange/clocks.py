@@ -75,7 +75,8 @@ class TwoPeriods(Every):
 
     def due(self, t: int) -> Due:
         steps, odd = divmod(t, self._workers)
-        return NOTHING if odd else Due(steps % self.period == 0, steps % self.global_period == 0)
+        group, world = steps % self.period == 0, steps % self.global_period == 0
+        return NOTHING if odd or not (group or world) else Due(group, world)
 
     def after(self, t: int) -> int:
         """The next t at which anything is due."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from mpilsgd import bound, kernels
@@ -40,7 +41,7 @@ class Leaders(Verbs):
         if len(terms) == 2 and m.topology.n_groups == 1:  # one leader of both: it comes once
             terms = [(*terms[1][:2], rate + global_rate)]
         self._pull(terms, found)
-        *bad, square, share = self.level.table(found).sum(axis=0).tolist()
+        *bad, square, share = np.add.reduce(self.level.table(found)).tolist()
         moved = sum(r for *_, r in terms)
         if share and moved:
             m.metrics.distance = math.sqrt(square / share) / moved
@@ -55,7 +56,7 @@ class Leaders(Verbs):
         m.note_leaders(
             None if near is None else group[near],
             far,
-            None if self._everyone is None else self._everyone.score,
+            None if self._everyone is None else self._everyone.scores,
         )
         return near, far
 
@@ -66,10 +67,8 @@ class Leaders(Verbs):
         global one does so last, piece by piece behind the others.
         """
         m, group = self.m, self.m.fabric.group
-        leaders = {level.world_ranks[leader] for level, leader, _ in terms}
-        # an only leader stays; one of two moves to the other, behind its followers
-        movers = [r for r in group.local_ranks if {group.world_ranks[r]} != leaders]
-        movers.sort(key=lambda r: group.world_ranks[r] in leaders)
+        those = tuple((level is group, leader, rate) for level, leader, rate in terms)
+        leaders, movers = self.once(("movers", those), partial(self._movers, terms))
         for d, window in m.x.items():
             pulled: list[tuple[torch.Tensor, float]] = []
             parts: Iterable[tuple[int, int]] = ()
@@ -82,7 +81,7 @@ class Leaders(Verbs):
                 found[self.level.rank] += not kernels.check(window.mine[: m.n[d]])
                 continue
             for start, stop in parts:  # while the next one comes
-                key = "pull", d, start, stop, tuple((level is group, *term) for level, *term in terms)
+                key = "pull", d, start, stop, those
                 for pull in self.once(key, partial(self._bind, d, movers, pulled, start, stop)):
                     moved = pull(stats=True, seed=self.joined)
                     assert moved is not None
@@ -93,6 +92,14 @@ class Leaders(Verbs):
                         found[self.level.world_ranks.index(world_rank)] += 1
                     found[-2] += moved.squared_distance
         found[-1] = len(movers) / len(group.local_ranks)
+
+    def _movers(self, terms: list[tuple[Level, int, float]]) -> tuple[set[int], list[int]]:
+        """The leaders' ranks in the world, and in the group those of the workers here that go to them."""
+        group = self.m.fabric.group
+        leaders = {level.world_ranks[leader] for level, leader, _ in terms}
+        # an only leader stays; one of two moves to the other, behind its followers
+        movers = [r for r in group.local_ranks if {group.world_ranks[r]} != leaders]
+        return leaders, sorted(movers, key=lambda r: group.world_ranks[r] in leaders)
 
     def _bind(
         self,
@@ -140,7 +147,7 @@ class Leaders(Verbs):
                 m.refuse_if_all(set(range(m.fabric.world.size)))
             return  # a whole group: the next global round sets it back
         assert self.rows is not None
-        score = self.rows.score
+        score = self.rows.scores
         source = min((r for r in range(level.size) if r not in bad), key=lambda r: (score[r], r))
         if level.rank in bad:
             m.begin_anew()

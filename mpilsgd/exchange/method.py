@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 
 from mpilsgd.comm import Refused, Topology, inquiry
 from mpilsgd.exchange import centre, leaving, setup, state
-from mpilsgd.exchange.base import Exchange
+from mpilsgd.exchange.base import Exchange, without_grad
 from mpilsgd.exchange.clocks import Every
 from mpilsgd.exchange.rows import CLOSE, ROUND
 from mpilsgd.exchange.rules import check_free_name, check_names, check_rule, complete
@@ -149,11 +149,12 @@ class Method(Worker):
     step.hooked = True  # type: ignore[attr-defined]  # torch's own, for profilers and all optimizers, runs in the one inside
 
     def _one_step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
-        self._refuse_if_unfit()
+        if self._lent or not self._open:
+            self._refuse()
+        self._members.check(self.optimizer)
         clock, r, rounds = self.clock, self.r, self.metrics.rounds
-        if not self.computes:
-            with torch.no_grad():
-                r.idle()
+        if not self._computes:
+            without_grad(r.idle)
             self.t += 1
             return loss
         if closure is not None and (clock.first or clock.looks):
@@ -165,17 +166,16 @@ class Method(Worker):
             result = self._exchange_and_step(closure, loss)
         elif clock.looks and clock.gives_way([p.grad for p in self.flat.parameters if p.grad is not None]):
             result = None
-            with torch.no_grad():
-                r.exchange(ROUND)
+            without_grad(r.exchange, ROUND)
             clock.broken = False
         else:
-            self._hook()
+            if self._hooked:
+                without_grad(self.before_step)
             result = local_step(self, closure)
         loss = result if loss is None else loss
         self.t += 1
         if self._observes and not clock.first:
-            with torch.no_grad():
-                self.observe(loss)
+            without_grad(self.observe, loss)
         r.stepped()
         if self.metrics.rounds != rounds:
             self.flat.touched()
@@ -184,30 +184,22 @@ class Method(Worker):
     def _exchange_and_step(self, closure: Callable[[], Any] | None, loss: Any) -> Any:
         """The exchange, then the local step with the gradient as it was before it."""
         if self._observes:
-            with torch.no_grad():
-                self.observe(loss)
+            without_grad(self.observe, loss)
         due = self.r.is_due()
         if not due and not self._hooked:
             return local_step(self, closure)
         with contextlib.nullcontext() if self.guard == "g" else gradient_at_x(self.optimizer):
             if due:
-                with torch.no_grad():
-                    self.r.run()
-            self._hook()
+                without_grad(self.r.run)
+            if self._hooked:
+                without_grad(self.before_step)
             return local_step(self, closure)
 
-    def _hook(self) -> None:
-        if self._hooked:
-            with torch.no_grad():
-                self.before_step()
-
-    def _refuse_if_unfit(self) -> None:
+    def _refuse(self) -> NoReturn:
         self._refuse_if_closed()
-        if self._lent:
-            raise RuntimeError(
-                "step() inside center(): the parameters there are the centre, and go back afterwards"
-            )
-        self._members.check(self.optimizer)
+        raise RuntimeError(
+            "step() inside center(): the parameters there are the centre, and go back afterwards"
+        )
 
     def _refuse_if_closed(self) -> None:
         if not self._open:

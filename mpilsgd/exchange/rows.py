@@ -26,40 +26,48 @@ class Row(NamedTuple):
 class Rows:
     """The rows of all, in rank order; each field of a row is one array.
 
-    came: the rows of those who came for a round; round: the step at which it is held, None if nobody came for one.
+    round: the step at which a round is held, None if nobody came for one. methods, stamps: which there are, stamps of
+    those who came for one. scores: as Python's numbers.
     """
 
     def __init__(self, table: np.ndarray):
-        self.method, self.purpose, self.stamp, self.fit, self.score, self.behind = table.T
-        came = self.purpose == ROUND
-        self._came = None if came.all() else Rows(table[came])
-        self.round = int(self.came.stamp[0]) if len(self.came.stamp) else None
+        self._table = table
+        # the numbers are few, and looked through faster as Python's
+        methods, purposes, come, self._fit, self.scores, _ = zip(*table.tolist(), strict=True)
+        stamps = [stamp for stamp, purpose in zip(come, purposes, strict=True) if purpose == ROUND]
+        self.methods, self.stamps = set(methods), set(stamps)
+        self.round = int(stamps[0]) if stamps else None
+        self._all_came = len(stamps) == len(table)
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name not in Row._fields:
+            raise AttributeError(name)
+        column: np.ndarray = self._table[:, Row._fields.index(name)]
+        return column
 
     @property
     def came(self) -> Rows:
-        return self if self._came is None else self._came
+        """The rows of those who came for a round: one at least."""
+        return self if self._all_came else Rows(self._table[self.purpose == ROUND])
 
     def best(self) -> int | None:
         """The rank with the least score, the lowest among equals; None if no score is finite."""
-        best = int(np.argmin(self.score))  # a NaN, if there is one
-        if math.isfinite(self.score[best]):
-            return best
-        return int(np.nanargmin(self.score)) if np.isfinite(self.score).any() else None
+        finite = [score for score in self.scores if math.isfinite(score)]
+        return self.scores.index(min(finite)) if finite else None
 
     def broken(self) -> set[int]:
-        return set() if self.fit.all() else {r for r, fit in enumerate(self.fit) if not fit}
+        return {r for r, fit in enumerate(self._fit) if not fit}
 
 
 def checked(table: np.ndarray) -> Rows:
     """A table of rows, if they belong together; a RuntimeError on every rank if they do not."""
     rows = Rows(table)
-    if (rows.method != rows.method[0]).any():
+    if len(rows.methods) > 1:
         raise RuntimeError(
             "workers came to rounds of different methods: with several methods, give all workers equally many batches"
         )
-    if (rows.came.stamp != rows.round).any():
+    if len(rows.stamps) > 1:
         raise RuntimeError(
-            f"workers came to one round at different steps {sorted(set(map(int, rows.came.stamp)))}: are their periods "
-            "equal?"
+            f"workers came to one round at different steps {sorted(map(int, rows.stamps))}: are their periods equal?"
         )
     return rows

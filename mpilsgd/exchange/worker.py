@@ -118,7 +118,7 @@ class Worker(Wrapper):
             m.leader = far
             m.leaders[next(j for j, ranks in enumerate(groups) if far in ranks)] = far
             for j, ranks in enumerate(groups) if scores is not None else ():
-                m.leaders[j] = min(ranks, key=lambda r: (scores[r], r))
+                m.leaders[j] = min(ranks, key=scores.__getitem__)  # the first of equals
         elif near is not None and len(groups) == 1:
             m.leader = near
         m.leads += me == (near if near is not None else far)

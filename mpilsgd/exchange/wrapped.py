@@ -61,8 +61,10 @@ class Members:
             if several is not None:
                 raise ValueError(several)
             self._one_point = len(optimizer.state) > 0
-        same = sum(len(group["params"]) for group in optimizer.param_groups) == self._count
-        if same and not any(p.requires_grad for p in self._frozen):
+        count = 0
+        for group in optimizer.param_groups:
+            count += len(group["params"])
+        if count == self._count and not any([p.requires_grad for p in self._frozen]):
             return
         for group in optimizer.param_groups:
             for p in group["params"]:

@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Start it with a launcher: mpiexec -n 4 mpilsgd bench exchange",
     )
     exchange.add_argument(
-        "--bytes", type=_positive, default=40_000_000, help="model size in bytes (default: 40e6)"
+        "--bytes",
+        type=_positive,
+        default=40_000_000,
+        help="model size in bytes (default: 40e6); 4e3 shows what a round costs beside its bytes",
     )
     for part, repetitions in ((kernels, 11), (exchange, 21)):
         part.add_argument(

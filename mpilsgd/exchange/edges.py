@@ -14,8 +14,8 @@ from mpilsgd import kernels
 from mpilsgd.comm import Edge, Inbox, Links, wait_until
 from mpilsgd.exchange.base import Exchange
 from mpilsgd.exchange.rows import CENTER
-from mpilsgd.exchange.vectors import Span, Vector, load, save
-from mpilsgd.layout import padded
+from mpilsgd.exchange.vectors import Span, Vector, accumulation_dtype, load, save
+from mpilsgd.transport import Wire
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
@@ -38,6 +38,7 @@ class _Node:
     index: int
     x: Vectors
     edges: list[Edge]
+    residual: Vectors  # what its messages in few bits have not said yet
     t: int = 0
 
 
@@ -65,6 +66,7 @@ class Edges(Exchange):
         m, tree = self.m, self.tree
         # lock-step: a leaf's next message may come before its last one is taken
         self._links = Links(m.fabric.world, newest=not self.lock_step, tags=2 * len(tree.parent))
+        self.base = self._common_base()
         self._own = [self._node(i) for i, host in enumerate(tree.host) if host == m.topology.world.rank]
         with m.iterates():
             if m.init == "different":
@@ -80,7 +82,19 @@ class Edges(Exchange):
         exchanged = {d: w.mine[: m.n[d]] for d, w in m.x.items()}
         x = exchanged if i == m.topology.world.rank else {d: v.clone() for d, v in exchanged.items()}
         edges = [] if i == tree.root else [self._edge(i, tree.parent[i], up=True)]
-        return _Node(i, x, edges + [self._edge(child, child, up=False) for child in tree.children[i]])
+        edges += [self._edge(child, child, up=False) for child in tree.children[i]]
+        coded = self.base if any(edge.narrow for edge in edges) else {}
+        return _Node(i, x, edges, {d: torch.zeros_like(v) for d, v in coded.items()})
+
+    def _common_base(self) -> Vectors:
+        """In few bits messages are differences from rank 0's start, which all know. Collective."""
+        m, world, base = self.m, self.m.fabric.world, dict[torch.dtype, torch.Tensor]()
+        for d, window in m.x.items():
+            if world.n_islands > 1 and m.fabric.wire(d).coded:
+                start = world.bring(window, 0, m.scratch.get(d), exact=True)[: m.n[d]]
+                base[d] = start.to(accumulation_dtype(d), copy=True)
+                world.barrier()
+        return base
 
     def _edge(self, child: int, other: int, up: bool) -> Edge:
         """The edge above `child`, seen from its lower end (up) or its upper end, to the tree node `other`."""
@@ -107,20 +121,43 @@ class Edges(Exchange):
 
     # Messages: a head, then the vectors
 
-    def _types(self, narrow: bool) -> Iterator[tuple[torch.dtype, torch.dtype]]:
-        """The vectors' types, and those in a message."""
-        return ((d, self.m.fabric.wire(d) if narrow else d) for d in self.m.x)
+    def _wires(self, narrow: bool) -> Iterator[tuple[torch.dtype, Wire]]:
+        """How each type's vector is in a message."""
+        return ((d, self.m.fabric.wire(d) if narrow else Wire(d, d)) for d in self.m.x)
 
     def _message_bytes(self, narrow: bool) -> int:
-        return _HEAD + sum(padded(self.m.n[d], wire) * wire.itemsize for d, wire in self._types(narrow))
+        return _HEAD + sum(_padded(wire.nbytes(self.m.n[d])) for d, wire in self._wires(narrow))
 
     def _open_message(self, memory: np.ndarray, narrow: bool) -> tuple[torch.Tensor, Vectors]:
-        """A message's head (whether it is finite, seconds a step) and vectors."""
+        """A message's head (whether it is finite, seconds a step) and the bytes of its vectors."""
         whole, at, vectors = torch.from_numpy(memory), _HEAD, {}
-        for d, wire in self._types(narrow):
-            vectors[d] = whole[at : at + self.m.n[d] * wire.itemsize].view(wire)
-            at += padded(self.m.n[d], wire) * wire.itemsize
+        for d, wire in self._wires(narrow):
+            vectors[d] = whole[at : at + wire.nbytes(self.m.n[d])]
+            at += _padded(len(vectors[d]))
         return whole[:16].view(torch.float64), vectors
+
+    def _write(self, node: _Node, memory: np.ndarray, narrow: bool) -> None:
+        head, vectors = self._open_message(memory, narrow)
+        fit = []
+        for d, wire in self._wires(narrow):
+            x, kept = node.x[d], {}
+            if wire.coded:
+                kept = {"base": self.base[d], "residual": node.residual[d]}
+            wire.encode(x, vectors[d], **kept)
+            fit.append(kernels.check(x if wire.coded else vectors[d].view(wire.travels)))
+        head[0], head[1] = all(fit), self._seconds
+
+    def _read(self, memory: np.ndarray, narrow: bool) -> tuple[bool, Vectors]:
+        """Whether a message is finite, and its vectors."""
+        head, vectors = self._open_message(memory, narrow)
+        for d, wire in self._wires(narrow):
+            codes = vectors[d]
+            if wire.coded:
+                vectors[d] = torch.empty(self.m.n[d], dtype=d)
+                wire.decode(codes, vectors[d], base=self.base[d])
+            else:
+                vectors[d] = codes.view(wire.travels)
+        return bool(head[0]), vectors
 
     # A pass, and its verbs
 
@@ -141,11 +178,7 @@ class Edges(Exchange):
         m.metrics.skipped += len(due) - len(free)
         for narrow in {edge.narrow for edge in free}:
             memory = links.fresh(self._message_bytes(narrow))
-            head, vectors = self._open_message(memory, narrow)
-            for d, x in node.x.items():
-                vectors[d].copy_(x)
-            head[0] = all([kernels.check(v) for v in vectors.values()])
-            head[1] = self._seconds
+            self._write(node, memory, narrow)
             for edge in free:
                 if edge.narrow is narrow:
                     edge.out.send(memory)
@@ -156,13 +189,14 @@ class Edges(Exchange):
         for edge in self.node.edges:
             if not self._came(self.node, edge):
                 continue
-            head, vectors = self._open_message(edge.into.message(), edge.narrow)
-            yield bool(head[0]), vectors
+            message = edge.into.message()
+            yield self._read(message, edge.narrow)
+            head, codes = self._open_message(message, edge.narrow)
             if not (edge.above or m.computes):
                 self._seconds = float(head[1])
             m.metrics.rounds += 1
             if isinstance(edge.into, Inbox):
-                nbytes = sum(v.numel() * v.element_size() for v in vectors.values())
+                nbytes = sum(map(len, codes.values()))
                 near = edge.rank in m.topology.groups[m.topology.group_index]
                 m.fabric.traffic.group += nbytes * near
                 m.fabric.traffic.across += nbytes * (not near)
@@ -270,8 +304,8 @@ class Edges(Exchange):
         for node in self._own:
             lying = [[torch.from_numpy(memory.copy()) for memory in edge.into.lying()] for edge in node.edges]
             inner = node.index >= self.m.p
-            nodes.append((node.t, save(node.x) if inner else {}, lying))
-        return {"nodes": nodes, "seconds": self._seconds, "layout": self._layout()}
+            nodes.append((node.t, save(node.x) if inner else {}, lying, save(node.residual)))
+        return {"nodes": nodes, "seconds": self._seconds, "layout": self._layout(), "base": save(self.base)}
 
     def _layout(self) -> list[Any]:
         """What a state is bound to."""
@@ -286,8 +320,10 @@ class Edges(Exchange):
     def load(self, state: dict[str, Any]) -> None:
         self.wakes()
         self._seconds, self._revived = state["seconds"], -1
-        for node, (t, x, lying) in zip(self._own, state["nodes"], strict=True):
+        load(self.base, state["base"])
+        for node, (t, x, lying, residual) in zip(self._own, state["nodes"], strict=True):
             node.t = t
+            load(node.residual, residual)
             if x:
                 load(node.x, x)
             for edge, messages in zip(node.edges, lying, strict=True):
@@ -297,3 +333,8 @@ class Edges(Exchange):
         self._own = []
         if self._links is not None:
             self._links.free()
+
+
+def _padded(nbytes: int) -> int:
+    """To whole cache lines."""
+    return -(-nbytes // 64) * 64

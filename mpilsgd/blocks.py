@@ -144,7 +144,8 @@ def _decode(
     for at, m, first, size in _runs(v.numel(), kind, bits):
         stop = at + m if m < BLOCK else v.numel() - v.numel() % BLOCK
         blocks = codes[first : first + (stop - at) // m * size].view(-1, size)
-        scale, whole = blocks[:, : kind.itemsize].contiguous().view(kind), blocks[:, kind.itemsize :]
+        scale = blocks[:, : kind.itemsize].clone().flatten().view(kind)[:, None]
+        whole = blocks[:, kind.itemsize :]
         if bits == 4:
             halves = torch.cat([whole & 15, whole >> 4], 1)[:, :m]
             numbers = (halves.to(torch.int8) ^ 8) - 8

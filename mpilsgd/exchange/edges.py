@@ -13,16 +13,15 @@ import torch
 from mpilsgd import kernels
 from mpilsgd.comm import Edge, Inbox, Links, wait_until
 from mpilsgd.exchange.base import Exchange
+from mpilsgd.exchange.edge_messages import Messages
 from mpilsgd.exchange.rows import CENTER
-from mpilsgd.exchange.vectors import Span, Vector, accumulation_dtype, load, save
-from mpilsgd.transport import Wire
+from mpilsgd.exchange.vectors import Span, Vector, load, save
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
 
 Vectors = dict[torch.dtype, torch.Tensor]
 
-_HEAD = 64  # bytes before the vectors of a message: whether they are finite, and the seconds of a leaf's step
 _PAUSE = 5e-4  # seconds between two looks of an inner rank
 _UNKNOWN = 0.05  # seconds of a pass as long as no leaf has told of its step
 _MEMORY = 0.9  # of the mean of a step's seconds
@@ -66,7 +65,7 @@ class Edges(Exchange):
         m, tree = self.m, self.tree
         # lock-step: a leaf's next message may come before its last one is taken
         self._links = Links(m.fabric.world, newest=not self.lock_step, tags=2 * len(tree.parent))
-        self.base = self._common_base()
+        self._messages = Messages(m)
         self._own = [self._node(i) for i, host in enumerate(tree.host) if host == m.topology.world.rank]
         with m.iterates():
             if m.init == "different":
@@ -83,18 +82,8 @@ class Edges(Exchange):
         x = exchanged if i == m.topology.world.rank else {d: v.clone() for d, v in exchanged.items()}
         edges = [] if i == tree.root else [self._edge(i, tree.parent[i], up=True)]
         edges += [self._edge(child, child, up=False) for child in tree.children[i]]
-        coded = self.base if any(edge.narrow for edge in edges) else {}
+        coded = self._messages.base if any(edge.narrow for edge in edges) else {}
         return _Node(i, x, edges, {d: torch.zeros_like(v) for d, v in coded.items()})
-
-    def _common_base(self) -> Vectors:
-        """In few bits messages are differences from rank 0's start, which all know. Collective."""
-        m, world, base = self.m, self.m.fabric.world, dict[torch.dtype, torch.Tensor]()
-        for d, window in m.x.items():
-            if world.n_islands > 1 and m.fabric.wire(d).coded:
-                start = world.bring(window, 0, m.scratch.get(d), exact=True)[: m.n[d]]
-                base[d] = start.to(accumulation_dtype(d), copy=True)
-                world.barrier()
-        return base
 
     def _edge(self, child: int, other: int, up: bool) -> Edge:
         """The edge above `child`, seen from its lower end (up) or its upper end, to the tree node `other`."""
@@ -104,7 +93,7 @@ class Edges(Exchange):
         peer = self.tree.host[other]
         narrow = peer not in self.m.fabric.world.local_ranks
         out = self._links.out(peer, tags[ours])
-        into = self._links.into(peer, tags[theirs], self._message_bytes(narrow))
+        into = self._links.into(peer, tags[theirs], self._messages.nbytes(narrow))
         return Edge(out, into, up, peer, narrow, every[ours], every[theirs])
 
     def _start_at_mean(self) -> None:
@@ -118,46 +107,6 @@ class Edges(Exchange):
                 x.copy_(m.x[d].mine[: m.n[d]])
         for d, x in own.items() if m.computes else ():
             m.x[d].mine.copy_(x)
-
-    # Messages: a head, then the vectors
-
-    def _wires(self, narrow: bool) -> Iterator[tuple[torch.dtype, Wire]]:
-        """How each type's vector is in a message."""
-        return ((d, self.m.fabric.wire(d) if narrow else Wire(d, d)) for d in self.m.x)
-
-    def _message_bytes(self, narrow: bool) -> int:
-        return _HEAD + sum(_padded(wire.nbytes(self.m.n[d])) for d, wire in self._wires(narrow))
-
-    def _open_message(self, memory: np.ndarray, narrow: bool) -> tuple[torch.Tensor, Vectors]:
-        """A message's head (whether it is finite, seconds a step) and the bytes of its vectors."""
-        whole, at, vectors = torch.from_numpy(memory), _HEAD, {}
-        for d, wire in self._wires(narrow):
-            vectors[d] = whole[at : at + wire.nbytes(self.m.n[d])]
-            at += _padded(len(vectors[d]))
-        return whole[:16].view(torch.float64), vectors
-
-    def _write(self, node: _Node, memory: np.ndarray, narrow: bool) -> None:
-        head, vectors = self._open_message(memory, narrow)
-        fit = []
-        for d, wire in self._wires(narrow):
-            x, kept = node.x[d], {}
-            if wire.coded:
-                kept = {"base": self.base[d], "residual": node.residual[d]}
-            wire.encode(x, vectors[d], **kept)
-            fit.append(kernels.check(x if wire.coded else vectors[d].view(wire.travels)))
-        head[0], head[1] = all(fit), self._seconds
-
-    def _read(self, memory: np.ndarray, narrow: bool) -> tuple[bool, Vectors]:
-        """Whether a message is finite, and its vectors."""
-        head, vectors = self._open_message(memory, narrow)
-        for d, wire in self._wires(narrow):
-            codes = vectors[d]
-            if wire.coded:
-                vectors[d] = torch.empty(self.m.n[d], dtype=d)
-                wire.decode(codes, vectors[d], base=self.base[d])
-            else:
-                vectors[d] = codes.view(wire.travels)
-        return bool(head[0]), vectors
 
     # A pass, and its verbs
 
@@ -177,8 +126,8 @@ class Edges(Exchange):
         free = [e for e in due if node.t % (e.send_every * e.stride) == 0 and e.gets_through()]
         m.metrics.skipped += len(due) - len(free)
         for narrow in {edge.narrow for edge in free}:
-            memory = links.fresh(self._message_bytes(narrow))
-            self._write(node, memory, narrow)
+            memory = links.fresh(self._messages.nbytes(narrow))
+            self._messages.write(memory, narrow, node.x, node.residual, self._seconds)
             for edge in free:
                 if edge.narrow is narrow:
                     edge.out.send(memory)
@@ -190,8 +139,8 @@ class Edges(Exchange):
             if not self._came(self.node, edge):
                 continue
             message = edge.into.message()
-            yield self._read(message, edge.narrow)
-            head, codes = self._open_message(message, edge.narrow)
+            head, codes = self._messages.open(message, edge.narrow)
+            yield self._messages.read(message, edge.narrow)
             if not (edge.above or m.computes):
                 self._seconds = float(head[1])
             m.metrics.rounds += 1
@@ -228,7 +177,7 @@ class Edges(Exchange):
 
     def _wait(self, true: Callable[[], bool], edge: Edge) -> None:
         """Lock-step: until the other end has come as far."""
-        end = time.perf_counter() + _PATIENCE + self._message_bytes(edge.narrow) / _SLOWEST
+        end = time.perf_counter() + _PATIENCE + self._messages.nbytes(edge.narrow) / _SLOWEST
 
         def come() -> bool:
             assert self._links is not None
@@ -305,11 +254,11 @@ class Edges(Exchange):
             lying = [[torch.from_numpy(memory.copy()) for memory in edge.into.lying()] for edge in node.edges]
             inner = node.index >= self.m.p
             nodes.append((node.t, save(node.x) if inner else {}, lying, save(node.residual)))
-        return {"nodes": nodes, "seconds": self._seconds, "layout": self._layout(), "base": save(self.base)}
+        return {"nodes": nodes, "seconds": self._seconds, "layout": self._layout(), "base": save(self._messages.base)}
 
     def _layout(self) -> list[Any]:
         """What a state is bound to."""
-        sizes = [self._message_bytes(edge.narrow) for node in self._own for edge in node.edges]
+        sizes = [self._messages.nbytes(edge.narrow) for node in self._own for edge in node.edges]
         return [self.tree.parent, self.tree.host, sizes]
 
     def misfit(self, state: dict[str, Any]) -> str | None:
@@ -320,7 +269,7 @@ class Edges(Exchange):
     def load(self, state: dict[str, Any]) -> None:
         self.wakes()
         self._seconds, self._revived = state["seconds"], -1
-        load(self.base, state["base"])
+        load(self._messages.base, state["base"])
         for node, (t, x, lying, residual) in zip(self._own, state["nodes"], strict=True):
             node.t = t
             load(node.residual, residual)
@@ -333,8 +282,3 @@ class Edges(Exchange):
         self._own = []
         if self._links is not None:
             self._links.free()
-
-
-def _padded(nbytes: int) -> int:
-    """To whole cache lines."""
-    return -(-nbytes // 64) * 64

@@ -13,6 +13,7 @@ from harness import WORLD, Case, Layout, Run, check_together, distance
 from method_cases import SGD, in_turns
 from mpi4py import MPI
 from problems import Buffered, LeastSquares, Quadratic, flatten, state_of
+from simulation import Local
 
 import mpilsgd
 from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, DiLoCo, Downpour, EASGDTree, LocalSGD
@@ -66,12 +67,19 @@ NODE.Free()
 by_shared = pytest.mark.parametrize(
     "shared", [False, *([True] if NODES > 1 else [])], ids=lambda v: "windows" if v else "messages"
 )
+by_both = pytest.mark.parametrize(
+    ("across", "shared"),
+    [("int8", False), ("int4", NODES > 1)],
+    ids=lambda v: v if isinstance(v, str) else "windows" if v else "messages",
+)
 
 
-def started(case: Case, across: Any, shared: bool, problem: Any = None, **options: Any) -> Run:
+def started(
+    case: Case, across: Any, shared: bool, problem: Any = None, local: Local = SGD, **options: Any
+) -> Run:
     topo = mpilsgd.Topology(shared=shared, across_dtype=across)
     layout = Layout(None, shared, tuple(map(tuple, topo.groups)))
-    run = Run(case, problem or Wide(), SGD, layout, topo=topo, **options)
+    run = Run(case, problem or Wide(), local, layout, topo=topo, **options)
     run.owned = True
     return run
 
@@ -122,14 +130,13 @@ def test_equals_the_simulation_with_the_same_codes(case: Case, across: str, shar
     check_together(errors)
 
 
-@by_shared
-@by_across
+@by_both
 @pytest.mark.parametrize("case", [*TOGETHER, *VISITS, *OTHERS, TREE], ids=str)
 def test_near_the_exact_run_and_alike_on_all(case: Case, across: str, shared: bool) -> None:
     """As near as the codes of one exchange are: errors do not add up. All ranks see the same centre, to the bit."""
     centres, moved = [], 0.0
     for form in (None, across):
-        run = started(case, form, shared)
+        run = started(case, form, shared, local=Local(lr=0.02))  # where all are stable
         for _ in range(40):
             if run.opt.computes:
                 run.step()
@@ -150,15 +157,14 @@ def test_near_the_exact_run_and_alike_on_all(case: Case, across: str, shared: bo
 @pytest.mark.parametrize("case", [*TOGETHER, *VISITS, *OTHERS], ids=str)
 def test_consensus_is_a_fixed_point(case: Case, across: str) -> None:
     problem = Quadratic(0.0, 300)
-    run = started(case, across, False, problem)
+    run = started(case, across, False, problem, Local(lr=0.1))
     run.run(7)
     gaps = [np.abs(v - problem.start(0)).max() for v in (run.held(), run.center())]
     run.close()
     check_together([] if max(gaps) < 1e-14 else [f"moved by {gaps}"])
 
 
-@by_shared
-@by_across
+@by_both
 @pytest.mark.parametrize("case", [*TOGETHER, *VISITS, *OTHERS], ids=str)
 def test_resume_is_uninterrupted(case: Case, across: str, shared: bool) -> None:
     """What is kept is saved, too; a look at the centre changes nothing of it."""
@@ -210,7 +216,7 @@ def test_what_is_not_sent_follows(across: str, method: str) -> None:
     """EASGD's alpha = beta/p, DOWNPOUR: workers and centre together neither win nor lose, but for what is kept."""
     options: dict[str, Any] = {"period": 1, "asynchronous": method == "turns"}
     if method != "Downpour":
-        options |= {"center_rate": 0.5 * WORLD.size, "moving_rate": 0.5, "init": "different"}
+        options |= {"center_rate": 0.8, "init": "different"}
     topo = mpilsgd.Topology(shared=False, across_dtype=across)
     random = torch.Generator().manual_seed(WORLD.rank)
     parameter = torch.nn.Parameter(torch.randn(1000, generator=random))
@@ -223,19 +229,17 @@ def test_what_is_not_sent_follows(across: str, method: str) -> None:
             centre = flatten([parameter])
         return np.sum(WORLD.allgather(own), 0) + centre
 
-    before, moved, largest = total(), np.zeros(1000), 0.0
+    before, moved = total(), np.zeros(1000)
     for _ in range(300):
         parameter.grad = torch.randn(1000, generator=random)
         moved -= 0.1 * flatten([parameter.grad])
         opt.step(loss=1.0)
-        largest = max(largest, float(parameter.detach().abs().max()))
     gap = np.abs(total() - before - np.sum(WORLD.allgather(moved), 0))
     opt.close()
     topo.free()
-    # Half a step for each worker and for what the owner keeps; 300 roundings would come to some ten times as much. A
-    # step is at most what has gathered between two moves of the base (turns), or what all workers' steps are at once.
-    most = {"EASGD": 8, "Downpour": 1, "turns": 8}[method] * WORLD.size
-    bound = 0.5 * most / LEVELS[across] * (WORLD.size + 1) * 0.5
+    # What is kept, in steps of the codes: three times what it is for four workers. Roundings that were lost would add up
+    # to some ten times as much.
+    bound = {"EASGD": 0.13, "Downpour": 0.5, "turns": 0.75}[method] / LEVELS[across]
     check_together([] if gap.mean() < bound else [f"the sum moved by {gap.mean():.1e}, bound {bound:.1e}"])
 
 

@@ -1,7 +1,8 @@
-"""What crosses nodes in 8 or 4 bits, for the simulations: written from the docs in NumPy, for float64 vectors without gaps."""
+"""What crosses nodes in 8 or 4 bits, for the simulations, in NumPy: for float64 vectors without gaps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,7 +35,7 @@ class FewBits(Exact):
     def total(self, rows: Matrix, name: str, about: Vector | None = None) -> Vector:
         """Each island sums a slice: its own part exactly, the others' and the sum that it sends back in few bits."""
         n, parts = rows.shape[1], len(self.islands)
-        share = -(-(-(-n // parts)) // BLOCK) * BLOCK
+        share = math.ceil(n / parts / BLOCK) * BLOCK
         known = np.zeros(n) if about is None else about
         v = np.stack([(rows[list(ranks)] - known).sum(0) for ranks in self.islands])
         e = self.residual.setdefault(name, np.zeros((parts, n)))
@@ -80,7 +81,7 @@ class CodedCentre:
 
     def __init__(self, across: str, islands: int, workers: int, start: Vector):
         self.across, self.workers = across, workers
-        step = -(-(-(-len(start) // islands)) // 16) * 16
+        step = math.ceil(len(start) / islands / 16) * 16
         cuts = range(0, islands * step, step)
         self.spans = [(min(a, len(start)), min(a + step, len(start))) for a in cuts]
         self.base, self.e = start.copy(), np.zeros((workers, len(start)))

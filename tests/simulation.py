@@ -321,7 +321,8 @@ class LSGD(Simulation):
                 self.local_leader = [self.global_leader]
             else:
                 self.local_leader = [
-                    None if i is None else self.wire.leader(self.x, i, f"near {j}") for j, i in enumerate(local)
+                    None if i is None else self.wire.leader(self.x, i, f"near {j}")
+                    for j, i in enumerate(local)
                 ]
         if due or due_global:
             self.elections.append((clock, local, best))

@@ -89,9 +89,7 @@ def pass_along(
         travels = vector.view(torch.uint8)
     else:
         travels = torch.empty(at(vector.numel()), dtype=torch.uint8, pin_memory=not vector.is_cpu)
-    every = [
-        (a, b, [travels[at(i) : at(min(i + size, b))] for i in range(a, b, size)]) for a, b in chunks
-    ]
+    every = [(a, b, [travels[at(i) : at(min(i + size, b))] for i in range(a, b, size)]) for a, b in chunks]
     coming = [
         [heads.Irecv([_bytes(piece), MPI.BYTE], before) for piece in pieces if place] for *_, pieces in every
     ]

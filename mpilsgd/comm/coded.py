@@ -16,10 +16,11 @@ _VISITS = 4  # of each worker, at least, before the base moves
 class Coded:
     """One vector's shards, each at its island as codes of c - b; every rank knows the base b in full.
 
-    In its turn a rank fetches the codes, works on c = b + what they say, and puts those of c - b + e in their place; what
-    they lack is its next e (error feedback). So that c - b stays small the base moves, b <- b + what the codes say, when
-    all have come by since it last did: these codes stay for the others to follow when they next come, and the next ones
-    begin in a second place. At a shard lie: how often its base has moved, its updates since, who has followed (how many).
+    In its turn a rank fetches the codes, works on c = b + what they say, and puts those of c - b + e in their place;
+    what they lack is its next e (error feedback). So that c - b stays small the base moves, b <- b + what the codes
+    say, when all have come by since it last did: these codes stay for the others to follow when they next come, and the
+    next ones begin in a second place. At a shard lie: how often its base has moved, its updates since, how many ranks
+    have followed.
 
     Args: wire: of the vector's type `kind`, in codes; spans: the elements of each island's shard. Collective.
     """
@@ -29,7 +30,9 @@ class Coded:
         self._wire, self._kind, self._spans = wire, kind, spans
         wide = torch.promote_types(kind, torch.float32)
         self.base, self.residual = (torch.zeros(spans[-1][1], dtype=wide) for _ in range(2))
-        self.moves = torch.zeros(len(spans), dtype=torch.int64)  # of the base of each shard, as it is known here
+        self.moves = torch.zeros(
+            len(spans), dtype=torch.int64
+        )  # of the base of each shard, as it is known here
         self._room = -(-max(wire.nbytes(b - a) for a, b in spans) // 8) * 8
         self._codes = torch.zeros(self._room, dtype=torch.uint8)
         self.window = fabric.place.common(level.channel, torch.uint8, _HEAD + 2 * self._room, host=True)

@@ -125,7 +125,7 @@ class Board:
 
 
 def transfer(win: MPI.Win, rank: int, vector: torch.Tensor, operation: Any, at: int = 0) -> None:
-    """Gets or puts a vector that lies `at` so many bytes in the rank's part of a window of bytes; complete on return."""
+    """Gets or puts a vector that begins `at` so many bytes in the rank's part of a window; complete on return."""
     data = vector.view(torch.uint8).numpy()
     for start in range(0, data.size, _PIECE):
         piece = data[start : start + _PIECE]

@@ -46,7 +46,9 @@ class Snapshots:
         self._wire = {d: fabric.wire(d) for d in sizes}
         coded = {d: n for d, n in sizes.items() if self._wire[d].coded and level.n_islands > 1}
         wide = {d: torch.promote_types(d, torch.float32) for d in coded}
-        self.bases, self.residuals = ({d: torch.zeros(n, dtype=wide[d]) for d, n in coded.items()} for _ in range(2))
+        self.bases, self.residuals = (
+            {d: torch.zeros(n, dtype=wide[d]) for d, n in coded.items()} for _ in range(2)
+        )
         if level.n_islands > 1:
             for windows, remote, narrow in zip(self._windows, self._remote, self._narrow, strict=True):
                 for d, window in windows.items():

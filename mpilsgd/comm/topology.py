@@ -14,7 +14,6 @@ from mpi4py import MPI
 
 from mpilsgd.comm.channel import Channel
 
-
 _ACROSS: dict[Any, torch.dtype | str] = {
     torch.bfloat16: torch.bfloat16,
     "bfloat16": torch.bfloat16,

@@ -23,8 +23,8 @@ _HEAD = 64  # bytes before the vectors: whether they are finite, and the seconds
 class Messages:
     """Writes and reads them. narrow: of edges between islands.
 
-    In few bits a vector is sent as its difference from `base`, rank 0's start, which all know: the newest message counts,
-    whatever became of those before it. What one does not say is added to the next one that the node sends.
+    In few bits a vector is sent as its difference from `base`, rank 0's start, which all know: the newest message
+    counts, whatever became of those before it. What one does not say is added to the next one that the node sends.
 
     Collective.
     """

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from mpilsgd import kernels
@@ -254,7 +253,12 @@ class Edges(Exchange):
             lying = [[torch.from_numpy(memory.copy()) for memory in edge.into.lying()] for edge in node.edges]
             inner = node.index >= self.m.p
             nodes.append((node.t, save(node.x) if inner else {}, lying, save(node.residual)))
-        return {"nodes": nodes, "seconds": self._seconds, "layout": self._layout(), "base": save(self._messages.base)}
+        return {
+            "nodes": nodes,
+            "seconds": self._seconds,
+            "layout": self._layout(),
+            "base": save(self._messages.base),
+        }
 
     def _layout(self) -> list[Any]:
         """What a state is bound to."""

@@ -219,17 +219,25 @@ class Published(Exchange):
         last = self._snapshots.last()
         here = {} if last is None else {str(d): v.numel() for d, v in last[2].items()}
         saved = {name: v.numel() for name, v in snapshot["narrow"].items()}
-        return None if here == saved else "the state is of another across_dtype, or of ranks laid otherwise on nodes"
+        return (
+            None
+            if here == saved
+            else "the state is of another across_dtype, or of ranks laid otherwise on nodes"
+        )
 
     def load(self, state: dict[str, Any]) -> None:
         assert self._snapshots is not None
-        for kept, saved in zip((self._snapshots.bases, self._snapshots.residuals), state["kept"], strict=True):
+        for kept, saved in zip(
+            (self._snapshots.bases, self._snapshots.residuals), state["kept"], strict=True
+        ):
             load(kept, saved)
         snapshot = state["snapshot"]
         if snapshot is None:
             self._snapshots.restart(None)
             return
-        own, narrow = ({d: of[str(d)] for d in self._near if str(d) in of} for of in (snapshot["x"], snapshot["narrow"]))
+        own, narrow = (
+            {d: of[str(d)] for d in self._near if str(d) in of} for of in (snapshot["x"], snapshot["narrow"])
+        )
         self._snapshots.restart((snapshot["score"], own, narrow))
 
     def free(self) -> None:

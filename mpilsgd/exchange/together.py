@@ -157,10 +157,8 @@ class Together(Leaders):
             self.fence()  # others write into x
         m = self.m
         if vectors is None:
-            near = about or {}
-            spans = [
-                Span(w, *span, f"x {d}", near.get(d)) for d, w in m.x.items() for span in self._joint(d)
-            ]
+            near: Any = about or {}
+            spans = [Span(w, *span, f"x {d}", near.get(d)) for d, w in m.x.items() for span in self._joint(d)]
         else:
             spans = [Span(w, 0, w.mine.numel(), f"g {d}", NOTHING) for d, w in vectors.items()]
             spans += [Span(w, m.edge[d], m.n[d], f"x {d}") for d, w in m.x.items() if m.edge[d] < m.n[d]]

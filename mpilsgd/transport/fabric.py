@@ -65,7 +65,9 @@ class Fabric:
         """Why a saved state cannot be taken up here."""
         if not any(state["kept"]) or state["islands"] == self.world.channel.island_of:
             return None
-        return "the state was saved by ranks that lay otherwise on nodes: it holds what each had still to send"
+        return (
+            "the state was saved by ranks that lay otherwise on nodes: it holds what each had still to send"
+        )
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         for level, kept in zip((self.world, self.group), state["kept"], strict=True):
@@ -151,7 +153,9 @@ class Level:
         step = -(-step // 16) * 16  # whole cache lines
         return min(start + i * step, stop), min(start + (i + 1) * step, stop)
 
-    def bring(self, window: Any, owner: int, landing: Any, exact: bool = False, name: str = "") -> torch.Tensor:
+    def bring(
+        self, window: Any, owner: int, landing: Any, exact: bool = False, name: str = ""
+    ) -> torch.Tensor:
         """The whole vector of rank `owner`, readable here; see `coming`. Collective over the level."""
         vector, parts = self.coming(window, owner, landing, exact, name)
         exhaust(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -83,7 +83,7 @@ class Blocks(Wire):
 
 
 def wire_of(dtype: torch.dtype, across: torch.dtype | str | None) -> Wire:
-    """For vectors of `dtype` where the topology's across_dtype is `across`; what is as narrow already stays as it is."""
+    """For vectors of `dtype` under the topology's across_dtype `across`; what is as narrow already stays as it is."""
     if isinstance(across, str):
         return Blocks(dtype, BITS[across])
     return Wire(dtype, dtype if across is None or across.itemsize >= dtype.itemsize else across)
@@ -93,9 +93,9 @@ def wire_of(dtype: torch.dtype, across: torch.dtype | str | None) -> Wire:
 class Stream:
     """Sums that follow each other: what is kept of one belongs to the next of the same name.
 
-    weight, count: of a mean, the workers that this island's part of the sum is of, and those of all; it travels as the
-    change since the last mean. Sums of differences, and gradients, have none. about: a vector, the same on all islands,
-    to go by in place of the last mean.
+    weight, count: of a mean, the workers that this island's part of the sum is of, and those of all; it travels as
+    the change since the last mean. Sums of differences, and gradients, have none. about: a vector, the same on all
+    islands, to go by in place of the last mean.
     """
 
     name: str
@@ -108,10 +108,10 @@ class Stream:
 class Kept:
     """What the first rank of an island keeps of a stream; on other ranks nothing has an element.
 
-    residual: what was not sent yet of a sum, to be sent with the next one (error feedback): of the other islands' slices
-    what this island owes to their sums, of its own slice what the sum that it sent back owes to all. base: what all
-    know of a vector that travels by its changes, the same bits on every island. known: whether it is there; the first
-    vector goes as it is.
+    residual: what was not sent yet of a sum, to be sent with the next one (error feedback): of the other islands'
+    slices what this island owes to their sums, of its own slice what the sum that it sent back owes to all. base: what
+    all know of a vector that travels by its changes, the same bits on every island. known: whether it is there; the
+    first vector goes as it is.
     """
 
     residual: torch.Tensor
@@ -119,7 +119,8 @@ class Kept:
     known: bool = False
 
 
-class Change(NamedTuple):
+@dataclasses.dataclass
+class Change:
     """How one sum travels: a stream's numbers with what is kept of it."""
 
     residual: torch.Tensor
@@ -145,8 +146,9 @@ class Streams:
         """What is kept of a stream, and whether all know what its next vector goes by; from then on they do."""
         if name not in self._kept:
             wide = torch.promote_types(vector.dtype, torch.float32)
-            sizes = (vector.numel() * self._keeps * there for there in (residual, base))
-            self._kept[name] = Kept(*(torch.zeros(n, dtype=wide, device=vector.device) for n in sizes))
+            n = vector.numel() * self._keeps
+            zeros = [torch.zeros(n * there, dtype=wide, device=vector.device) for there in (residual, base)]
+            self._kept[name] = Kept(zeros[0], zeros[1])
         kept = self._kept[name]
         known, kept.known = kept.known or not base, True
         return kept, known

@@ -237,8 +237,8 @@ def test_what_is_not_sent_follows(across: str, method: str) -> None:
     gap = np.abs(total() - before - np.sum(WORLD.allgather(moved), 0))
     opt.close()
     topo.free()
-    # What is kept, in steps of the codes: three times what it is for four workers. Roundings that were lost would add up
-    # to some ten times as much.
+    # What is kept, in steps of the codes: three times what it is for four workers. Roundings that were lost would add
+    # up to some ten times as much.
     bound = {"EASGD": 0.13, "Downpour": 0.5, "turns": 0.75}[method] / LEVELS[across]
     check_together([] if gap.mean() < bound else [f"the sum moved by {gap.mean():.1e}, bound {bound:.1e}"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -42,7 +43,11 @@ def through(x: torch.Tensor, bits: int) -> torch.Tensor:
 def vectors(n: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:
     g = torch.Generator().manual_seed(seed)
     x, e, r = (torch.randn(n, generator=g, dtype=torch.float64) for _ in range(3))
-    return (x * 10.0 ** torch.randint(-3, 4, (n,), generator=g)).to(dtype), e.to(wide(dtype)), r.to(wide(dtype))
+    return (
+        (x * 10.0 ** torch.randint(-3, 4, (n,), generator=g)).to(dtype),
+        e.to(wide(dtype)),
+        r.to(wide(dtype)),
+    )
 
 
 @by_bits
@@ -59,8 +64,7 @@ def test_equals_the_specification(isa: str, dtype: torch.dtype, bits: int) -> No
             for encode, decode in ((kernels.encode, kernels.decode), (blocks._encode, blocks._decode)):
                 residual, base = e.clone() if kept & 1 else None, r.clone() if kept & 2 else None
                 codes, out = codes_of(x, bits), x.nan_to_num(0, 0, 0)
-                more = (3.0,) if encode is kernels.encode else (3.0,)
-                encode(codes, x, bits, residual, base, *more)
+                encode(codes, x, bits, residual, base, 3.0)
                 if decode is kernels.decode:
                     decode(codes, out, bits, base, 3.0, add=bool(kept & 1), follow=True)
                 else:
@@ -124,7 +128,11 @@ def test_a_broken_block_is_seen_and_poisons_nothing(isa: str, bits: int, bad: fl
 def test_nothing_is_lost_for_good(bits: int) -> None:
     """The sum of what came is the sum of what was sent but for what is still kept (error feedback), and a vector that
     goes by its changes comes ever closer to one that stays."""
-    residual, sent, came = torch.zeros(500), torch.zeros(500, dtype=torch.float64), torch.zeros(500, dtype=torch.float64)
+    residual, sent, came = (
+        torch.zeros(500),
+        torch.zeros(500, dtype=torch.float64),
+        torch.zeros(500, dtype=torch.float64),
+    )
     for k in range(200):
         x, out = vectors(500, torch.float32, k)[1], torch.empty(500)
         codes = codes_of(x, bits)
@@ -141,7 +149,7 @@ def test_nothing_is_lost_for_good(bits: int) -> None:
         kernels.encode(codes, x, bits, None, base)
         kernels.decode(codes, None, bits, base, follow=True)
         gaps.append(float((x - base).abs().max()))
-    assert all(b <= max(a / 10, 1e-6) for a, b in zip(gaps, gaps[1:]))
+    assert all(b <= max(a / 10, 1e-6) for a, b in itertools.pairwise(gaps))
 
 
 def test_bad_arguments() -> None:

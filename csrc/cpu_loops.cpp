@@ -1,6 +1,7 @@
 // The CPU loops over updates.h. This file is compiled once for every instruction set, each time in a
 // namespace of its own (MPILSGD_ISA); cpu.cpp picks one at run time. So nothing here may be shared between
 // the copies: no standard library templates, internal linkage for everything but the entry points.
+#include "cpu_blocks.h"
 #include "cpu_tiles.h"
 
 #ifdef __SSE2__

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_blocks.cuh"
 #include "cuda_bodies.cuh"
 #include "kernels.h"
 
@@ -246,6 +247,34 @@ Tally start(const Triad& op, const Stream& on) {
   const TriadBody<T> body{static_cast<T*>(op.a), static_cast<const T*>(op.b), static_cast<const T*>(op.c),
                           Acc<T>(op.scale)};
   return launch(body, op, all_aligned(op.a, op.b, op.c), on);
+}
+
+// A warp a block of codes.
+template <class Walk>
+Tally launch_blocks(const Walk& walk, std::int64_t n, const Stream& on) {
+  if (n == 0) return {};
+  const std::int64_t blocks = (n + kBlock - 1) / kBlock;
+  const auto grid = unsigned(std::min((blocks + kWarps - 1) / kWarps, kMaxBlocks));
+  walk_blocks<<<grid, kThreads, 0, static_cast<cudaStream_t>(on.stream)>>>(walk, n);
+  check(cudaGetLastError(), "launch");
+  return {};
+}
+
+template <class T>
+Tally start(const Encode& op, const Stream& on) {
+  using A = Acc<T>;
+  const EncodeBlock<T> walk{
+      static_cast<const T*>(op.x),    op.codes,    op.bits, static_cast<A*>(op.residual),
+      static_cast<const A*>(op.base), A(op.weight)};
+  return launch_blocks(walk, op.n, on);
+}
+
+template <class T>
+Tally start(const Decode& op, const Stream& on) {
+  using A = Acc<T>;
+  const DecodeBlock<T> walk{
+      op.codes, static_cast<T*>(op.out), op.bits, static_cast<A*>(op.base), A(op.weight), op.add, op.follow};
+  return launch_blocks(walk, op.n, on);
 }
 
 template <class Op>

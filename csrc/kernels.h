@@ -99,6 +99,26 @@ struct Check : Operation {
   const void* x = nullptr;
 };
 
+// codes <- those of x - weight base + residual, in blocks; residual <- what they lack.
+struct Encode : Operation {
+  const void* x = nullptr;
+  unsigned char* codes = nullptr;
+  int bits = 8;                // or 4: two codes a byte
+  void* residual = nullptr;    // may be null; of the type of the arithmetic, as base
+  const void* base = nullptr;  // may be null
+  double weight = 1;
+};
+
+// v = what the codes say + weight base;  out <- v, or out + v;  base <- v / weight, if it follows.
+struct Decode : Operation {
+  const unsigned char* codes = nullptr;
+  void* out = nullptr;  // may be null
+  int bits = 8;
+  void* base = nullptr;  // may be null; of the type of the arithmetic
+  double weight = 1;
+  bool add = false, follow = false;
+};
+
 // a <- b + scale c: the yardstick for the memory's speed, not an update. float32 and float64.
 struct Triad : Operation {
   void* a = nullptr;
@@ -128,7 +148,7 @@ struct Tally {
   DO(Elastic)                  \
   DO(ElasticSum)               \
   DO(ElasticApply)             \
-  DO(Total) DO(Assign) DO(Average) DO(Msgd) DO(Iterate) DO(Push) DO(Outer) DO(Check) DO(Triad)
+  DO(Total) DO(Assign) DO(Average) DO(Msgd) DO(Iterate) DO(Push) DO(Outer) DO(Check) DO(Encode) DO(Decode) DO(Triad)
 
 namespace cpu {
 

@@ -195,6 +195,31 @@ py::object check(const Where& where, Address x) {
   return finish(op, where);
 }
 
+void encode(const Where& where, Address x, Address codes, int bits, Address residual, Address base,
+            double weight) {
+  mpilsgd::Encode op;
+  op.x = at(x);
+  op.codes = at<unsigned char>(codes);
+  op.bits = bits;
+  op.residual = at(residual);
+  op.base = at(base);
+  op.weight = weight;
+  finish(op, where);
+}
+
+void decode(const Where& where, Address codes, Address out, int bits, Address base, double weight, bool add,
+            bool follow) {
+  mpilsgd::Decode op;
+  op.codes = at<unsigned char>(codes);
+  op.out = at(out);
+  op.bits = bits;
+  op.base = at(base);
+  op.weight = weight;
+  op.add = add;
+  op.follow = follow;
+  finish(op, where);
+}
+
 py::object triad(const Where& where, Address a, Address b, Address c, double scale, bool streaming) {
   mpilsgd::Triad op;
   op.a = at(a);
@@ -250,6 +275,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("push", &push);
   m.def("outer", &outer);
   m.def("check", &check);
+  m.def("encode", &encode);
+  m.def("decode", &decode);
   m.def("triad", &triad);
 
   bind_shared(m);

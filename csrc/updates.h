@@ -172,6 +172,58 @@ MPILSGD_UPDATE A mean(A x, A sum, A count) {
   return count > A(0) ? m : x;
 }
 
+// --- few bits between nodes
+// ------------------------------------------------------------------------------------------------------------
+
+// kBlock values travel as one scale, in the type of the arithmetic, and a whole number from -levels to levels
+// for each: v is sent as scale code. levels: 127 for 8 bits, 7 for 4.
+constexpr int kBlock = 128;
+
+MPILSGD_UPDATE int levels_of(int bits) { return (1 << (bits - 1)) - 1; }
+
+// Adding and taking away rounds to the nearest whole number, halves to even ones.
+template <class A>
+constexpr A kWhole = A(0x1.8p23);
+template <>
+constexpr double kWhole<double> = 0x1.8p52;
+template <class A>
+constexpr A kOneLess = A(1) - A(0x1p-23);  // rounds to the next smaller value, or the one below it
+template <>
+constexpr double kOneLess<double> = 1 - 0x1p-52;
+
+// Of a block with this largest magnitude. NaN, and with it the whole block, where a value is not finite: it
+// must not come out as a number. Scale times levels does not overflow.
+template <class A>
+MPILSGD_UPDATE A block_scale(A largest, A levels) {
+  const A s = largest / levels;
+  const A fits = is_finite(s * levels) ? s : s * kOneLess<A>;
+  return is_finite(largest) ? fits : defect(largest);
+}
+
+// The code of a value, a whole number; 0 in a block of zeros, or of NaN.
+template <class A>
+MPILSGD_UPDATE A block_code(A v, A scale, A levels) {
+  A q = v / scale;
+  q = q > levels ? levels : q;
+  q = q < -levels ? -levels : q;
+  q = scale > A(0) ? q : A(0);
+  return (q + kWhole<A>)-kWhole<A>;
+}
+
+// What is kept of v after `sent` went, to be added to the next v (error feedback): e <- v - sent, where v has
+// the old e in it. In a block that was not finite e stays as it was.
+template <class A>
+MPILSGD_UPDATE A unsent(A v, A sent, A e) {
+  return is_finite(sent) ? v - sent : e;
+}
+
+// What both ends know of a vector that travels by its changes, r <- v / weight; stays where v is not finite.
+template <class A>
+MPILSGD_UPDATE A followed(A r, A v, A weight) {
+  const A next = v / weight;
+  return is_finite(v) ? next : r;
+}
+
 // --- SGD with momentum (thesis 2.5 and 2.6)
 // -----------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mpilsgd import bound, reference
 from mpilsgd import kernel_arguments as need
+from mpilsgd.blocks import decode, encode
 from mpilsgd.extension import (
     FallbackWarning,
     backend,
@@ -42,9 +43,11 @@ __all__ = [
     "average",
     "backend",
     "check",
+    "decode",
     "elastic",
     "elastic_apply",
     "elastic_sum",
+    "encode",
     "instruction_set",
     "iterate",
     "msgd",

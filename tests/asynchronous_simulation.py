@@ -141,7 +141,7 @@ class Downpour(RoundRobin):
         if self.asynchronous:
             self._push(self.unpushed()[i], [i])
         elif i == self.workers - 1:
-            self._push(self.unpushed().sum(0), range(self.workers))
+            self._push(self.wire.total(self.unpushed(), "c"), range(self.workers))
 
     def _push(self, change: Vector, receivers: Sequence[int]) -> None:
         if self.average is not None:
@@ -250,7 +250,7 @@ class WaitFreeLSGD(RoundRobin):
         self.global_period = 2 * period if global_period is None else global_period
         self.sequential, self.score = sequential, score
         self.windows: list[deque[float]] = [deque(maxlen=loss_window) for _ in range(self.workers)]
-        self.published: dict[int, tuple[float, Vector]] = {}
+        self.published: dict[int, tuple[float, Matrix]] = {}  # as each worker sees it
 
     def before_step(self, i: int, t: int) -> None:
         self.windows[i].append(self.loss)
@@ -261,15 +261,15 @@ class WaitFreeLSGD(RoundRobin):
             return
         x = self.x[i].copy()
         score = self.score(i, x) if self.score else sum(self.windows[i]) / len(self.windows[i])
-        self.published[i] = score, x
+        self.published[i] = score, self.wire.published(x, i, self.workers)
         if due:
-            self.x[i] -= self.pull * (x - self._best(next(g for g in self.groups if i in g), x))
+            self.x[i] -= self.pull * (x - self._best(i, next(g for g in self.groups if i in g), x))
         if due_global:
             base = self.x[i] if self.sequential else x
-            self.x[i] -= self.global_pull * (base - self._best(range(self.workers), base))
+            self.x[i] -= self.global_pull * (base - self._best(i, range(self.workers), base))
 
-    def _best(self, members: Sequence[int], otherwise: Vector) -> Vector:
+    def _best(self, i: int, members: Sequence[int], otherwise: Vector) -> Vector:
         """The best published x; `otherwise`, so that the pull is zero, if there is none."""
         scores = [(self.published[j][0], j) for j in members if j in self.published]
         finite = [(score, j) for score, j in scores if math.isfinite(score)]
-        return self.published[min(finite)[1]][1] if finite else otherwise
+        return self.published[min(finite)[1]][1][i] if finite else otherwise

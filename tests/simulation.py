@@ -46,6 +46,28 @@ class Local:
         return self.momentum if self.kind == "msgd" and self.nesterov else 0.0
 
 
+class Exact:
+    """What crosses between nodes comes as it is. Rows are the workers'."""
+
+    def total(self, rows: Matrix, name: str, about: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+        """The sum of differences; about: of vectors, which all know to be near it."""
+        total: NDArray[np.float64] = rows.sum(0)
+        return total
+
+    def mean(self, rows: Matrix) -> NDArray[np.float64]:
+        """Of vectors that are near the last mean."""
+        mean: NDArray[np.float64] = rows.mean(0)
+        return mean
+
+    def leader(self, rows: Matrix, i: int, name: str) -> Matrix:
+        """What each worker sees of worker i's vector."""
+        return np.stack([rows[i]] * len(rows))
+
+    def published(self, x: NDArray[np.float64], i: int, workers: int) -> Matrix:
+        """What each worker sees of the vector that worker i publishes."""
+        return np.stack([x] * workers)
+
+
 class Simulation:
     """Workers that do not talk: x ← x − η g, each for itself."""
 
@@ -55,6 +77,7 @@ class Simulation:
         self.problem = problem
         self.local = local
         self.workers = workers
+        self.wire = Exact()
         self.losses = losses
         self.x: Matrix = np.stack([problem.start(0 if same else i) for i in range(workers)])
         self.v: Matrix = np.zeros_like(self.x)
@@ -118,7 +141,7 @@ class AllreduceSGD(Simulation):
     """Mini-batch SGD: every worker's step uses the mean gradient."""
 
     def gradients(self, gradients: Matrix) -> Matrix:
-        return np.broadcast_to(gradients.mean(0), gradients.shape)
+        return np.broadcast_to(self.wire.total(gradients, "g") / self.workers, gradients.shape)
 
 
 def in_fragment(problem: Problem, size: int, buffers: int, k: int, fragments: int) -> NDArray[np.bool_]:
@@ -177,7 +200,7 @@ class DiLoCo(Simulation):
             self.problem, len(self.c), len(self.c) - self.parameters, (k - 1) % self.fragments, self.fragments
         )
         numbers = np.arange(len(self.c)) < self.parameters
-        mean = self.x.mean(0)
+        mean = self.wire.total(self.x, f"x {k % self.fragments}", self.c) / self.workers
         g = self.c - mean
         u = self.momentum * self.u + g
         c = np.where(numbers, self.c - self.lr * (g + self.momentum * u), mean)
@@ -246,7 +269,7 @@ class LocalSGD(Simulation):
 
     def after(self, losses: Sequence[float]) -> None:
         if self.due():
-            self.x = np.broadcast_to(self.x.mean(0), self.x.shape).copy()
+            self.x = np.broadcast_to(self.wire.mean(self.x), self.x.shape).copy()
             self.waiting[:] = False
             self.rounds += 1
 
@@ -284,8 +307,8 @@ class LSGD(Simulation):
         self.sequential = sequential
         self.score = score
         self.windows: list[deque[float]] = [deque(maxlen=loss_window) for _ in range(self.workers)]
-        self.local_leader: list[NDArray[np.float64] | None] = [None] * len(self.groups)
-        self.global_leader: NDArray[np.float64] | None = None
+        self.local_leader: list[Matrix | None] = [None] * len(self.groups)
+        self.global_leader: Matrix | None = None  # as each worker sees it
         self.elections: list[tuple[int, list[int | None] | None, int | None]] = []
 
     def _elect(self, members: Sequence[int]) -> int | None:
@@ -301,12 +324,18 @@ class LSGD(Simulation):
         due, due_global = clock % self.period == 0, clock % self.global_period == 0
         local: list[int | None] | None = None
         best: int | None = None
-        if due:
-            local = [self._elect(group) for group in self.groups]
-            self.local_leader = [None if i is None else self.x[i].copy() for i in local]
         if due_global:
             best = self._elect(range(self.workers))
-            self.global_leader = None if best is None else self.x[best].copy()
+            self.global_leader = None if best is None else self.wire.leader(self.x, best, "far")
+        if due:
+            local = [self._elect(group) for group in self.groups]
+            if len(local) == 1 and due_global and self.when != "every_step":  # one leader, which comes once
+                self.local_leader = [self.global_leader]
+            else:
+                self.local_leader = [
+                    None if i is None else self.wire.leader(self.x, i, f"near {j}")
+                    for j, i in enumerate(local)
+                ]
         if due or due_global:
             self.elections.append((clock, local, best))
         return due, due_global
@@ -317,11 +346,11 @@ class LSGD(Simulation):
             for i in group:
                 pull = np.zeros_like(self.x[i])
                 if with_local and leader is not None:
-                    pull = -self.pull * (self.x[i] - leader)
+                    pull = -self.pull * (self.x[i] - leader[i])
                 if with_global and self.global_leader is not None:
                     # Sequential: x' = x + pull, then x'' = x' − λ_G (x' − x̂).
                     base = self.x[i] + pull if self.sequential else self.x[i]
-                    pull = pull - self.global_pull * (base - self.global_leader)
+                    pull = pull - self.global_pull * (base - self.global_leader[i])
                 total[i] = pull
         return total
 
@@ -371,12 +400,12 @@ class EASGD(Simulation):
         if self.form != "jacobi" or self.t % self.period:
             return np.zeros_like(self.x)
         difference = self.x - self.c
-        self.c = self.c + self.center_rate / self.workers * difference.sum(0)
+        self.c = self.c + self.center_rate / self.workers * self.wire.total(difference, "c")
         return -self.moving_rate * difference
 
     def after(self, losses: Sequence[float]) -> None:
         if self.form == "gauss-seidel" and self.t % self.period == 0:
-            self.c = self.c + self.center_rate / self.workers * (self.x - self.c).sum(0)
+            self.c = self.c + self.center_rate / self.workers * self.wire.total(self.x - self.c, "c")
             self.x = self.x - self.moving_rate * (self.x - self.c)
 
 

@@ -61,41 +61,57 @@ class Channel:
             self.heads.Bcast([data[start : start + (1 << 30)], MPI.BYTE], root=island)
 
 
-def cuts(numel: int, itemsize: int) -> Iterator[tuple[int, int]]:
+def cuts(numel: int, wire: Any) -> Iterator[tuple[int, int]]:
     """Consecutive parts of a vector that are used one after the other."""
-    most = _CHUNK // itemsize
+    most = wire.most(_CHUNK)
     return ((a, min(a + most, numel)) for a in range(0, numel, most))
 
 
+def slices(a: int, b: int, parts: int, wire: Any) -> tuple[list[tuple[int, int]], int]:
+    """Of a part of a vector the slices, one for each of those who sum it, and the bytes of the longest."""
+    share = -(-(b - a) // parts)
+    share = -(-share // wire.block) * wire.block
+    return [(min(a + k * share, b), min(a + (k + 1) * share, b)) for k in range(parts)], wire.nbytes(share)
+
+
 def pass_along(
-    heads: MPI.Comm, vector: torch.Tensor, home: int, wire: torch.dtype, chunks: Iterator[tuple[int, int]]
+    heads: MPI.Comm,
+    vector: torch.Tensor,
+    home: int,
+    wire: Any,
+    chunks: Iterator[tuple[int, int]],
+    base: torch.Tensor | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """Rank `home`'s vector to all, in the type `wire`, along a chain of the ranks; gives the chunks that are there.
+    """Rank `home`'s vector to all, as `wire` has it, along a chain of the ranks; gives the chunks that are there.
 
     In pieces, of which each goes on as soon as it has come: every rank receives the vector once and sends it once, at
-    the same time.
+    the same time. base: what all know of it, and then know better; in few bits only the change since then travels.
     """
     n, place = heads.size, (heads.rank - home) % heads.size
     before, after = (heads.rank - 1) % n, (heads.rank + 1) % n
-    size = min(max(-(-vector.numel() * wire.itemsize // _PIECES), _SMALLEST), _PIECE) // wire.itemsize
-    travels, direct = vector, wire is vector.dtype and vector.is_cpu
-    if not direct:
-        travels = torch.empty(vector.numel(), dtype=wire, pin_memory=not vector.is_cpu)
-    every = [(a, b, list(travels[a:b].split(size))) for a, b in chunks]
+    size = wire.most(min(max(-(-wire.nbytes(vector.numel()) // _PIECES), _SMALLEST), _PIECE))
+    direct, at = wire.plain and vector.is_cpu, wire.nbytes
+    if direct:
+        travels = vector.view(torch.uint8)
+    else:
+        travels = torch.empty(at(vector.numel()), dtype=torch.uint8, pin_memory=not vector.is_cpu)
+    every = [(a, b, [travels[at(i) : at(min(i + size, b))] for i in range(a, b, size)]) for a, b in chunks]
     coming = [
         [heads.Irecv([_bytes(piece), MPI.BYTE], before) for piece in pieces if place] for *_, pieces in every
     ]
     going = []
     for (a, b, pieces), requests in zip(every, coming, strict=True):
+        codes, known = travels[at(a) : at(b)], None if base is None else base[a:b]
         if not (place or direct):
-            travels[a:b].copy_(vector[a:b])
+            wire.encode(vector[a:b], codes, base=known)
         for k, piece in enumerate(pieces):
             if place:
                 requests[k].Wait()
             if place < n - 1:
                 going.append(heads.Isend([_bytes(piece), MPI.BYTE], after))
-        if place and not direct:
-            vector[a:b].copy_(travels[a:b])
+        out = vector[a:b] if place and not direct else None
+        if out is not None or known is not None:
+            wire.decode(codes, out, base=known, follow=known is not None)
         yield a, b
     MPI.Request.Waitall(going)
 
@@ -103,40 +119,59 @@ def pass_along(
 def sums(
     heads: MPI.Comm,
     vector: torch.Tensor,
-    wire: torch.dtype,
+    wire: Any,
     parts: Iterator[tuple[int, int]],
     wait: Callable[[MPI.Request], None],
+    change: Any = None,
 ) -> Iterator[tuple[int, int]]:
-    """vector <- the sum of all ranks' vectors, each value in the type `wire` on its way there and on its way back.
+    """vector <- the sum of all ranks' vectors, each value as `wire` has it on its way there and on its way back.
 
     Every rank sums a slice of each part, in the vectors' own type and in the order of the ranks, and sends the sum to
     all: 2 (n-1)/n of the vector go out and come in, and all ranks hold the same bits. The slices of the next part are
     under way while this one is summed, and its sums while the one before is used.
+
+    change: in few bits, what is kept from one sum to the next (`Change`); a rank's own values stay exact in its slice.
     """
+    me = heads.rank
+
+    def kept(a: int, b: int, weight: str) -> dict[str, Any]:
+        return {} if change is None else {"base": change.of(a, b), "weight": getattr(change, weight)}
+
+    def residual(a: int, b: int) -> dict[str, Any]:
+        return {} if change is None else {"residual": change.residual[a:b]}
 
     def scatter(a: int, b: int) -> tuple[Any, ...]:
-        share = -(-(b - a) // heads.size)
+        every, nbytes = slices(a, b, heads.size, wire)
         sent, received = (
-            torch.zeros(heads.size, share, dtype=wire, pin_memory=not vector.is_cpu) for _ in range(2)
+            torch.zeros(heads.size, nbytes, dtype=torch.uint8, pin_memory=not vector.is_cpu) for _ in range(2)
         )
-        sent.view(-1)[: b - a].copy_(vector[a:b])
+        for k, (low, high) in enumerate(every):
+            if not (wire.coded and k == me):
+                codes = sent[k, : wire.nbytes(high - low)]
+                wire.encode(vector[low:high], codes, **kept(low, high, "weight"), **residual(low, high))
         request = heads.Ialltoall([_bytes(sent), MPI.BYTE], [_bytes(received), MPI.BYTE])
-        return request, a, b, sent, received
+        return request, a, b, sent, received, every
 
-    def gather(
-        request: MPI.Request, a: int, b: int, sent: torch.Tensor, received: torch.Tensor
-    ) -> tuple[Any, ...]:
+    def gather(request: MPI.Request, a: int, b: int, sent: Any, received: Any, every: Any) -> tuple[Any, ...]:
         wait(request)
-        own = received[0].to(vector.dtype)
-        for other in received[1:]:
-            own += other
-        rounded = own.to(wire)
+        low, high = every[me]
+        own, nbytes = vector[low:high].clone(), wire.nbytes(high - low)
+        if wire.coded and change.base is not None:
+            own.sub_(change.of(low, high), alpha=change.weight)
+        for k, codes in enumerate(received):
+            if not (wire.coded and k == me):
+                wire.decode(codes[:nbytes], own, add=wire.coded or k > 0)
+        rounded = torch.zeros_like(received[0])
+        wire.encode(own, rounded[:nbytes], **residual(low, high))
         request = heads.Iallgather([_bytes(rounded), MPI.BYTE], [_bytes(sent), MPI.BYTE])
-        return request, a, b, sent, rounded
+        return request, a, b, sent, rounded, every
 
-    def use(request: MPI.Request, a: int, b: int, sent: torch.Tensor, _: torch.Tensor) -> tuple[int, int]:
+    def use(request: MPI.Request, a: int, b: int, sent: Any, _: torch.Tensor, every: Any) -> tuple[int, int]:
         wait(request)
-        vector[a:b].copy_(sent.view(-1)[: b - a])
+        for (low, high), codes in zip(every, sent, strict=True):
+            more = kept(low, high, "count")
+            follow = change is not None and change.follow
+            wire.decode(codes[: wire.nbytes(high - low)], vector[low:high], follow=follow, **more)
         return a, b
 
     scattered = gathered = None

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 from mpilsgd.comm.meeting import spins
 from mpilsgd.comm.mpi import MPI, here
 from mpilsgd.comm.waiting import wait_until
 
 _LOOK = 1.0  # seconds between two looks at the others
+_PIECE = 1 << 30  # bytes an operation: counts are C ints
 _core: Any = None
 with contextlib.suppress(ImportError):
     _core = importlib.import_module("mpilsgd._core")
@@ -145,6 +147,15 @@ class Board:
     def free(self) -> None:
         self._win.Unlock_all()
         self._win.Free()
+
+
+def transfer(win: MPI.Win, rank: int, vector: torch.Tensor, operation: Any, at: int = 0) -> None:
+    """Gets or puts a vector that begins `at` so many bytes in the rank's part of a window; complete on return."""
+    data = vector.view(torch.uint8).numpy()
+    for start in range(0, data.size, _PIECE):
+        piece = data[start : start + _PIECE]
+        operation(win, [piece, MPI.BYTE], rank, [at + start, piece.size, MPI.BYTE])
+    win.Flush(rank)
 
 
 class Turns:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from mpilsgd.comm.coded import Coded
 from mpilsgd.comm.mpi import MPI
-from mpilsgd.comm.onesided import Turns, expose
+from mpilsgd.comm.onesided import Turns, expose, transfer
 from mpilsgd.comm.windows import Window
 
 _ALIGN = 16  # elements: whole cache lines
-_PIECE = 1 << 30  # bytes an operation: counts are C ints
+_PIECE = 1 << 30  # bytes a message: counts are C ints
 
 
 @dataclasses.dataclass
@@ -38,7 +39,7 @@ class Shards:
     any window, and both kinds are synchronised (`Win.Sync`, `Flush`) before the turn is passed on.
 
     Where vectors travel between islands in a narrower type, shards are kept in it; what rounding takes from a worker's
-    change is added to its next one (error feedback), so that nothing is lost for good.
+    change is added to its next one (error feedback), so that nothing is lost for good. In few bits they are `Coded`.
 
     Args:
         sizes: elements of each dtype of the workers' vectors; kinds: for each name, the type its vectors have for a
@@ -65,14 +66,19 @@ class Shards:
         self._remote: dict[tuple[str, torch.dtype], MPI.Win] = {}
         self._fetched: dict[str, dict[torch.dtype, torch.Tensor]] = {}
         self.kinds = kinds
-        self.residuals: dict[tuple[str, torch.dtype, int], torch.Tensor] = {}  # by the shard, too
+        self.residuals: dict[tuple[str, torch.dtype, Any], torch.Tensor] = {}  # by the shard, too
+        self._coded: dict[tuple[str, torch.dtype], Coded] = {}
         for name, of in kinds.items():
             self.own[name], self._fetched[name] = {}, {}
             for d, kind in of.items():
-                if level.n_islands > 1 and fabric.wire(kind) is not kind:
+                wire = fabric.wire(kind)
+                if level.n_islands > 1 and wire.coded:
+                    self._add_coded(name, d, Coded(fabric, wire, kind, [spans[d] for spans in self._spans]))
+                    continue
+                if level.n_islands > 1 and not wire.plain:
                     for k, spans in enumerate(self._spans):
                         self.residuals[name, d, k] = torch.zeros(spans[d][1] - spans[d][0], dtype=kind)
-                    kind = fabric.wire(kind)
+                    kind = wire.travels
                 a, b = self._spans[level.channel.island][d]
                 window = self.own[name][d] = fabric.place.common(level.channel, kind, b - a, host=True)
                 if level.n_islands > 1:
@@ -84,7 +90,25 @@ class Shards:
         # whether a turn's work is done on copies, new ones each time
         self.copies = device.type != "cpu" or bool(self.residuals)
         self.waited = 0.0  # seconds, in all turns so far
-        self.moved = 0  # bytes fetched from other islands
+        self._fetched_bytes = 0
+
+    @property
+    def moved(self) -> int:
+        """Bytes fetched from other islands."""
+        return self._fetched_bytes + sum(coded.fetched for coded in self._coded.values())
+
+    def _add_coded(self, name: str, d: torch.dtype, coded: Coded) -> None:
+        self._coded[name, d], self.own[name][d] = coded, coded.window
+        for part in ("base", "residual", "moves"):
+            self.residuals[name, d, part] = getattr(coded, part)
+
+    def start(self, name: str, x: dict[torch.dtype, torch.Tensor]) -> None:
+        """A vector begins as x is, which all ranks hold alike. On every rank; nobody may be in a turn."""
+        for d, window in self.own[name].items():
+            if (name, d) in self._coded:
+                self._coded[name, d].base.copy_(x[d])
+            elif self._level.local_ranks[0] == self._level.rank:
+                window.mine.copy_(x[d][slice(*self.span(d))])
 
     @property
     def count(self) -> int:
@@ -116,7 +140,9 @@ class Shards:
         for name, windows in self.own.items():
             vectors[name] = {}
             for d, window in windows.items():
-                if here:
+                if (name, d) in self._coded:
+                    vectors[name][d] = self._coded[name, d].open(k)
+                elif here:
                     window.sync()
                     vectors[name][d] = window.views[0]
                 else:
@@ -134,6 +160,9 @@ class Shards:
         for name, windows in self.own.items():
             for d, window in windows.items():
                 vector = self._working[name][d]
+                if (name, d) in self._coded:
+                    self._coded[name, d].close(k, vector.cpu())
+                    continue
                 if self.copies:
                     host = window.views[0] if here else self._fetched[name][d][: vector.numel()]
                     residual = self.residuals.get((name, d, k))
@@ -154,7 +183,7 @@ class Shards:
     def _transfer(self, k: int, name: str, d: torch.dtype, vector: torch.Tensor, operation: Any) -> None:
         transfer(self._remote[name, d], self._level.channel.heads_ranks[k], vector, operation)
         if operation is MPI.Win.Get:
-            self.moved += vector.numel() * vector.element_size()
+            self._fetched_bytes += vector.numel() * vector.element_size()
 
     def collect(self, name: str, dtype: torch.dtype, whole: Window | None) -> torch.Tensor:
         """All of a vector, readable on this island. Collective; nobody may be in a turn.
@@ -168,7 +197,9 @@ class Shards:
         vector = whole.views[0]
         if not vector.is_cpu:  # the island is this rank alone
             vector = torch.empty(vector.numel(), dtype=vector.dtype)
-        if level.is_head:
+        if level.is_head and (name, dtype) in self._coded:
+            self._coded[name, dtype].collect(vector)
+        elif level.is_head:
             for k, spans in enumerate(self._spans):
                 a, b = spans[dtype]
                 part = vector[a:b]
@@ -187,17 +218,10 @@ class Shards:
         for win in self._remote.values():
             win.Unlock_all()
             win.Free()
+        for coded in self._coded.values():
+            coded.free()
         self.turns.free()
-        self.own, self._fetched, self._working = {}, {}, {}
-
-
-def transfer(win: MPI.Win, rank: int, vector: torch.Tensor, operation: Any) -> None:
-    """Gets or puts a vector that begins the rank's part of a window of bytes; complete on return."""
-    data = vector.view(torch.uint8).numpy()
-    for start in range(0, data.size, _PIECE):
-        piece = data[start : start + _PIECE]
-        operation(win, [piece, MPI.BYTE], rank, [start, piece.size, MPI.BYTE])
-    win.Flush(rank)
+        self.own, self._fetched, self._working, self._coded = {}, {}, {}, {}
 
 
 def _part(n: int, k: int, parts: int) -> tuple[int, int]:

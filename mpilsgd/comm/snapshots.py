@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from mpilsgd.comm.mpi import MPI
-from mpilsgd.comm.onesided import Board, expose
-from mpilsgd.comm.shards import transfer
+from mpilsgd.comm.onesided import Board, expose, transfer
 from mpilsgd.comm.waiting import wait_until
 
 Vectors = dict[torch.dtype, torch.Tensor]
@@ -23,7 +22,8 @@ class Snapshots:
     Version v lies in buffer v mod 2. Its owner announces a version, writes it, and only then counts it as published;
     who has copied version v has it whole if nothing later than v + 1 is announced by then. So readers never block
     the owner, and read again in the rare case that it went by them twice. In an island snapshots are read where they
-    lie; others are fetched.
+    lie; others are fetched, and where they travel in few bits, as the difference from `bases`, which all hold alike;
+    what a version's codes lack is added to the next one's (`residuals`).
 
     Args: sizes: elements of each dtype's vector. Collective: creation and `free`.
     """
@@ -44,12 +44,18 @@ class Snapshots:
             {},
         ]  # what others fetch, in a narrower type
         self._wire = {d: fabric.wire(d) for d in sizes}
+        coded = {d: n for d, n in sizes.items() if self._wire[d].coded and level.n_islands > 1}
+        wide = {d: torch.promote_types(d, torch.float32) for d in coded}
+        self.bases, self.residuals = (
+            {d: torch.zeros(n, dtype=wide[d]) for d, n in coded.items()} for _ in range(2)
+        )
         if level.n_islands > 1:
             for windows, remote, narrow in zip(self._windows, self._remote, self._narrow, strict=True):
                 for d, window in windows.items():
                     exposed = window.mine
-                    if self._wire[d] is not d:
-                        exposed = narrow[d] = torch.zeros(window.mine.numel(), dtype=self._wire[d])
+                    if not self._wire[d].plain:
+                        size = self._wire[d].nbytes(window.mine.numel())
+                        exposed = narrow[d] = torch.zeros(size, dtype=torch.uint8)
                     memory = exposed.view(torch.uint8).numpy() if exposed.numel() else MPI.BOTTOM
                     remote[d] = expose(memory, level.comm)
 
@@ -64,7 +70,8 @@ class Snapshots:
             window.mine.copy_(vectors[d])
             window.sync()
         for d, narrow in self._narrow[version % 2].items():
-            narrow.copy_(vectors[d])
+            kept = {"base": self.bases[d], "residual": self.residuals[d]} if d in self.bases else {}
+            self._wire[d].encode(self._windows[version % 2][d].mine, narrow, **kept)
         for win in self._remote[version % 2].values():
             win.Sync()
         board.write(rank, self.NUMBER + version % 2, _bits(number))
@@ -86,27 +93,45 @@ class Snapshots:
             if here:
                 into[d].copy_(window.views[level.seats[rank]])
             else:
-                direct = into[d].is_cpu and self._wire[d] is d
-                host = into[d] if direct else torch.empty(self._sizes[d], dtype=self._wire[d])
+                wire = self._wire[d]
+                direct = into[d].is_cpu and wire.plain
+                size = wire.nbytes(self._sizes[d])
+                host = into[d].view(torch.uint8) if direct else torch.empty(size, dtype=torch.uint8)
                 transfer(self._remote[version % 2][d], rank, host, MPI.Win.Get)
-                if host is not into[d]:
-                    into[d].copy_(host)
+                if not direct:
+                    self._read(d, host, into[d])
         self.board.sync()
         return self.board.read(rank, self.ANNOUNCED) <= version + 1
 
-    def last(self) -> tuple[float, Vectors] | None:
-        """A copy of this worker's last snapshot."""
+    def _read(self, d: torch.dtype, codes: torch.Tensor, into: torch.Tensor) -> None:
+        if d not in self.bases:
+            self._wire[d].decode(codes, into)
+            return
+        host = into if into.is_cpu else torch.empty(into.numel(), dtype=d)
+        self._wire[d].decode(codes, host, base=self.bases[d])
+        if host is not into:
+            into.copy_(host)
+
+    def last(self) -> tuple[float, Vectors, Vectors] | None:
+        """A copy of this worker's last snapshot, and of what others fetch of it."""
         version, number = self.newest(self._level.rank)
         if not version:
             return None
-        return number, {d: w.mine.clone() for d, w in self._windows[version % 2].items()}
+        own = {d: w.mine.clone() for d, w in self._windows[version % 2].items()}
+        return number, own, {d: v.clone() for d, v in self._narrow[version % 2].items()}
 
-    def restart(self, snapshot: tuple[float, Vectors] | None) -> None:
+    def restart(self, snapshot: tuple[float, Vectors, Vectors] | None) -> None:
         """Withdraws what this worker has published, for this snapshot. Between barriers: nobody may be reading."""
         self.board.write(self._level.rank, self.PUBLISHED, 0)
         self.board.write(self._level.rank, self.ANNOUNCED, 0)
         if snapshot is not None:
-            self.publish(snapshot[1], snapshot[0], lambda _: True)
+            residuals = {d: v.clone() for d, v in self.residuals.items()}
+            version = self.publish(snapshot[1], snapshot[0], lambda _: True)
+            for kept, saved in ((self._narrow[version % 2], snapshot[2]), (self.residuals, residuals)):
+                for d, v in kept.items():
+                    v.copy_(saved[d])
+            for win in self._remote[version % 2].values():
+                win.Sync()
 
     def done(self, rank: int) -> int:
         """How many copies a worker has finished."""

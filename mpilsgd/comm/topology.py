@@ -14,6 +14,14 @@ import torch
 from mpilsgd.comm.channel import Channel
 from mpilsgd.comm.mpi import MPI, here
 
+_ACROSS: dict[Any, torch.dtype | str] = {
+    torch.bfloat16: torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    torch.int8: "int8",
+    "int8": "int8",
+    "int4": "int4",
+}
+
 
 class Refused(ValueError):
     """What is wrong on any rank, raised on every one."""
@@ -29,8 +37,11 @@ class Topology:
         group_size: None makes one group of each node; an integer l >= 1 cuts each node into consecutive
             blocks of l ranks, of which the last may be smaller.
         shared: False exchanges parameters by messages instead of through shared windows.
-        across_dtype: torch.bfloat16 or its name: wider vectors travel so between nodes (between all ranks that do not
-            share memory): half the bytes, each value rounded on its way (by 2^-9 of it). float16 would overflow.
+        across_dtype: how vectors travel between nodes (between all ranks that do not share memory). "bfloat16" (or
+            torch.bfloat16): wider ones so, half the bytes, each value rounded on its way (by 2^-9 of it); float16 would
+            overflow. "int8", "int4": 8.25 or 4.25 bits a value (of float64 half a bit more), blocks of 128 values with
+            a scale each. What the code of a sum or a change lacks is sent with the next one, and whole vectors travel
+            as their change since the last one, so that nothing is lost for good.
 
     Attributes:
         world: communicator of all workers.
@@ -43,7 +54,7 @@ class Topology:
 
     Raises:
         ValueError: on every rank, if `group_size` is not a whole number from 1 to the size of the smallest node, or
-            `across_dtype` not bfloat16, or if ranks run different versions of mpilsgd or of MPI.
+            `across_dtype` none of these, or if ranks run different versions of mpilsgd or of MPI.
 
     Collective over `comm`, as are `free` and the helpers below.
     """
@@ -70,10 +81,10 @@ class Topology:
         try:
             self.agree(_version_error(self.allgather(_versions())))
             self.agree(_group_size_error(group_size, self.node.size))
-            narrow = across_dtype in (torch.bfloat16, "bfloat16")
-            self.across_dtype = torch.bfloat16 if narrow else None
-            wrong = not (narrow or across_dtype is None)
-            self.agree(f"across_dtype must be bfloat16 or None, not {across_dtype!r}" if wrong else None)
+            known = across_dtype is None or across_dtype in list(_ACROSS)
+            told = "across_dtype must be bfloat16, int8, int4 or None"
+            self.agree(None if known else f"{told}, not {across_dtype!r}")
+            self.across_dtype = None if across_dtype is None else _ACROSS[across_dtype]
             settings = self.allgather((group_size, shared, str(self.across_dtype)))
             if len(set(settings)) > 1:
                 raise ValueError(

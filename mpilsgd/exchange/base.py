@@ -11,8 +11,8 @@ import torch
 
 from mpilsgd import bound, kernels
 from mpilsgd.exchange.rows import Rows, checked
-from mpilsgd.exchange.vectors import Span, Vector, accumulation_dtype, allot
-from mpilsgd.transport import Level
+from mpilsgd.exchange.vectors import NOTHING, Span, Vector, accumulation_dtype, allot
+from mpilsgd.transport import Level, Stream
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
@@ -215,6 +215,7 @@ def outer_step(c: torch.Tensor, u: torch.Tensor, mean: torch.Tensor, lr: float, 
 def average(m: Method, spans: list[Span], counted: set[int]) -> None:
     """Replaces every worker's window[start:stop] by the mean over the counted workers (at least one).
 
+    In few bits only a span with a name travels.
     Each rank handles its slice of every window on its island; across islands the sums meet in `scratch`.
     Collective, after a barrier; on return all windows hold the mean.
     """
@@ -222,7 +223,7 @@ def average(m: Method, spans: list[Span], counted: set[int]) -> None:
     if level.n_islands > 1:
         _average_across(level, m.scratch, spans, counted)
     else:
-        key = "average", tuple(spans), frozenset(counted)
+        key = "average", tuple(span[:3] for span in spans), frozenset(counted)
         for mean, first, others, nbytes in m.r.once(key, lambda: _means(level, spans, counted)):
             level.count_local(nbytes)
             mean()
@@ -234,7 +235,7 @@ def average(m: Method, spans: list[Span], counted: set[int]) -> None:
 def _means(level: Level, spans: list[Span], counted: set[int]) -> list[tuple[Any, ...]]:
     """For this rank's slice of each span: the mean of those that count, their first, the others, and its bytes."""
     means = []
-    for window, start, stop in spans:
+    for window, start, stop, *_ in spans:
         a, b = level.share(start, stop)
         every = {r: window.views[level.seats[r]][a:b] for r in level.local_ranks}
         peers = [view for r, view in every.items() if r in counted]
@@ -246,7 +247,8 @@ def _means(level: Level, spans: list[Span], counted: set[int]) -> list[tuple[Any
 def _average_across(
     level: Level, scratch: dict[torch.dtype, Any], spans: list[Span], counted: set[int]
 ) -> None:
-    for window, start, stop in spans:  # dtypes of one accumulation type take turns in its scratch
+    # dtypes of one accumulation type take turns in its scratch
+    for window, start, stop, name, about in spans:
         a, b = level.share(start, stop)
         every = {r: window.views[level.seats[r]][a:b] for r in level.local_ranks}
         peers = [view for r, view in every.items() if r in counted]
@@ -256,7 +258,10 @@ def _average_across(
             kernels.total(sums[a:b], peers)
         else:
             sums[a:b].zero_()
-        for part in level.allreduce(sums, start, stop):
+        weight, count = (float(len(peers)), float(len(counted))) if about is not NOTHING else (0.0, 0.0)
+        known = about[start:stop] if isinstance(about, torch.Tensor) else None
+        stream = Stream(f"mean of {name}", weight, count, known) if name else None
+        for part in level.allreduce(sums, start, stop, stream):
             a, b = level.share(*part)
             views = [window.views[level.seats[r]][a:b] for r in level.local_ranks]
             kernels.assign(views, sums[a:b], 1.0 / len(counted))

@@ -6,22 +6,20 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Edge, Inbox, Links, clock, pause, wait_until
 from mpilsgd.exchange.base import Exchange
+from mpilsgd.exchange.edge_messages import Messages
 from mpilsgd.exchange.rows import CENTER
 from mpilsgd.exchange.vectors import Span, Vector, load, save
-from mpilsgd.layout import padded
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
 
 Vectors = dict[torch.dtype, torch.Tensor]
 
-_HEAD = 64  # bytes before the vectors of a message: whether they are finite, and the seconds of a leaf's step
 _PAUSE = 5e-4  # seconds between two looks of an inner rank
 _UNKNOWN = 0.05  # seconds of a pass as long as no leaf has told of its step
 _MEMORY = 0.9  # of the mean of a step's seconds
@@ -37,6 +35,7 @@ class _Node:
     index: int
     x: Vectors
     edges: list[Edge]
+    residual: Vectors  # what its messages in few bits have not said yet
     t: int = 0
 
 
@@ -64,6 +63,7 @@ class Edges(Exchange):
         m, tree = self.m, self.tree
         # lock-step: a leaf's next message may come before its last one is taken
         self._links = Links(m.fabric.world, newest=not self.lock_step, tags=2 * len(tree.parent))
+        self._messages = Messages(m)
         self._own = [self._node(i) for i, host in enumerate(tree.host) if host == m.topology.world.rank]
         with m.iterates():
             if m.init == "different":
@@ -79,7 +79,9 @@ class Edges(Exchange):
         exchanged = {d: w.mine[: m.n[d]] for d, w in m.x.items()}
         x = exchanged if i == m.topology.world.rank else {d: v.clone() for d, v in exchanged.items()}
         edges = [] if i == tree.root else [self._edge(i, tree.parent[i], up=True)]
-        return _Node(i, x, edges + [self._edge(child, child, up=False) for child in tree.children[i]])
+        edges += [self._edge(child, child, up=False) for child in tree.children[i]]
+        coded = self._messages.base if any(edge.narrow for edge in edges) else {}
+        return _Node(i, x, edges, {d: torch.zeros_like(v) for d, v in coded.items()})
 
     def _edge(self, child: int, other: int, up: bool) -> Edge:
         """The edge above `child`, seen from its lower end (up) or its upper end, to the tree node `other`."""
@@ -89,7 +91,7 @@ class Edges(Exchange):
         peer = self.tree.host[other]
         narrow = peer not in self.m.fabric.world.local_ranks
         out = self._links.out(peer, tags[ours])
-        into = self._links.into(peer, tags[theirs], self._message_bytes(narrow))
+        into = self._links.into(peer, tags[theirs], self._messages.nbytes(narrow))
         return Edge(out, into, up, peer, narrow, every[ours], every[theirs])
 
     def _start_at_mean(self) -> None:
@@ -103,23 +105,6 @@ class Edges(Exchange):
                 x.copy_(m.x[d].mine[: m.n[d]])
         for d, x in own.items() if m.computes else ():
             m.x[d].mine.copy_(x)
-
-    # Messages: a head, then the vectors
-
-    def _types(self, narrow: bool) -> Iterator[tuple[torch.dtype, torch.dtype]]:
-        """The vectors' types, and those in a message."""
-        return ((d, self.m.fabric.wire(d) if narrow else d) for d in self.m.x)
-
-    def _message_bytes(self, narrow: bool) -> int:
-        return _HEAD + sum(padded(self.m.n[d], wire) * wire.itemsize for d, wire in self._types(narrow))
-
-    def _open_message(self, memory: np.ndarray, narrow: bool) -> tuple[torch.Tensor, Vectors]:
-        """A message's head (whether it is finite, seconds a step) and vectors."""
-        whole, at, vectors = torch.from_numpy(memory), _HEAD, {}
-        for d, wire in self._types(narrow):
-            vectors[d] = whole[at : at + self.m.n[d] * wire.itemsize].view(wire)
-            at += padded(self.m.n[d], wire) * wire.itemsize
-        return whole[:16].view(torch.float64), vectors
 
     # A pass, and its verbs
 
@@ -139,12 +124,8 @@ class Edges(Exchange):
         free = [e for e in due if node.t % (e.send_every * e.stride) == 0 and e.gets_through()]
         m.metrics.skipped += len(due) - len(free)
         for narrow in {edge.narrow for edge in free}:
-            memory = links.fresh(self._message_bytes(narrow))
-            head, vectors = self._open_message(memory, narrow)
-            for d, x in node.x.items():
-                vectors[d].copy_(x)
-            head[0] = all([kernels.check(v) for v in vectors.values()])
-            head[1] = self._seconds
+            memory = links.fresh(self._messages.nbytes(narrow))
+            self._messages.write(memory, narrow, node.x, node.residual, self._seconds)
             for edge in free:
                 if edge.narrow is narrow:
                     edge.out.send(memory)
@@ -155,13 +136,14 @@ class Edges(Exchange):
         for edge in self.node.edges:
             if not self._came(self.node, edge):
                 continue
-            head, vectors = self._open_message(edge.into.message(), edge.narrow)
-            yield bool(head[0]), vectors
+            message = edge.into.message()
+            head, codes = self._messages.open(message, edge.narrow)
+            yield self._messages.read(message, edge.narrow)
             if not (edge.above or m.computes):
                 self._seconds = float(head[1])
             m.metrics.rounds += 1
             if isinstance(edge.into, Inbox):
-                nbytes = sum(v.numel() * v.element_size() for v in vectors.values())
+                nbytes = sum(map(len, codes.values()))
                 near = edge.rank in m.topology.groups[m.topology.group_index]
                 m.fabric.traffic.group += nbytes * near
                 m.fabric.traffic.across += nbytes * (not near)
@@ -193,7 +175,7 @@ class Edges(Exchange):
 
     def _wait(self, true: Callable[[], bool], edge: Edge) -> None:
         """Lock-step: until the other end has come as far."""
-        end = clock() + _PATIENCE + self._message_bytes(edge.narrow) / _SLOWEST
+        end = clock() + _PATIENCE + self._messages.nbytes(edge.narrow) / _SLOWEST
 
         def come() -> bool:
             assert self._links is not None
@@ -269,12 +251,17 @@ class Edges(Exchange):
         for node in self._own:
             lying = [[torch.from_numpy(memory.copy()) for memory in edge.into.lying()] for edge in node.edges]
             inner = node.index >= self.m.p
-            nodes.append((node.t, save(node.x) if inner else {}, lying))
-        return {"nodes": nodes, "seconds": self._seconds, "layout": self._layout()}
+            nodes.append((node.t, save(node.x) if inner else {}, lying, save(node.residual)))
+        return {
+            "nodes": nodes,
+            "seconds": self._seconds,
+            "layout": self._layout(),
+            "base": save(self._messages.base),
+        }
 
     def _layout(self) -> list[Any]:
         """What a state is bound to."""
-        sizes = [self._message_bytes(edge.narrow) for node in self._own for edge in node.edges]
+        sizes = [self._messages.nbytes(edge.narrow) for node in self._own for edge in node.edges]
         return [self.tree.parent, self.tree.host, sizes]
 
     def misfit(self, state: dict[str, Any]) -> str | None:
@@ -285,8 +272,10 @@ class Edges(Exchange):
     def load(self, state: dict[str, Any]) -> None:
         self.wakes()
         self._seconds, self._revived = state["seconds"], -1
-        for node, (t, x, lying) in zip(self._own, state["nodes"], strict=True):
+        load(self._messages.base, state["base"])
+        for node, (t, x, lying, residual) in zip(self._own, state["nodes"], strict=True):
             node.t = t
+            load(node.residual, residual)
             if x:
                 load(node.x, x)
             for edge, messages in zip(node.edges, lying, strict=True):

@@ -41,10 +41,8 @@ class InTurn(Verbs):
     def fill(self, vector: Vector) -> None:
         if vector.per != "all":
             super().fill(vector)
-        elif self._head():
-            for d, v in vector.items():
-                a, b = self._shards.span(d)
-                v.copy_(self.m.x[d].mine[a:b])
+        else:
+            self._shards.start(vector.name, {d: self.m.x[d].mine[: self.m.n[d]] for d in vector})
 
     def those(self) -> Hashable:
         return self.fit, self._shard.index

@@ -28,9 +28,11 @@ class BehindSteps(BehindAll):
         self.m.exchange(self)
         self.updates += 1
 
-    def mean(self, vectors: Any = None, counted: Any = None, keep: bool = False) -> None:
+    def mean(
+        self, vectors: Any = None, counted: Any = None, keep: bool = False, about: Vector | None = None
+    ) -> None:
         """The mean of the copies. x is kept, as it is."""
-        super().mean(vectors, counted)
+        super().mean(vectors, counted, about=about)
 
     def copy(self, c: Vector, keep: float = 0.0) -> None:
         """x_i <- keep x_i + (1 - keep) c, `overlap` steps later."""

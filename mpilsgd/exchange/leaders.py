@@ -74,7 +74,7 @@ class Leaders(Verbs):
             parts: Iterable[tuple[int, int]] = ()
             for level, leader, rate in terms:
                 exhaust(parts)
-                vector, parts = level.coming(window, leader, self._landing(level, d))
+                vector, parts = level.coming(window, leader, self._landing(level, d), name=f"leader {d}")
                 pulled.append((vector, rate))
             if not movers or not terms:
                 exhaust(parts)
@@ -128,7 +128,7 @@ class Leaders(Verbs):
             kept.append(leader is not None)
             for d, x in m.x.items() if leader is not None else ():
                 landing = m.windows[vector.name][d]
-                level.bring(x, leader, landing)
+                level.bring(x, leader, landing, name=f"leader {d}")
                 if level.rank == leader:
                     landing.views[0].copy_(x.mine)
             if leader is not None:

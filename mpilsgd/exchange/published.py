@@ -58,6 +58,7 @@ class Published(Exchange):
 
     def open(self) -> None:
         m = self.m
+        assert self._snapshots is not None
         if m.course.replays:
             for rank in range(m.p):
                 for index, event in enumerate(m.course.script_of(rank)):
@@ -65,7 +66,10 @@ class Published(Exchange):
                         leader, version = event[2 * k : 2 * k + 2]
                         if leader == m.fabric.world.rank and rank != leader:
                             self._readers[version].append((rank, 2 * index + k))
-        assert self._snapshots is not None
+        world = m.fabric.world
+        for d, base in self._snapshots.bases.items():
+            base.copy_(world.bring(m.x[d], 0, m.scratch.get(d), exact=True)[: m.n[d]])
+            world.barrier()  # dtypes may take turns in what it landed in
         with m.iterates():  # nobody's leader, but there to fall back on
             self._snapshots.publish(self._own(), math.inf, lambda _: True)
         m.fabric.world.barrier()
@@ -181,7 +185,8 @@ class Published(Exchange):
     def _count(self, leader: int) -> None:
         fabric, topology = self.m.fabric, self.m.topology
         far = leader not in fabric.world.local_ranks
-        nbytes = sum(v.numel() * (fabric.wire(d) if far else d).itemsize for d, v in self._near.items())
+        sizes = {d: v.numel() for d, v in self._near.items()}
+        nbytes = sum(fabric.wire(d).nbytes(n) if far else n * d.itemsize for d, n in sizes.items())
         if leader in topology.groups[topology.group_index]:
             fabric.traffic.group += nbytes
         else:
@@ -204,15 +209,36 @@ class Published(Exchange):
 
     def state(self) -> dict[str, Any]:
         assert self._snapshots is not None
+        last, kept = self._snapshots.last(), (self._snapshots.bases, self._snapshots.residuals)
+        told = None if last is None else {"score": last[0], "x": save(last[1]), "narrow": save(last[2])}
+        return {"snapshot": told, "kept": [save(of) for of in kept]}
+
+    def misfit(self, state: dict[str, Any]) -> str | None:
+        assert self._snapshots is not None
+        snapshot = state["snapshot"] or {"narrow": {}}
         last = self._snapshots.last()
-        return {"snapshot": None if last is None else {"score": last[0], "x": save(last[1])}}
+        here = {} if last is None else {str(d): v.numel() for d, v in last[2].items()}
+        saved = {name: v.numel() for name, v in snapshot["narrow"].items()}
+        return (
+            None
+            if here == saved
+            else "the state is of another across_dtype, or of ranks laid otherwise on nodes"
+        )
 
     def load(self, state: dict[str, Any]) -> None:
         assert self._snapshots is not None
-        snapshot, vectors = state["snapshot"], {d: torch.empty_like(v) for d, v in self._near.items()}
-        if snapshot is not None:
-            load(vectors, snapshot["x"])
-        self._snapshots.restart(None if snapshot is None else (snapshot["score"], vectors))
+        for kept, saved in zip(
+            (self._snapshots.bases, self._snapshots.residuals), state["kept"], strict=True
+        ):
+            load(kept, saved)
+        snapshot = state["snapshot"]
+        if snapshot is None:
+            self._snapshots.restart(None)
+            return
+        own, narrow = (
+            {d: of[str(d)] for d in self._near if str(d) in of} for of in (snapshot["x"], snapshot["narrow"])
+        )
+        self._snapshots.restart((snapshot["score"], own, narrow))
 
     def free(self) -> None:
         for part in (self._snapshots, self._turns):

@@ -40,6 +40,7 @@ def of(m: Method) -> dict[str, Any]:
         "values": values,
         "vectors": {name: save(v) for name, v in _own(m)},
         "exchange": m.r.state(),
+        "kept": m.fabric.state(),
     }
 
 
@@ -63,6 +64,7 @@ def load(m: Method, state: dict[str, Any]) -> None:
     for name, v in _own(m):
         load_vector(v, own["vectors"][name])
     m.r.load(own["exchange"])
+    m.fabric.load(own["kept"], m.device)
     if m.course is not None:
         m.course.load(m.t if m.computes else 0)
     m.fabric.world.barrier()
@@ -76,14 +78,14 @@ def _unfit(m: Method, own: Any) -> str | None:
         )
     if own.get("model") != m.about["model"]:  # its vectors are laid out otherwise
         return "this is the state of other parameters (shapes, types, order, memory formats)"
-    if not {"vectors", "values", "exchange"} <= own.keys():
+    if not {"vectors", "values", "exchange", "kept"} <= own.keys():
         return f"this is the state of {name} of another version of mpilsgd"
     saved = {n: {d: v.numel() for d, v in of.items()} for n, of in own["vectors"].items()}
     if saved != shapes(dict(_own(m))):
         return _OTHER_RANKS
     if set(own["values"]) != set(m.values):
         return f"this is the state of {name} with other settings"
-    return m.r.misfit(own["exchange"])
+    return m.fabric.misfit(own["kept"]) or m.r.misfit(own["exchange"])
 
 
 def _plain(value: Any) -> Any:

@@ -13,8 +13,8 @@ from mpilsgd import kernels
 from mpilsgd.exchange.clocks import ALL, Due, TwoPeriods
 from mpilsgd.exchange.leaders import Leaders
 from mpilsgd.exchange.rows import ROUND, Row, Rows, checked
-from mpilsgd.exchange.vectors import Span, Vector
-from mpilsgd.transport import Level
+from mpilsgd.exchange.vectors import NOTHING, Span, Vector
+from mpilsgd.transport import Level, Stream
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
@@ -139,20 +139,31 @@ class Together(Leaders):
 
     # The verbs
 
-    def mean(self, vectors: Any = None, counted: np.ndarray | None = None, keep: bool = False) -> None:
+    def mean(
+        self,
+        vectors: Any = None,
+        counted: np.ndarray | None = None,
+        keep: bool = False,
+        about: Vector | None = None,
+    ) -> None:
         """Replaces every worker's vector by the mean over those that count (by default the finite ones).
 
         vectors: x, or the gradients, with which the float buffers go. keep: `before` is x as it was, for `copy`.
+        about: a wide vector per="all" that x is near of: where x crosses nodes in few bits, as the difference from it
+        (else from the last mean).
         """
         if keep:
             self.m.keep_x()
             self.fence()  # others write into x
         m = self.m
         if vectors is None:
-            spans = [Span(w, *span) for d, w in self.x.items() for span in self._joint(d)]
+            near: Any = about or {}
+            spans = [
+                Span(w, *span, f"x {d}", near.get(d)) for d, w in self.x.items() for span in self._joint(d)
+            ]
         else:
-            spans = [Span(w, 0, w.mine.numel()) for w in vectors.values()]
-            spans += [Span(w, m.edge[d], m.n[d]) for d, w in m.x.items() if m.edge[d] < m.n[d]]
+            spans = [Span(w, 0, w.mine.numel(), f"g {d}", NOTHING) for d, w in vectors.items()]
+            spans += [Span(w, m.edge[d], m.n[d], f"x {d}") for d, w in m.x.items() if m.edge[d] < m.n[d]]
         assert self.rows is not None
         fit = self.rows.fit if counted is None else counted
         m.mean_over(spans, {r for r, c in enumerate(fit) if c})
@@ -184,8 +195,8 @@ class Together(Leaders):
         broken = self.bad.intersection(every)
         return [v for r, v in every.items() if r not in broken], [every[r] for r in broken]
 
-    def added(self, whole: torch.Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        return (self.level.share(*part) for part in self.level.allreduce(whole, start, stop))
+    def added(self, whole: torch.Tensor, start: int, stop: int, name: str) -> Iterator[tuple[int, int]]:
+        return (self.level.share(*part) for part in self.level.allreduce(whole, start, stop, Stream(name)))
 
     def seen(self, nbytes: int) -> None:
         self.level.count_local(nbytes)

@@ -46,12 +46,21 @@ class Vector(Mapping[torch.dtype, torch.Tensor]):
         return len(self.memory)
 
 
+NOTHING = "nothing"  # that a span is about
+
+
 class Span(NamedTuple):
-    """A window's elements from start to stop."""
+    """A window's elements from start to stop.
+
+    name: of those whose means follow each other. about: what the mean is near of: a vector that all hold alike, the
+    last mean (None), or nothing, as that of gradients.
+    """
 
     window: Any
     start: int
     stop: int
+    name: str = ""
+    about: Any = None
 
 
 def allot(m: Method, v: Vector) -> None:

@@ -42,8 +42,9 @@ class Verbs(Exchange):
         """These elements of a vector."""
         return (self.x[d].mine if v is self.x or v is self.m.x else v[d])[a:b]
 
-    def added(self, whole: torch.Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Sums over the islands; the parts that this rank works on, each as soon as its sum is there."""
+    def added(self, whole: torch.Tensor, start: int, stop: int, name: str) -> Iterator[tuple[int, int]]:
+        """Sums over the islands; the parts that this rank works on, each as soon as its sum is there. name: of sums
+        that follow each other."""
         return iter(())
 
     def fence(self) -> None: ...
@@ -82,7 +83,7 @@ class Verbs(Exchange):
             sums.zero_()
         if whole is None:
             yield a, b, sums
-        for a, b in () if whole is None else self.added(whole, start, stop):
+        for a, b in () if whole is None else self.added(whole, start, stop, f"x - {z.name} {d}"):
             yield a, b, whole[a:b]  # type: ignore[index]
 
     def elastic(self, c: Vector, alpha: float, rate: float, gauss_seidel: bool = False) -> None:

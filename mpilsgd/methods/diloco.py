@@ -104,7 +104,7 @@ class DiLoCo(Method):
             return
         fragment = (r.t * self.fragments // self.period - 1) % self.fragments
         r.only(fragment, self.fragments)
-        r.mean(keep=self.mixing > 0)
+        r.mean(keep=self.mixing > 0, about=self.c)
         for k, (c, u, x) in enumerate(r.each(self.c, self.u, self.x)):
             if self.outer is not None:
                 self._step((fragment, k), c, x)

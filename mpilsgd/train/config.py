@@ -57,10 +57,11 @@ class Config:
 
     method: str = _option("LSGD", "Method", "how the workers are kept together: {methods}")
     group_size: int | None = _option(None, "Method", "ranks in a group (null: all ranks of a node)")
-    across_dtype: Literal["bfloat16"] | None = _option(
+    across_dtype: Literal["bfloat16", "int8", "int4"] | None = _option(
         None,
         "Method",
-        "type in which parameters travel between nodes (null: their own): half the bytes, rounded",
+        "type in which parameters travel between nodes (null: their own): bfloat16 (half the bytes, rounded), int8 or "
+        "int4 (a quarter, an eighth; what is rounded away follows later)",
     )
     shared: bool = _option(
         True, "Method", "exchange parameters through shared memory in a node (false: by messages)"

@@ -242,6 +242,8 @@ def _directory(config: Config, topology: Topology, model: torch.nn.Module) -> Ru
     nbytes = sum(t.numel() * t.element_size() for t in model.state_dict().values())
 
     vectors = 3 if config.optimizer in ("Adam", "AdamW") else 2 if config.momentum else 1
+    if config.across_dtype in ("int8", "int4") and (len(topology.nodes) > 1 or not config.shared):
+        vectors += 2  # what is kept of what travels
     copies = 1 if config.resume else 2  # old and new files are both there for a while
     need = copies * vectors * nbytes * topology.world.size
     on_first(topology, directory.claim, config.text(), config.overwrite, bool(config.resume), need)

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from mpilsgd.comm import Channel, Topology, complete, free_shared_memory
-from mpilsgd.comm.channel import cuts, pass_along, sums
+from mpilsgd.comm.channel import cuts, pass_along, slices, sums
 from mpilsgd.comm.meeting import Meeting, MpiMeeting
 from mpilsgd.transport.messages import Messages
 from mpilsgd.transport.windows import SharedWindows
+from mpilsgd.transport.wire import Stream, Streams, Wire, wire_of
 
 
 class SharedMemoryWarning(UserWarning):
@@ -52,10 +53,26 @@ class Fabric:
         self.world = Level(self, world, range(topology.world.size), seats, mates)
         self.group = Level(self, group, mates, seats, mates)
 
-    def wire(self, dtype: torch.dtype) -> torch.dtype:
-        """The type in which a vector travels between islands."""
-        narrow = self._across_dtype
-        return dtype if narrow is None or narrow.itemsize >= dtype.itemsize else narrow
+    def wire(self, dtype: torch.dtype) -> Wire:
+        """How a vector of this type travels between islands."""
+        return wire_of(dtype, self._across_dtype)
+
+    def state(self) -> dict[str, Any]:
+        """What is kept of vectors that travel in few bits, and by whom."""
+        kept = [level.streams.state() for level in (self.world, self.group)]
+        return {"islands": self.world.channel.island_of, "kept": kept}
+
+    def misfit(self, state: dict[str, Any]) -> str | None:
+        """Why a saved state cannot be taken up here."""
+        if not any(state["kept"]) or state["islands"] == self.world.channel.island_of:
+            return None
+        return (
+            "the state was saved by ranks that lay otherwise on nodes: it holds what each had still to send"
+        )
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        for level, kept in zip((self.world, self.group), state["kept"], strict=True):
+            level.streams.load(kept, device)
 
     def meet_by_mpi(self) -> None:
         """From now on, on all ranks: one-sided operations and messages that are under way need those who wait to
@@ -107,6 +124,7 @@ class Level:
         others = [self.world_ranks[r] for r in self.local_ranks if r != self.rank]
         self._near = sum(r in self._mates for r in others)
         self._far = len(others) - self._near
+        self.streams = Streams(self.is_head)
 
     def table(self, row: Sequence[float]) -> np.ndarray:
         """Every rank's row of numbers, the same (size, len(row)) table on every rank.
@@ -142,17 +160,20 @@ class Level:
         step = -(-step // 16) * 16  # whole cache lines
         return min(start + i * step, stop), min(start + (i + 1) * step, stop)
 
-    def bring(self, window: Any, owner: int, landing: Any, exact: bool = False) -> torch.Tensor:
+    def bring(
+        self, window: Any, owner: int, landing: Any, exact: bool = False, name: str = ""
+    ) -> torch.Tensor:
         """The whole vector of rank `owner`, readable here; see `coming`. Collective over the level."""
-        vector, parts = self.coming(window, owner, landing, exact)
+        vector, parts = self.coming(window, owner, landing, exact, name)
         exhaust(parts)
         return vector
 
     def coming(
-        self, window: Any, owner: int, landing: Any, exact: bool = False
+        self, window: Any, owner: int, landing: Any, exact: bool = False, name: str = ""
     ) -> tuple[torch.Tensor, Iterator[tuple[int, int]]]:
         """The vector of rank `owner` (where it lies on its own island, in `landing` elsewhere), and its parts, (start,
         stop), each as soon as it can be read here, while the next ones are under way. exact: in its own type.
+        name: of vectors that come one after the other; in few bits each is sent as its change from the last.
 
         Collective over the level, to the end of the parts; the owner must not change its vector before the next
         barrier. One copy travels to each island, not one to each rank.
@@ -163,37 +184,54 @@ class Level:
             vector = window.views[0 if window.common else self.seats[owner]]
         else:
             vector = landing.views[0][: window.mine.numel()]
-        wire = vector.dtype if exact else self._fabric.wire(vector.dtype)
+        own = Wire(vector.dtype, vector.dtype)
+        wire, kept = own if exact else self._fabric.wire(vector.dtype), None
+        if wire.coded and self.n_islands > 1:
+            kept, known = self.streams.of(name, vector, base=True) if name else (None, False)
+            wire = wire if known else own
         received = owner != self.rank and (here or self.is_head)
-        self._count(owner, vector.numel() * (vector if here else wire).itemsize if received else 0)
+        self._count(owner, (own if here else wire).nbytes(vector.numel()) if received else 0)
         if self.n_islands == 1:
             return vector, iter([(0, vector.numel())])
-        return vector, self._parts(vector, home, wire)
+        return vector, self._parts(vector, home, wire, None if kept is None else kept.base)
 
-    def _parts(self, vector: torch.Tensor, home: int, wire: torch.dtype) -> Iterator[tuple[int, int]]:
-        chunks = cuts(vector.numel(), wire.itemsize)
+    def _parts(
+        self, vector: torch.Tensor, home: int, wire: Wire, base: torch.Tensor | None
+    ) -> Iterator[tuple[int, int]]:
+        chunks = cuts(vector.numel(), wire)
         if self.is_head:
-            chunks = pass_along(self.channel.heads, vector, home, wire, chunks)
+            chunks = pass_along(self.channel.heads, vector, home, wire, chunks, base)
         for part in chunks:
             if self.channel.island != home:
                 self.fence()
             yield part
 
-    def allreduce(self, vector: torch.Tensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    def allreduce(
+        self, vector: torch.Tensor, start: int, stop: int, stream: Stream | None = None
+    ) -> Iterator[tuple[int, int]]:
         """Sums several islands' common vectors from `start` to `stop`; gives the parts, (start, stop), each when its
         sum can be read here, while the next ones are summed. Collective over the level, to the end of the parts.
+
+        stream: of sums that follow each other; without one few bits would lose too much, and it goes in its own type.
         """
         self.fence()
-        wire, n = self._fabric.wire(vector.dtype), self.n_islands
-        parts: Iterator[tuple[int, int]]
-        parts = ((start + a, start + b) for a, b in cuts(stop - start, wire.itemsize))
+        wire, n, vector, change = self._fabric.wire(vector.dtype), self.n_islands, vector[start:stop], None
+        if wire.coded:
+            known = False
+            if stream is not None:
+                change, known = self.streams.change(stream, (start, stop), vector)
+            wire = wire if known else Wire(vector.dtype, vector.dtype)
+        parts: Iterator[tuple[int, int]] = cuts(stop - start, wire)
         if self.is_head:
             outside = next((k for k, r in enumerate(self.world_ranks) if r not in self._mates), self.rank)
-            self._count(outside, 2 * (n - 1) * (stop - start) * wire.itemsize // n)
-            parts = sums(self.channel.heads, vector, wire, parts, self._wait)
-        for part in parts:
+            nbytes = wire.nbytes(stop - start)
+            if wire.coded:  # slices end with blocks
+                nbytes = n * sum(slices(*part, n, wire)[1] for part in cuts(stop - start, wire))
+            self._count(outside, 2 * (n - 1) * nbytes // n)
+            parts = sums(self.channel.heads, vector, wire, parts, self._wait, change)
+        for a, b in parts:
             self.fence()
-            yield part
+            yield start + a, start + b
 
     def _wait(self, request: Any) -> None:
         if self.patient:

@@ -19,9 +19,12 @@ from mpilsgd.methods import Method
 
 SEGMENT = 1448  # bytes: an Ethernet's 1500 less the headers of IP and TCP
 
+# of a float32's bytes; in few bits, with a float32 for every 128 values
+SHARE = {None: 1.0, "bfloat16": 1 / 2, "int8": (128 + 4) / 512, "int4": (64 + 4) / 512}
 METHODS = {
     "LSGD": lambda optimizer, topology: mpilsgd.LSGD(optimizer, topology, period=1, global_period=1),
     "EASGD": lambda optimizer, topology: mpilsgd.EASGD(optimizer, topology, period=1),
+    "DiLoCo": lambda optimizer, topology: mpilsgd.DiLoCo(optimizer, topology, period=1),
     "LocalSGD": lambda optimizer, topology: mpilsgd.LocalSGD(optimizer, topology, period=1),
     "AllreduceSGD": mpilsgd.AllreduceSGD,
     "EASGDTree": lambda optimizer, topology: mpilsgd.EASGDTree(
@@ -67,14 +70,14 @@ def measure(name: str, across: str | None, interface: str, nbytes: int, rounds: 
     rows = topology.allgather([after - before for before, after in zip(*readings, strict=True)])
     arrived, twice = (sum(rows[ranks[0]][i] for ranks in topology.nodes) / rounds for i in (0, 1))
     counted = sum(row[2] for row in rows) / rounds
-    theory = copies(opt, topology) * nbytes * (0.5 if across else 1.0)
+    theory = copies(opt, topology) * nbytes * SHARE[across]
     opt.close()
     topology.free()
     return f"{name} {across or 'float32'} {arrived - twice:.0f} {twice:.0f} {counted:.0f} {theory:.0f}"
 
 
 if __name__ == "__main__":
-    for name, across in itertools.product(METHODS, (None, "bfloat16")):
+    for name, across in itertools.product(METHODS, SHARE):
         line = measure(name, across, sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
         if MPI.COMM_WORLD.rank == 0:
             print(line, flush=True)

@@ -22,7 +22,7 @@ def test_one_copy_a_host_crosses(hosts: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert len(rows) == 10, done.stdout
+    assert len(rows) == 24, done.stdout
     for name, across, *numbers in rows:
         measured, _, counted, theory = map(float, numbers)
         assert 0.97 < measured / theory < 1.05, (name, across, measured, theory)

@@ -11,7 +11,7 @@ from harness import WORLD, check_together, distance, on_every_rank
 from internals import small_pieces
 from problems import TanhNet, flatten, state_of
 
-from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, EASGDTree, LocalSGD, Topology
+from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, DiLoCo, Downpour, EASGDTree, LocalSGD, Topology
 from mpilsgd.comm import MPI
 
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.brief(2, "3x2", "4x2")]
@@ -30,7 +30,11 @@ TURNS = {"asynchronous": True, "order": "round-robin"}
 METHODS: list[tuple[Any, dict[str, Any]]] = [
     (AllreduceSGD, {}),
     (LocalSGD, {"period": 2}),
+    (DiLoCo, {"period": 2}),
+    (DiLoCo, {"period": 2, "fragments": 2, "mixing": 0.3}),
+    (DiLoCo, {"period": 2, **TURNS}),
     (LSGD, {"period": 2, "global_period": 4}),
+    (LSGD, {"period": 2, "global_period": 4, "when": "every_step"}),
     (LSGD, {"period": 2, "global_pull": 0.0, "asynchronous": "wait-free", "order": "round-robin"}),
     (EASGD, {"period": 2}),
     (EASGD, {"period": 2, "overlap": True}),
@@ -72,7 +76,7 @@ def trained(
 
 
 @by_method
-@pytest.mark.parametrize("across", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("across", [None, torch.bfloat16, "int8", "int4"], ids=str)
 def test_pieces_change_nothing(
     method: Any, options: dict[str, Any], across: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,9 +141,9 @@ def test_what_is_rounded_away_comes_back() -> None:
     check_together([f"the sum moved by {largest:.1e}, on average by {mean:.1e}"] if mean > 0.008 else [])
 
 
-@pytest.mark.parametrize("across", ["float32", "int8", torch.float64, 16])
+@pytest.mark.parametrize("across", ["float32", "int2", torch.float64, 16, [8]])
 def test_other_types_are_refused(across: Any) -> None:
-    with pytest.raises(ValueError, match="across_dtype must be bfloat16 or None"):
+    with pytest.raises(ValueError, match="across_dtype must be bfloat16, int8, int4 or None"):
         Topology(across_dtype=across)
 
 

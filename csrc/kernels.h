@@ -148,7 +148,8 @@ struct Tally {
   DO(Elastic)                  \
   DO(ElasticSum)               \
   DO(ElasticApply)             \
-  DO(Total) DO(Assign) DO(Average) DO(Msgd) DO(Iterate) DO(Push) DO(Outer) DO(Check) DO(Encode) DO(Decode) DO(Triad)
+  DO(Total)                    \
+  DO(Assign) DO(Average) DO(Msgd) DO(Iterate) DO(Push) DO(Outer) DO(Check) DO(Encode) DO(Decode) DO(Triad)
 
 namespace cpu {
 

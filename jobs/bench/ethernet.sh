@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Training over an Ethernet, emulated between hosts on this machine: seconds to a test error and bytes over the wire, for
-# mpilsgd's methods and for torch's DistributedDataParallel and PostLocalSGDOptimizer, on one model, data, seeds and rates.
+# mpilsgd's methods and for torch's DistributedDataParallel and PostLocalSGDOptimizer, on one model, data, seeds and rates;
+# `torchft`, where it is installed, is its DiLoCo.
 #   bash jobs/bench/ethernet.sh [OPTIONS OF mpilsgd train]
 # Needs root, iproute2, util-linux and cores that do nothing else. Prints a table, draws OUTPUT/ethernet.png.
 #
@@ -55,7 +56,7 @@ for speed in "${speeds[@]}"; do
       EASGD) own=(--method EASGD --center_rate 0.9 --period "$period" "${own[@]}") ;;
       AllreduceSGD) own=(--method AllreduceSGD "${own[@]}") factor=1 ;;
       ddp) factor=1 ;;
-      postlocal) own=(--period "$period" "${own[@]}") ;;
+      postlocal | torchft) own=(--period "$period" "${own[@]}") ;;
       *) own=(--method "$method" --period "$period" "${own[@]}") ;;
     esac
     common=(--steps $((steps * factor)) --eval_every "$((every * factor)) steps")
@@ -65,7 +66,7 @@ for speed in "${speeds[@]}"; do
         mkdir -p "$output/$speed"
         say "$speed, $entry, learning rate $rate, seed $seed"
         command=(mpilsgd train --checkpoint_every null --overwrite true)
-        case $method in ddp | postlocal) command=(python -m mpi4py "$ROOT/jobs/bench/peers.py" "$method") ;; esac
+        case $method in ddp | postlocal | torchft) command=(python -m mpi4py "$ROOT/jobs/bench/peers.py" "$method") ;; esac
         "$emulated/hosts.sh" up "$hosts" "$speed"
         options=("${own[@]}" "${common[@]}" "$@" --output "$run" --lr "$rate" --seed "$seed")
         rm -f "$run/interfaces" "$run/diverged"

@@ -15,7 +15,11 @@ from matplotlib.ticker import FuncFormatter
 
 from mpilsgd.train.figures import DASHES, FAINT, PALETTE, STYLE
 
-PEERS = {"ddp": "DistributedDataParallel", "postlocal": "PostLocalSGDOptimizer"}
+PEERS = {
+    "ddp": "DistributedDataParallel",
+    "postlocal": "PostLocalSGDOptimizer",
+    "torchft": "torchft's DiLoCo",
+}
 NEVER = float("inf")
 
 

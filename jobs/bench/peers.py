@@ -1,11 +1,13 @@
-"""What torch itself offers, on the data, models and seeds of `mpilsgd train`: DistributedDataParallel and PostLocalSGD.
+"""What others offer, on the data, models and seeds of `mpilsgd train`: torch's DistributedDataParallel and PostLocalSGD,
+and torchft's DiLoCo, for which torchft must be installed beside mpilsgd.
 
-    mpiexec -n 4 python -m mpi4py jobs/bench/peers.py ddp|postlocal [--option value ...]
+    mpiexec -n 4 python -m mpi4py jobs/bench/peers.py ddp|postlocal|torchft [--option value ...]
 
-takes the options of `mpilsgd train` (for postlocal, --period is that of the averages over all), talks by gloo, and
-leaves a run directory that `mpilsgd report` draws beside those of mpilsgd. Communication is, of ddp, what a step takes
-longer than one of the same model alone, measured on all ranks at once before the training; of postlocal, what its
-optimizer takes longer than usual when it averages, and the wait for the slowest rank at an evaluation.
+takes the options of `mpilsgd train` (for postlocal, --period is that of the averages over all; for torchft, those of
+DiLoCo without fragments), talks by gloo, and leaves a run directory that `mpilsgd report` draws beside those of mpilsgd.
+Communication is, of ddp, what a step takes longer than one of the same model alone, measured on all ranks at once before
+the training; of the others, what the optimizer takes longer than usual when it communicates, and the wait for the
+slowest rank at an evaluation.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ _ALONE = 50  # steps that are taken without communication
 def main(kind: str, options: list[str]) -> None:
     topology = Topology()
     rank, size = topology.world.rank, topology.world.size
-    config = parse([*options, "--method", "LocalSGD"])
+    method = "DiLoCo" if kind == "torchft" else "LocalSGD"
+    config = parse([*options, "--method", method])
     torch.set_num_threads(config.threads or 1)
     join(topology)
     train, test = data.load(config.data, config.data_dir, config.augment, config.seed)
@@ -50,17 +53,22 @@ def main(kind: str, options: list[str]) -> None:
     optimizer: Any = optimizers.build(config, model.parameters())
     alone = seconds_alone(config, train, sampler, topology)
     trained: torch.nn.Module = model
+    period = int(config.method_options.get("period", 64))
+    talks: set[int] = {0}  # steps in which the optimizer communicates, modulo `inner`
     inner = 1
     if kind == "ddp":
         trained = DistributedDataParallel(model)
+    elif kind == "torchft":
+        inner = period
+        peer = Torchft(topology, model, optimizer, period, config.method_options)
+        talks = {period - 1, period - 1 - int(config.method_options.get("overlap", 0))}
     else:
-        period = int(config.method_options.get("period", 64))
         inner = period if size == 2 else max(1, period // _INNER)
         groups = OrderedDict([(inner, max(2, size // 2)), (period, size)])
         optimizer = PostLocalSGDOptimizer(optimizer, HierarchicalModelAverager(groups, warmup_steps=0))
     directory = RunDirectory(config.output or f"runs/{kind}")
     if rank == 0:
-        directory.claim(config.text().replace("method: LocalSGD", f"method: {kind}"), overwrite=True)
+        directory.claim(config.text().replace(f"method: {method}", f"method: {kind}"), overwrite=True)
     total = config.steps or (config.epochs or 1) * sampler.batches
     every = steps_of(config.eval_every, sampler.batches)
     wall = loaded = losses = 0.0
@@ -94,7 +102,7 @@ def main(kind: str, options: list[str]) -> None:
         if (step + 1) % every and step + 1 < total:
             continue
         result = centre(kind, model, test, topology)
-        averages = updates[::inner]
+        averages = [seconds for k, seconds in enumerate(updates) if k % inner in talks]
         averaging = sum(averages) - len(averages) * statistics.median(updates)
         walls = topology.allgather((wall, loaded, losses, waited + averaging))
         latest = max(row[0] for row in walls)
@@ -133,8 +141,68 @@ def main(kind: str, options: list[str]) -> None:
                 "bytes_across": 2 * (size - 1) * sent,
             }
         )
+    if kind == "torchft":
+        peer.end(topology)
     dist.destroy_process_group()
     topology.free()
+
+
+class Torchft:
+    """torchft's DiLoCo around an optimizer: every rank is a replica group of its own, rank 0 runs the lighthouse."""
+
+    def __init__(
+        self, topology: Topology, model: torch.nn.Module, optimizer: Any, period: int, options: dict[str, Any]
+    ):
+        from torchft import LighthouseServer, Manager, ProcessGroupGloo
+        from torchft.local_sgd import DiLoCo
+
+        rank, size, host = topology.world.rank, topology.world.size, socket.gethostname()
+        self._lighthouse, address = None, None
+        if rank == 0:
+            self._lighthouse = LighthouseServer(bind="[::]:0", min_replicas=size, join_timeout_ms=60_000)
+            address = f"http://{host}:{self._lighthouse.address().rsplit(':', 1)[1]}"
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._manager = Manager(
+            pg=ProcessGroupGloo(timeout=timedelta(seconds=300)),
+            load_state_dict=model.load_state_dict,
+            state_dict=model.state_dict,
+            min_replica_size=size,
+            use_async_quorum=False,
+            timeout=timedelta(seconds=300),
+            quorum_timeout=timedelta(seconds=300),
+            rank=0,
+            world_size=1,
+            store_addr=host,
+            store_port=self._store.port,
+            lighthouse_addr=topology.broadcast(address),
+            replica_id=f"{rank}",
+            hostname=host,
+            init_sync=False,  # the seeds are equal
+        )
+        outer = torch.optim.SGD(
+            model.parameters(),
+            lr=float(options.get("outer_lr", 0.7)),
+            momentum=float(options.get("outer_momentum", 0.9)),
+            nesterov=True,
+        )
+        self._diloco = DiLoCo(
+            self._manager,
+            [model],
+            optimizer,
+            outer,
+            sync_every=period,
+            fragment_sync_delay=int(options.get("overlap", 0)),
+            fragment_update_alpha=float(options.get("mixing", 0)),
+        )
+        self._diloco.__enter__()
+
+    def end(self, topology: Topology) -> None:
+        self._diloco.__exit__(None, None, None)
+        topology.allgather(None)
+        self._manager.shutdown(wait=False)
+        topology.allgather(None)
+        if self._lighthouse is not None:
+            self._lighthouse.shutdown()
 
 
 def seconds_alone(config: Any, train: Any, sampler: Sampler, topology: Topology) -> float:
@@ -179,7 +247,7 @@ def centre(kind: str, model: torch.nn.Module, test: Any, topology: Topology) -> 
     """Evaluates the mean of the workers; of ddp they are equal."""
     own = [p.detach().clone() for p in model.parameters()]
     with torch.no_grad():
-        for p in model.parameters() if kind == "postlocal" else ():
+        for p in model.parameters() if kind != "ddp" else ():
             dist.all_reduce(p)
             p /= topology.world.size
         result = evaluate(model, test, topology)
@@ -189,6 +257,6 @@ def centre(kind: str, model: torch.nn.Module, test: Any, topology: Topology) -> 
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in ("ddp", "postlocal"):
+    if len(sys.argv) < 2 or sys.argv[1] not in ("ddp", "postlocal", "torchft"):
         sys.exit(__doc__)
     main(sys.argv[1], sys.argv[2:])

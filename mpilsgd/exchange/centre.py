@@ -29,7 +29,7 @@ def rest(m: Method, purpose: float) -> None:
             continue
         m.r.wakes()
         m.r.catch_up(rows)
-        if rows.purpose.min() == purpose:
+        if min(rows.purpose) == purpose:
             return
         with held(m, ()):  # this worker closes, others want the centre: it helps
             pass

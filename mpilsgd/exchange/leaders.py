@@ -56,7 +56,7 @@ class Leaders(Verbs):
         m.note_leaders(
             None if near is None else group[near],
             far,
-            None if self._everyone is None else self._everyone.scores,
+            None if self._everyone is None else self._everyone.score,
         )
         return near, far
 
@@ -147,7 +147,7 @@ class Leaders(Verbs):
                 m.refuse_if_all(set(range(m.fabric.world.size)))
             return  # a whole group: the next global round sets it back
         assert self.rows is not None
-        score = self.rows.scores
+        score = self.rows.score
         source = min((r for r in range(level.size) if r not in bad), key=lambda r: (score[r], r))
         if level.rank in bad:
             m.begin_anew()

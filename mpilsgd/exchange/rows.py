@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,50 +25,43 @@ class Row(NamedTuple):
 
 
 class Rows:
-    """The rows of all, in rank order; each field of a row is one array.
+    """The rows of all, in rank order; each field of a row is a tuple: the numbers are few.
 
-    round: the step at which a round is held, None if nobody came for one. methods, stamps: which there are, stamps of
-    those who came for one. scores: as Python's numbers.
+    round: the step at which a round is held, None if nobody came for one.
     """
 
-    def __init__(self, table: np.ndarray):
-        self._table = table
-        # the numbers are few, and looked through faster as Python's
-        methods, purposes, come, self._fit, self.scores, _ = zip(*table.tolist(), strict=True)
-        stamps = [stamp for stamp, purpose in zip(come, purposes, strict=True) if purpose == ROUND]
-        self.methods, self.stamps = set(methods), set(stamps)
-        self.round = int(stamps[0]) if stamps else None
-        self._all_came = len(stamps) == len(table)
-
-    def __getattr__(self, name: str) -> np.ndarray:
-        if name not in Row._fields:
-            raise AttributeError(name)
-        column: np.ndarray = self._table[:, Row._fields.index(name)]
-        return column
+    def __init__(self, rows: Sequence[Sequence[float]]):
+        self._rows = rows
+        self.method, self.purpose, self.stamp, self.fit, self.score, self.behind = zip(*rows, strict=True)
+        self.stamps = [t for t, purpose in zip(self.stamp, self.purpose, strict=True) if purpose == ROUND]
+        self.round = int(self.stamps[0]) if self.stamps else None
 
     @property
     def came(self) -> Rows:
         """The rows of those who came for a round: one at least."""
-        return self if self._all_came else Rows(self._table[self.purpose == ROUND])
+        if len(self.stamps) == len(self._rows):
+            return self
+        return Rows([row for row, purpose in zip(self._rows, self.purpose, strict=True) if purpose == ROUND])
 
     def best(self) -> int | None:
         """The rank with the least score, the lowest among equals; None if no score is finite."""
-        finite = [score for score in self.scores if math.isfinite(score)]
-        return self.scores.index(min(finite)) if finite else None
+        finite = [score for score in self.score if math.isfinite(score)]
+        return self.score.index(min(finite)) if finite else None
 
     def broken(self) -> set[int]:
-        return {r for r, fit in enumerate(self._fit) if not fit}
+        return {r for r, fit in enumerate(self.fit) if not fit}
 
 
 def checked(table: np.ndarray) -> Rows:
     """A table of rows, if they belong together; a RuntimeError on every rank if they do not."""
-    rows = Rows(table)
-    if len(rows.methods) > 1:
+    rows = Rows(table.tolist())
+    if len(set(rows.method)) > 1:
         raise RuntimeError(
             "workers came to rounds of different methods: with several methods, give all workers equally many batches"
         )
-    if len(rows.stamps) > 1:
+    steps = set(rows.stamps)
+    if len(steps) > 1:
         raise RuntimeError(
-            f"workers came to one round at different steps {sorted(map(int, rows.stamps))}: are their periods equal?"
+            f"workers came to one round at different steps {sorted(map(int, steps))}: are their periods equal?"
         )
     return rows

@@ -75,9 +75,9 @@ class Together(Leaders):
     def catch_up(self, rows: Rows) -> None:
         """All rest: the clocks of those who ran out of data go on from the furthest."""
         if self.by_total:
-            self.joined = int(rows.stamp.max())
+            self.joined = int(max(rows.stamp))
         elif not self.m.clock.looks:
-            self.m.t = int(rows.stamp.max())
+            self.m.t = int(max(rows.stamp))
         behind = {r for r, flag in enumerate(rows.behind) if flag}
         if behind:  # their learning rates may have been other ones
             self.m.copy_from(min(set(range(len(rows.behind))) - behind), behind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from mpilsgd import kernels
@@ -49,9 +50,9 @@ class AllreduceSGD(Method):
         return (_SUSPECT if told[1] else 0) + (_MISSING if told[0] or self.behind else 0)
 
     def exchange(self, r: Any) -> None:
-        active = r.rows.purpose == ROUND
-        fine = active & (r.rows.fit == 1)
-        here, flags = bool(active[r.level.rank]), r.came.score.astype(int)
+        active = np.array(r.rows.purpose) == ROUND
+        fine = active & (np.array(r.rows.fit) == 1)
+        here, flags = bool(active[r.level.rank]), np.array(r.came.score, int)
         if not fine.any() and active.all():
             raise Diverged(f"every worker's gradient is non-finite at step {self.t}: the run has diverged")
         if fine.any():

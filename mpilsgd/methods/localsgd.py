@@ -96,7 +96,7 @@ class LocalSGD(Method):
 
     def exchange(self, r: Any) -> None:
         r.mean()
-        self.converged = self.until_grad_norm is not None and not r.came.score.any()
+        self.converged = self.until_grad_norm is not None and not any(r.came.score)
         self.moved = False
 
     def shown_centre(self) -> Vector | None:

@@ -1,13 +1,13 @@
-"""What others offer, on the data, models and seeds of `mpilsgd train`: torch's DistributedDataParallel and PostLocalSGD,
+"""What others offer, on the data, models and seeds of `mpilsgd train`: torch's DistributedDataParallel, its PostLocalSGD,
 and torchft's DiLoCo, for which torchft must be installed beside mpilsgd.
 
     mpiexec -n 4 python -m mpi4py jobs/bench/peers.py ddp|postlocal|torchft [--option value ...]
 
 takes the options of `mpilsgd train` (for postlocal, --period is that of the averages over all; for torchft, those of
-DiLoCo without fragments), talks by gloo, and leaves a run directory that `mpilsgd report` draws beside those of mpilsgd.
-Communication is, of ddp, what a step takes longer than one of the same model alone, measured on all ranks at once before
-the training; of the others, what the optimizer takes longer than usual when it communicates, and the wait for the
-slowest rank at an evaluation.
+DiLoCo without fragments), talks by gloo, and leaves a run directory that `mpilsgd report` draws beside those of ours.
+Communication is, of ddp, what a step takes longer than one of the same model alone, measured on all ranks at once
+before the training; of the others, what the optimizer takes longer than usual when it communicates, and the wait for
+the slowest rank at an evaluation.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What others offer, on the data, models and seeds of `mpilsgd train`: torch's DistributedDataParallel, its PostLocalSGD,
-and torchft's DiLoCo, for which torchft must be installed beside mpilsgd.
+"""What others offer, on the data, models and seeds of `mpilsgd train`: torch's DistributedDataParallel and PostLocalSGD.
+Also torchft's DiLoCo, where torchft is installed beside mpilsgd.
 
     mpiexec -n 4 python -m mpi4py jobs/bench/peers.py ddp|postlocal|torchft [--option value ...]
 

@@ -1,4 +1,4 @@
-"""What others offer, on the data, models and seeds of `mpilsgd train`: torch's DistributedDataParallel and PostLocalSGD.
+"""What others offer, on the data, models and seeds of `mpilsgd train`: DistributedDataParallel and PostLocalSGD.
 Also torchft's DiLoCo, where torchft is installed beside mpilsgd.
 
     mpiexec -n 4 python -m mpi4py jobs/bench/peers.py ddp|postlocal|torchft [--option value ...]

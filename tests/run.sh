@@ -88,7 +88,7 @@ unit() {
 
 tasks() { # tasks RANKS[xNODES]: what tests methods at several ranks, with ranks that are tasks of one process
   local paths=() one
-  for one in every_method identities tree across_dtype; do paths+=("tests/mpi/test_$one.py"); done
+  for one in every_method identities tree across_dtype few_bits; do paths+=("tests/mpi/test_$one.py"); done
   export MPILSGD_TEST_TASKS=$1
   run "$1 tasks" "$PY" -m pytest -q -p no:cacheprovider -p no:pytest_mpi "${select_tests[@]}" \
     ${options[@]+"${options[@]}"} "${paths[@]}"
@@ -135,25 +135,27 @@ emulated_nodes() {
 without="" paths=tests/mpi
 
 LIMIT=1200
-if [[ " ${parts[*]} " == *" mpi "* && -z $slow ]]; then
+beside() { # what has one process, as the unit tests have
+  [[ " ${parts[*]} " != *" mpi "* ]] || all_ranks 1
+  [[ " ${parts[*]} " == *" unit "* ]] || return 0
+  tasks 2
+  [[ -z $all ]] || tasks 4x2
+}
+if [[ -z $slow ]]; then
   set -m # a process group of its own, so that it can be ended
-  all_ranks 1 >"$scratch/alone" 2>&1 & # beside the unit tests: neither has more than one process
+  beside >"$scratch/alone" 2>&1 &
   alone=$!
   set +m
 fi
-if [[ " ${parts[*]} " == *" unit "* ]]; then
-  unit
-  if [[ -z $slow ]]; then
-    tasks 2
-    [[ -z $all ]] || tasks 4x2
-  fi
+[[ " ${parts[*]} " != *" unit "* ]] || unit
+if [[ -n $alone ]]; then
+  wait "$alone" || true
+  alone=""
+  cat "$scratch/alone"
 fi
 if [[ " ${parts[*]} " == *" mpi "* && -n $slow ]]; then
   LIMIT=14400 all_ranks "${MPILSGD_RANKS:-4}"
 elif [[ " ${parts[*]} " == *" mpi "* ]]; then
-  wait "$alone" || true
-  alone=""
-  cat "$scratch/alone"
   all_ranks 2
   without="train asynchronous life_cycle" all_ranks 3
   jobs="train_asynchronous train_signals" # with more ranks than cores they take their time

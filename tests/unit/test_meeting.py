@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ import numpy as np
 spec = importlib.util.spec_from_file_location("_core", sys.argv[1])
 core = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(core)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background
 me, n, spins = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "spins"
 memory = np.frombuffer(mmap.mmap(os.open(sys.argv[2], os.O_RDWR), 0), np.uint8)
 meeting = core.Meeting(memory.ctypes.data, n, me, 5, spins, [10 + i for i in range(n)])
@@ -37,7 +38,9 @@ Start = Callable[..., list["subprocess.Popen[str]"]]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
     def run(n: int, script: str, spins: bool = False) -> list[subprocess.Popen[str]]:
         from mpilsgd import _core  # type: ignore[attr-defined]
 
@@ -46,7 +49,7 @@ def start(tmp_path: Path) -> Start:
         text = PRELUDE + textwrap.dedent(script)
         assert _spec is not None
         told = [_spec.origin or "", memory]
-        return [
+        new = [
             subprocess.Popen(
                 [sys.executable, "-c", text, *map(str, (*told, me, n, "spins" if spins else "sleeps"))],
                 stdout=subprocess.PIPE,
@@ -55,8 +58,15 @@ def start(tmp_path: Path) -> Start:
             )
             for me in range(n)
         ]
+        started.extend(new)
+        return new
 
-    return run
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def _heard(process: subprocess.Popen[str]) -> str:
@@ -65,10 +75,7 @@ def _heard(process: subprocess.Popen[str]) -> str:
 
 
 def _end(process: subprocess.Popen[str], seconds: float = 60) -> str:
-    try:
-        return process.communicate(timeout=seconds)[0]
-    finally:
-        process.kill()
+    return process.communicate(timeout=seconds)[0]
 
 
 @pytest.mark.parametrize("spins", [False, True])

@@ -32,7 +32,7 @@ class SlowMo(Method):
         return self.param_groups[0]["lr"]
 
     def exchange(self, r):
-        gamma = float(r.came.score[0])  # the first worker's: c and u must be the same everywhere
+        gamma = r.came.score[0]  # the first worker's: c and u must be the same everywhere
         r.mean()
         if not gamma:
             return

@@ -88,7 +88,9 @@ unit() {
 
 tasks() { # tasks RANKS[xNODES]: what tests methods at several ranks, with ranks that are tasks of one process
   local paths=() one
-  for one in every_method identities tree across_dtype few_bits; do paths+=("tests/mpi/test_$one.py"); done
+  for one in every_method identities tree across_dtype $([[ $1 == *x* ]] || echo few_bits); do
+    paths+=("tests/mpi/test_$one.py")
+  done
   export MPILSGD_TEST_TASKS=$1
   run "$1 tasks" "$PY" -m pytest -q -p no:cacheprovider -p no:pytest_mpi "${select_tests[@]}" \
     ${options[@]+"${options[@]}"} "${paths[@]}"

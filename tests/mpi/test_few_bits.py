@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from few_bits import LEVELS, CodedCentre, FewBits
-from harness import WORLD, Case, Layout, Run, check_together, distance
+from harness import WORLD, Case, Layout, Run, check_together, distance, on_every_rank
 from method_cases import SGD, in_turns
 from problems import Buffered, LeastSquares, Quadratic, flatten, state_of
 from simulation import Local
 
 import mpilsgd
 from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, DiLoCo, Downpour, EASGDTree, LocalSGD
-from mpilsgd.comm import MPI
 
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.brief(2, "4x2")]
 
@@ -61,9 +60,14 @@ def islands(topo: mpilsgd.Topology, shared: bool) -> list[list[int]]:
     return topo.nodes if shared else [[rank] for rank in range(WORLD.size)]
 
 
-NODE = WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-NODES = len(set(WORLD.allgather(NODE.bcast(WORLD.rank))))
-NODE.Free()
+def nodes() -> int:
+    topo = mpilsgd.Topology()
+    count = len(topo.nodes)
+    topo.free()
+    return count
+
+
+NODES = on_every_rank(nodes)
 by_shared = pytest.mark.parametrize(
     "shared", [False, *([True] if NODES > 1 else [])], ids=lambda v: "windows" if v else "messages"
 )

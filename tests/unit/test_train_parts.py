@@ -148,7 +148,8 @@ def test_a_log_file_gets_a_line_an_evaluation() -> None:
     assert "leader" not in lines[1]
 
 
-def test_a_terminal_gets_a_live_line_too() -> None:
+def test_a_terminal_gets_a_live_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     display = Display(0, 100, 40, terminal)
     display.step(1, 0.5)

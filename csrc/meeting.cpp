@@ -94,7 +94,9 @@ bool await_word(std::int64_t* word, std::int64_t value, std::int64_t* sleepers, 
   for (double left = seconds; left > 0; left = std::chrono::duration<double>(end - Clock::now()).count()) {
     const std::int64_t now = __atomic_load_n(word, __ATOMIC_SEQ_CST);
     is = now == value;
-    if (is || sleep_on(low(word), std::uint32_t(now), left, bit(value)) == EINTR) break;
+    const int error = is ? EINTR : sleep_on(low(word), std::uint32_t(now), left, bit(value));
+    if (error == EINTR) break;
+    if (error != 0 && error != EAGAIN && error != ETIMEDOUT) usleep(1000);  // it may not sleep here
   }
   __atomic_fetch_sub(sleepers, 1, __ATOMIC_SEQ_CST);
   return is || there();
@@ -199,8 +201,10 @@ void Meeting::wait(const Look& look) {
   } asleep(hall_->sleepers);
   while (!held()) {
     const int error = sleep_on(reinterpret_cast<std::uint32_t*>(&hall_->held), met_ - 1, kLook, ~0u);
-    if (error == ETIMEDOUT && !held()) look_after(true);
-    if (error == ETIMEDOUT || error == EINTR) look();
+    if (error == 0 || error == EAGAIN) continue;
+    if (error != ETIMEDOUT && error != EINTR) usleep(1000);  // a system that refuses to let it sleep here
+    if (error != EINTR && !held()) look_after(true);
+    look();
   }
 }
 

@@ -215,8 +215,8 @@ def left_out(item: pytest.Item, size: int) -> str:
     for mark in item.iter_markers("ranks"):
         if size not in mark.args:
             return f"needs {' or '.join(map(str, mark.args))} ranks"
-    layout = TASKS or (f"{size}x{NODES}" if NODES > 1 else str(size))
-    if brief and brief.args and layout not in map(str, brief.args):
+    layouts = {TASKS, f"{TASKS} tasks"} if TASKS else {f"{size}x{NODES}" if NODES > 1 else str(size)}
+    if brief and brief.args and not layouts.intersection(map(str, brief.args)):
         return f"needs {' or '.join(map(str, brief.args))} ranks"
     return ""
 
@@ -232,7 +232,7 @@ MARKERS = (
     "gpu: on a CUDA device; left out where there is none",
     "processes: not where ranks are tasks of one process, for which time or a fork is another matter",
     "ranks(n, ...): only at these numbers of ranks",
-    "brief(n, ...): only at so many ranks (2), or ranks and nodes ('4x2'); none given: with --all only",
+    "brief(n, ...): only at so many ranks (2), ranks and nodes ('4x2') or tasks ('2 tasks'); none: with --all only",
 )
 
 

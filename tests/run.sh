@@ -2,13 +2,13 @@
 # Sets everything up and runs the tests:  bash tests/run.sh [unit] [mpi] [cluster] [--all] [--slow NAME] [-- PYTEST OPTIONS]
 #
 #   unit          the tests of one process, and those of methods with ranks that are tasks of one
-#   mpi           the tests of several ranks: 1, 2, 3 and 4, on one node and on emulated ones (MPICH), and once more on
+#   mpi           the tests of several ranks: 1 and 2 on one node, 3 and 4 on two emulated ones (MPICH), and once more on
 #                 a second MPI where one can be had; trees at 5 and 7
 #   cluster       MPICH on several hosts with TCP between them (needs root, iproute2 and util-linux), and batch jobs on a
 #                 Slurm that is started for them (needs root, slurm-wlm and munge)
 #   --all         also what is left out for time, as it says little that is new: the tests that are marked `brief` with
-#                 no number of ranks; whole jobs at 4 ranks, and on the second MPI; trees of 13 and 21, and on several
-#                 nodes with 3 ranks; 4 ranks on the second MPI
+#                 no number of ranks; 3 ranks on one node; whole jobs at 4 ranks, and on the second MPI; trees of 13 and
+#                 21, and on several nodes with 3 ranks; 4 ranks on the second MPI; 4 tasks on two nodes in place of 2
 #   --slow NAME   instead of these, the long tests whose name contains NAME (as pytest's -k), at MPILSGD_RANKS (4) ranks
 #
 # The last line is "N passed, N failed, N skipped" over all runs; the status is not 0 if any test failed, hung, died or
@@ -88,9 +88,7 @@ unit() {
 
 tasks() { # tasks RANKS[xNODES]: what tests methods at several ranks, with ranks that are tasks of one process
   local paths=() one
-  for one in every_method identities tree across_dtype $([[ $1 == *x* ]] || echo few_bits); do
-    paths+=("tests/mpi/test_$one.py")
-  done
+  for one in every_method identities tree across_dtype few_bits; do paths+=("tests/mpi/test_$one.py"); done
   export MPILSGD_TEST_TASKS=$1
   run "$1 tasks" "$PY" -m pytest -q -p no:cacheprovider -p no:pytest_mpi "${select_tests[@]}" \
     ${options[@]+"${options[@]}"} "${paths[@]}"
@@ -140,8 +138,7 @@ LIMIT=1200
 beside() { # what has one process, as the unit tests have
   [[ " ${parts[*]} " != *" mpi "* ]] || all_ranks 1
   [[ " ${parts[*]} " == *" unit "* ]] || return 0
-  tasks 2
-  [[ -z $all ]] || tasks 4x2
+  if [[ -z $all ]]; then tasks 2; else tasks 4x2; fi
 }
 if [[ -z $slow ]]; then
   set -m # a process group of its own, so that it can be ended
@@ -159,9 +156,11 @@ if [[ " ${parts[*]} " == *" mpi "* && -n $slow ]]; then
   LIMIT=14400 all_ranks "${MPILSGD_RANKS:-4}"
 elif [[ " ${parts[*]} " == *" mpi "* ]]; then
   all_ranks 2
-  without="train asynchronous life_cycle" all_ranks 3
-  jobs="train_asynchronous train_signals" # with more ranks than cores they take their time
-  without=$([[ -n $all ]] || echo "$jobs") all_ranks 4
+  if [[ -n $all ]]; then
+    without="train asynchronous life_cycle" all_ranks 3
+    paths="tests/mpi/test_train*.py tests/mpi/test_asynchronous*.py tests/mpi/test_jobs.py tests/mpi/test_life_cycle.py" \
+      all_ranks 4
+  fi
   trees
   [[ $MPI != MPICH ]] || emulated_nodes
   other=MPICH

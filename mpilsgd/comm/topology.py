@@ -105,6 +105,7 @@ class Topology:
         self._channels: dict[tuple[int, ...], tuple[Channel, Channel]] = {}
         self._users, self._unwanted = 0, False
         self.made = 0  # methods
+        self.waits_in_mpi = False  # as one of them needs: who waits for another rank does so inside MPI
 
     def islands(self, shared: bool) -> list[int]:
         """Of every rank the name of its island: its node's where all its ranks say `shared`, else its own."""

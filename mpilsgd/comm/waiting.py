@@ -86,7 +86,7 @@ def start_thread(work: Callable[[], None], name: str) -> threading.Thread:
 
 
 class Background:
-    """A thread that does what it is given, one after the other, on the CUDA stream of who gives it.
+    """A thread that does what it is given, one after the other, without gradients, on the CUDA stream of who gives it.
 
     A process that ends does not wait for it.
     """
@@ -122,7 +122,7 @@ class Background:
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
 
         def work() -> None:
-            with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            with torch.no_grad(), contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
                 do(given)
 
         self._todo.put((future, work))

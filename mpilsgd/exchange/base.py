@@ -28,6 +28,7 @@ class Exchange:
     """
 
     verbs: frozenset[str] = frozenset()  # what a rule's `exchange(r)` may ask of it
+    needs: frozenset[str] = frozenset()  # and must
     updates = 0  # of the centre so far
     waited = 0.0  # seconds for others, since this was set back
     private = False  # whether the levels need communicators of their own
@@ -123,6 +124,9 @@ class Exchange:
 
     def settle(self) -> None:
         """Waits for this worker's own exchange, if one is under way."""
+
+    def land(self) -> None:
+        """The end: x takes what it would have taken later."""
 
     def whole(self, vector: Vector) -> Iterator[tuple[torch.dtype, torch.Tensor]]:
         """All of a vector per="all", readable here. Collective."""

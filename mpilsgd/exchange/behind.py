@@ -186,6 +186,10 @@ class BehindInTurn(Behind, InTurn):
             self._moved[d] = self.x[d].mine.to(accumulation_dtype(d)).sub_(sent)
         self._sent = {}
 
+    def land(self) -> None:
+        if self._pending:
+            self._end()
+
     def _end(self) -> None:
         self.settle()
         self._pending = False

@@ -15,6 +15,7 @@ class BehindSteps(BehindAll):
     """The rule's whole round is held of the copies of x_t; x takes what it copies `overlap` steps later."""
 
     verbs = frozenset({"mean", "each", "copy", "only"})
+    needs = frozenset({"copy"})
     _began: int | None = None  # the step of the round that x has not taken yet
     _keep = 0.0
 
@@ -49,11 +50,12 @@ class BehindSteps(BehindAll):
             x.copy_(torch.lerp(c, x.to(c.dtype), self._keep) if self._keep else c)
             window.mine[edge:n].copy_(self.c[d][edge:n])
 
-    def _land(self) -> None:
-        self.settle()
-        self._mix(self.m.x)
-        self._began = None
-        self.m.flat.touched()
+    def land(self) -> None:
+        if self._began is not None:
+            self.settle()
+            self._mix(self.m.x)
+            self._began = None
+            self.m.flat.touched()
 
     def _take_centre(self) -> None:
         self._began = None
@@ -62,7 +64,7 @@ class BehindSteps(BehindAll):
     def stepped(self) -> None:
         if self._began is not None and self.m.t >= self._began + self.m.overlap:
             with torch.no_grad(), self.m.iterates():
-                self._land()
+                self.land()
         super().stepped()
 
     def meet(self, purpose: float) -> Rows | None:
@@ -75,12 +77,12 @@ class BehindSteps(BehindAll):
         rows = self._gate(m.fabric.world, m.row(purpose, self.stamp(), fit))
         if rows.round is None:
             return rows
-        if self._began is not None:
-            self._land()
+        self.land()
         self._enter(rows)
+        self._began = m.t
         self._round(rows)
         if fit:
-            self._land()
+            self.land()
         else:
             self._take_centre()
         m.metrics.rounds += 1

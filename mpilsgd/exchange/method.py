@@ -245,6 +245,8 @@ class Method(Worker):
         if self._open:
             with torch.no_grad():
                 centre.rest(self, CLOSE)
+                with self.iterates():
+                    self.r.land()
                 try:
                     if self.course is not None:
                         self.course.finish()

@@ -51,20 +51,23 @@ def check_rule(cls: Any, base: Any) -> None:
             raise TypeError(f"{cls.__name__} must define {hook}: see docs/adding-a-method.md")
 
 
-def check_verbs(cls: Any, kind: str, allowed: frozenset[str], others: Iterable[Any]) -> None:
+def check_verbs(
+    cls: Any, kind: Any, allowed: frozenset[str], others: Iterable[Any], every: Iterable[Any]
+) -> None:
     """A TypeError where a rule's `exchange` asks for a verb that its exchange does not have: not in the tenth round.
 
-    A verb of another exchange that the rule may have is let pass: it may stand in another branch.
+    A verb of the other exchanges that the rule may have is let pass: it may stand in another branch.
     """
-    known = frozenset[str]().union(*(other.verbs for other in others))
-    elsewhere = frozenset[str]().union(
-        *(other.verbs for other in cls.exchanges.values() if other.__name__ != kind)
+    known, elsewhere = (
+        frozenset[str]().union(*(exchange.verbs for exchange in of)) for of in (every, others)
     )
-    missing = sorted((_asked(cls.exchange) & known) - allowed - elsewhere)
-    if missing:
+    asked, name = _asked(cls.exchange), kind.__name__
+    if missing := sorted((asked & known) - allowed - elsewhere):
         raise TypeError(
-            f"{cls.__name__}.exchange asks for {', '.join(missing)}; {kind} has {', '.join(sorted(allowed))}"
+            f"{cls.__name__}.exchange asks for {', '.join(missing)}; {name} has {', '.join(sorted(allowed))}"
         )
+    if asked and (lacking := sorted(kind.needs - asked)):
+        raise TypeError(f"{cls.__name__}.exchange must ask for {', '.join(lacking)}: {name} goes by it")
 
 
 def _asked(exchange: Any) -> frozenset[str]:

@@ -18,6 +18,7 @@ from mpilsgd.exchange.landing import BehindSteps
 from mpilsgd.exchange.metrics import Metrics
 from mpilsgd.exchange.published import Published
 from mpilsgd.exchange.rules import check_verbs
+from mpilsgd.exchange.together import Together
 from mpilsgd.exchange.vectors import Span, accumulation_dtype
 from mpilsgd.exchange.wrapped import Members, wrap_problem
 from mpilsgd.flat import FlatParameters, find_modules, float_buffers
@@ -38,11 +39,14 @@ def kind_of(m: Method) -> Any:
     if getattr(m, "overlap", False):
         if kind not in BEHIND:
             raise TypeError(f"{cls.__name__}: overlap goes with {' or '.join(k.__name__ for k in BEHIND)}")
+        if not isinstance(m.overlap, bool) and BEHIND[kind] is not BEHIND[Together]:
+            raise TypeError(f"{cls.__name__}: overlap in steps goes with {Together.__name__}")
         kind = BEHIND[kind] if isinstance(m.overlap, bool) else BehindSteps
     if isinstance(m.clock, TwoPeriods) and m.guard:
         raise TypeError(f'{cls.__name__}: with the clock TwoPeriods it is the pull that guards: guard = ""')
     allowed = kind.verbs & {"pull", "keep"} if isinstance(m.clock, TwoPeriods) else kind.verbs
-    check_verbs(cls, kind.__name__, allowed, EXCHANGES)
+    others = [other for asynchronous, other in m.exchanges.items() if asynchronous != m.asynchronous]
+    check_verbs(cls, kind, allowed, others, EXCHANGES)
     return kind
 
 

@@ -42,6 +42,8 @@ class Fabric:
     Attributes: world and group (`Level`), traffic. Collective over the world, as is `free`.
     """
 
+    _by_mpi = False
+
     def __init__(self, topology: Topology, nbytes: int, device: torch.device, own: bool = False):
         self.topology, self._own, self.traffic = topology, own, Traffic()
         self._across_dtype = topology.across_dtype
@@ -75,10 +77,13 @@ class Fabric:
             level.streams.load(kept, device)
 
     def meet_by_mpi(self) -> None:
-        """From now on, on all ranks: one-sided operations and messages that are under way need those who wait to
-        be inside MPI."""
-        for level in (self.world, self.group):
-            level.meeting = MpiMeeting(level.comm, level.channel.local)
+        """From now on, on all ranks, in all methods that meet where the topology does: one-sided operations and
+        messages that are under way need those who wait to be inside MPI."""
+        self._by_mpi = self.topology.waits_in_mpi = True
+
+    @property
+    def by_mpi(self) -> bool:
+        return self._by_mpi or (self.topology.waits_in_mpi and not self._own)
 
     def free(self) -> None:
         self.place.free()
@@ -120,11 +125,16 @@ class Level:
         self.comm, self.rank, self.size = channel.comm, channel.comm.rank, channel.comm.size
         self.local_ranks, self.n_islands = channel.local_ranks, channel.n_islands
         self.is_head = channel.is_head
-        self.meeting: Meeting = channel.meeting
+        self._by_mpi = MpiMeeting(channel.comm, channel.local)
         others = [self.world_ranks[r] for r in self.local_ranks if r != self.rank]
         self._near = sum(r in self._mates for r in others)
         self._far = len(others) - self._near
         self.streams = Streams(self.is_head)
+
+    @property
+    def meeting(self) -> Meeting:
+        """Where the level meets."""
+        return self._by_mpi if self._fabric.by_mpi else self.channel.meeting
 
     def table(self, row: Sequence[float]) -> np.ndarray:
         """Every rank's row of numbers, the same (size, len(row)) table on every rank.

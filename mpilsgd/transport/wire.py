@@ -46,14 +46,15 @@ class Wire:
         add: bool = False,
         follow: bool = False,
     ) -> None:
-        """out <- what came, or out + it;  follow: base <- it / weight."""
+        """out <- what came, or out + it;  follow: base <- it / weight where that is finite."""
         came = codes.view(self.travels)
         if out is not None and add:
             out += came.to(out.device)
         elif out is not None:
             out.copy_(came)
         if base is not None and follow:
-            base.copy_(came / weight)
+            known = came.to(base.device, base.dtype) / weight
+            base.copy_(torch.where(torch.isfinite(known), known, base))
 
 
 class Blocks(Wire):

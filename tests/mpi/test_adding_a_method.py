@@ -15,7 +15,7 @@ from problems import TanhNet
 from simulation import Local
 
 from mpilsgd import DiLoCo
-from mpilsgd.exchange import Every, InTurn, Method, number
+from mpilsgd.exchange import Every, InTurn, Method, number, whole
 from mpilsgd.train import job
 from mpilsgd.train.callables import resolve
 
@@ -110,6 +110,31 @@ def test_a_rule_that_misuses_the_mechanism_is_refused_when_it_is_made() -> None:
 
     with pytest.raises(TypeError, match=r"Lost.exchange asks for mean; InTurn has copy, each"):
         Lost(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1))
+
+    class Late(Method):
+        overlap: int = whole(2, 0, help="steps")
+
+        def clock_of(self) -> Every:
+            return Every(5)
+
+        def exchange(self, r: Any) -> None:
+            r.mean()
+            r.elastic(self.c, 0.5, 0.5)
+
+    class Later(Late):
+        def exchange(self, r: Any) -> None:
+            r.mean()
+
+    class Alone(Later):
+        exchanges = {False: InTurn}  # noqa: RUF012
+
+    for rule, wrong in (
+        (Late, "Late.exchange asks for elastic; BehindSteps has copy, each, mean, only"),
+        (Later, "Later.exchange must ask for copy"),
+        (Alone, "overlap in steps goes with Together"),
+    ):
+        with pytest.raises(TypeError, match=wrong):
+            rule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1))
 
     class Half(Method):
         rate: float = number(0.5, 0, 1, help="a rate")

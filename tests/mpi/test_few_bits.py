@@ -17,7 +17,7 @@ from simulation import Local
 import mpilsgd
 from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, DiLoCo, Downpour, EASGDTree, LocalSGD
 
-pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.brief(2, "4x2")]
+pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.brief("4x2", "2 tasks")]
 
 PULLS = {"pull": 0.3, "global_pull": 0.2, "loss_window": 3}
 TOGETHER = [
@@ -212,6 +212,27 @@ def test_a_broken_worker_poisons_nothing(case: Case, across: str) -> None:
     ends = [run.held(), run.center()]
     run.close()
     check_together([] if all(np.isfinite(v).all() and np.abs(v).max() < 10 for v in ends) else ["broken"])
+
+
+@by_across
+def test_a_leader_that_breaks_before_the_first_round(across: str) -> None:
+    """The first vector travels as it is, and is what the next ones go by: but for the values that were not finite."""
+    topo = mpilsgd.Topology(shared=False, across_dtype=across)
+    p = torch.nn.Parameter(torch.zeros(300))
+    p.grad = torch.ones(300)
+    opt = LSGD(torch.optim.SGD([p], lr=0.01), topo, pull=0.2, global_pull=0.2, period=1, global_period=1)
+    if WORLD.rank == 0:
+        with torch.no_grad():
+            p[10] = float("inf")
+    for _ in range(60):
+        opt.step(loss=float(WORLD.rank))
+    x, resets = flatten([p]), opt.metrics.resets
+    gap = abs(x[10] - x[200])
+    opt.close()
+    topo.free()
+    errors = [] if resets == (WORLD.rank == 0) else [f"set back {resets} times"]
+    errors += [] if gap < 0.02 else [f"broken values stay {gap} behind"]
+    check_together(errors + ([] if np.isfinite(x).all() else ["not finite"]))
 
 
 @by_across

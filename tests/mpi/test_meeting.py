@@ -103,7 +103,12 @@ print("went on", flush=True)
 @pytest.mark.ranks(2)
 @pytest.mark.skipif(MPI.get_vendor()[0] != "MPICH", reason="whose launcher can be told not to end the job")
 @pytest.mark.parametrize(
-    "method, more", [("EASGD", ""), ("LSGD", ""), ("EASGD", ', asynchronous=True, order="round-robin"')]
+    "method, more",
+    [
+        ("EASGD", ""),
+        pytest.param("LSGD", "", marks=pytest.mark.brief()),
+        pytest.param("EASGD", ', asynchronous=True, order="round-robin"', marks=pytest.mark.brief()),
+    ],
 )
 def test_those_who_wait_for_a_killed_rank_end(tmp_path: Path, method: str, more: str) -> None:
     def keeps_the_others(ranks: int, seconds: float) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import (
@@ -17,8 +18,8 @@ from harness import (
     distance,
     running,
 )
-from method_cases import SGD, TWO, by_layout
-from problems import LeastSquares, Quadratic, TanhNet
+from method_cases import SGD, TWO, by_layout, in_turns
+from problems import LeastSquares, Quadratic, TanhNet, flatten
 from simulation import LSGD as SimulatedLSGD
 from simulation import Local
 from simulation import LocalSGD as SimulatedLocalSGD
@@ -78,6 +79,52 @@ def test_overlap_waits_for_nobody_within_a_period(layout: Layout, case: Case) ->
         simulated = case.simulate(Quadratic(), SGD, layout).run(6)
         gap = distance(run.x(), simulated.x[run.rank])
     check_together([f"differs by {gap:.1e}"] if gap > 1e-12 else [])
+
+
+@pytest.mark.mpi(min_size=2)
+@by_layout
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(DiLoCo, {"period": 5, "overlap": 2}),
+        Case(DiLoCo, {"period": 5, "overlap": 2, "mixing": 0.5}),
+        in_turns(EASGD, "turns-overlap", period=5, overlap=True),
+    ],
+    ids=str,
+)
+def test_a_run_that_ends_takes_what_is_under_way(layout: Layout, case: Case) -> None:
+    """As if it had gone on without moving."""
+
+    def after(more: int) -> Any:
+        with running(case, LeastSquares(), SGD, layout) as run:
+            run.run(8 if case.method is EASGD else 5)
+            for group in run.opt.param_groups:
+                group["lr"] = 0.0
+            run.run(more)
+            run.opt.close()
+            return flatten(list(run.model.parameters()))
+
+    ends = after(0), after(2)
+    check_together([] if np.abs(ends[0] - ends[1]).max() < 1e-12 else [f"{ends[0]} and not {ends[1]}"])
+
+
+class InPlace(torch.optim.Optimizer):
+    """An optimizer of the plainest kind: who calls it turns gradients off."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad)
+
+
+@by_layout
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_an_outer_optimizer_needs_no_care_for_gradients(layout: Layout, overlap: int) -> None:
+    found = []
+    for outer in (lambda c: InPlace(c, {}), lambda c: torch.optim.SGD(c, lr=1.0)):
+        case = Case(DiLoCo, {"period": 4, "overlap": overlap, "outer": outer})
+        with running(case, LeastSquares(), SGD, layout) as run:
+            found.append(run.run(9).x())
+    check_together([] if (found[0] == found[1]).all() else ["differs"])
 
 
 @by_layout

@@ -194,15 +194,16 @@ class Level:
             vector = window.views[0 if window.common else self.seats[owner]]
         else:
             vector = landing.views[0][: window.mine.numel()]
+        if self.n_islands == 1:
+            self._count(owner, vector.numel() * vector.element_size() if owner != self.rank else 0)
+            return vector, iter([(0, vector.numel())])
         own = Wire(vector.dtype, vector.dtype)
         wire, kept = own if exact else self._fabric.wire(vector.dtype), None
-        if wire.coded and self.n_islands > 1:
+        if wire.coded:
             kept, known = self.streams.of(name, vector, base=True) if name else (None, False)
             wire = wire if known else own
         received = owner != self.rank and (here or self.is_head)
         self._count(owner, (own if here else wire).nbytes(vector.numel()) if received else 0)
-        if self.n_islands == 1:
-            return vector, iter([(0, vector.numel())])
         return vector, self._parts(vector, home, wire, None if kept is None else kept.base)
 
     def _parts(

@@ -153,7 +153,8 @@ class Torchft:
     def __init__(
         self, topology: Topology, model: torch.nn.Module, optimizer: Any, period: int, options: dict[str, Any]
     ):
-        from torchft import LighthouseServer, Manager, ProcessGroupGloo
+        from torchft import Manager, ProcessGroupGloo
+        from torchft.coordination import LighthouseServer
         from torchft.local_sgd import DiLoCo
 
         rank, size, host = topology.world.rank, topology.world.size, socket.gethostname()

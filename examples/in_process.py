@@ -17,4 +17,5 @@ def worker():
     return model
 
 
-models = mpilsgd.in_process(worker, workers=4) if __name__ == "__main__" else []
+for model in mpilsgd.in_process(worker, workers=4) if __name__ == "__main__" else []:
+    print(model[1].bias)

@@ -94,7 +94,7 @@ class Task:
         own = [frame for frame in frames if _is_inside(frame)]
         calls = list(dict.fromkeys(_call(frame) for frame in (own[:1] + own[-1:])))
         what = "" if self.what is None else f": {self.what()}"
-        stack = "".join(traceback.StackSummary.extract(((f, f.f_lineno) for f in frames), limit=-8).format())
+        stack = "".join(traceback.StackSummary.extract(((f, f.f_lineno) for f in frames), limit=-20).format())
         return f"{self.name} waits in {' > '.join(calls) or 'its program'}{what}\n{stack}"
 
 
@@ -233,9 +233,9 @@ class Baton:
         holder = self.holder
         assert holder is not None
         others = ", ".join(task.name for task in self.tasks if task is not holder and not task.serves)
-        stack = "".join(traceback.format_list(traceback.extract_stack(_frames(holder.thread)[-1], limit=8)))
+        stack = "".join(traceback.format_list(traceback.extract_stack(_frames(holder.thread)[-1], limit=20)))
         return (
-            f"{holder.name} came to no method for {patience:g} s, and {others} cannot go on, as one of them runs at "
+            f"{holder.name} has gone on alone for {patience:g} s, and {others} cannot go on, as one of them runs at "
             f"a time: it blocks or computes at\n{stack}"
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mpilsgd.comm import Refused, Topology
+from mpilsgd.comm.mpi import here
 from mpilsgd.flat import FlatParameters, check_free
 from mpilsgd.layout import Plan, canonical, first_difference
 
@@ -30,6 +31,12 @@ def laid_out(
         error = str(wrong)
     topology.agree(error)
     assert plan is not None
+    if not here.rank.is_process:
+        every = [own for ids in topology.allgather({id(p) for p in parameters}) for own in ids]
+        if len(set(every)) < len(every):
+            raise Refused(
+                "the workers share parameters: make the model inside the worker function, for each its own"
+            )
     models = topology.allgather(plan.digest())
     if len(set(models)) > 1:
         every = topology.allgather(plan.described())

@@ -15,7 +15,9 @@ from mpilsgd.exchange.vectors import load as load_vector
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
 
-_OTHER_RANKS = "the state was saved by ranks that lay otherwise on nodes: the parts of the centre do not fit"
+_OTHER_RANKS = (
+    "the state was saved by ranks that lay otherwise on nodes, or with other settings: its vectors do not fit"
+)
 
 
 def _own(m: Method) -> Iterator[tuple[str, Vector]]:

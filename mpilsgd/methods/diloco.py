@@ -43,9 +43,9 @@ class DiLoCo(Method):
     SlowMo (its beta, alpha and gamma, as long as gamma stays) is outer=lambda c: torch.optim.SGD(c, alpha, beta).
 
     c, u and s lie once on each node (asynchronous: once in all), in float32 where x is of a half type. `mixing` takes a
-    copy of x during a round, `overlap` one all the time, `asynchronous` one vector more a worker. The outer optimizer's
-    state is in parts, one a rank, and must not be used after `close()`. A worker found non-finite is left out and takes
-    c.
+    copy of x during a round, `overlap` one all the time, `asynchronous` one vector more a worker. A worker found
+    non-finite is left out and takes c. `outer` is given flat parts of c, so it has to go element by element, as SGD and
+    Adam do; its state must not be used after `close()`.
 
     Source: DiLoCo (arXiv:2311.08105), Algorithm 1; Streaming DiLoCo (arXiv:2501.18512), Algorithm 2; asynchronous Local
     SGD (arXiv:2401.09135), Algorithm 3 with c = 0.
@@ -147,12 +147,14 @@ class DiLoCo(Method):
 
 
 def _outer_problem(outer: Callable[[Any], Any]) -> str | None:
-    given = [torch.nn.Parameter(torch.zeros(1))]
+    given = torch.nn.Parameter(torch.zeros(1))
+    given.grad = torch.zeros(1)
     try:
-        made = outer(given)
-        if isinstance(made, torch.optim.Optimizer) and [group["params"] for group in made.param_groups] == [
-            given
-        ]:
+        made = outer([given])
+        held = [p for group in getattr(made, "param_groups", ()) for p in group["params"]]
+        if isinstance(made, torch.optim.Optimizer) and len(held) == 1 and held[0] is given:
+            with torch.no_grad():
+                made.step()
             return None
     except Exception as wrong:
         return f"outer failed: {type(wrong).__name__}: {wrong}"

@@ -51,6 +51,8 @@ WRONG: list[tuple[Any, ...]] = [
     (DiLoCo, {"outer": lambda parameters: parameters}),
     (DiLoCo, {"outer": lambda parameters: torch.optim.SGD(parameters[:1], lr=1.0)}),
     (DiLoCo, {"outer": lambda parameters: 1 / 0}),
+    (DiLoCo, {"outer": lambda parameters: torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)}),
+    (DiLoCo, {"outer": torch.optim.LBFGS}),  # its step takes a closure
     *(
         (DiLoCo, {**more, **ASYNCHRONOUS})
         for more in ({"mixing": 0.5}, {"fragments": 2}, {"overlap": 1}, {"outer": torch.optim.Adam})

@@ -276,8 +276,18 @@ def test_a_worker_that_blocks_is_told() -> None:
             time.sleep(1.0)
         w.step(np.zeros(2))
 
-    with pytest.warns(RuntimeWarning, match=r"rank 1 came to no method for 0\.2 s(.|\n)*time\.sleep\(1\.0\)"):
+    with pytest.warns(RuntimeWarning, match=r"rank 1 has gone on alone for 0\.2 s(.|\n)*time\.sleep\(1\.0\)"):
         in_process(worker, 2, patience=0.2)
+
+
+def test_a_model_of_all_workers_is_refused() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+
+    def worker() -> None:
+        LSGD(torch.optim.SGD([parameter], lr=0.1), Topology())
+
+    with pytest.raises(WorkerFailed, match="the workers share parameters: make the model inside"):
+        in_process(worker, 2)
 
 
 def test_each_has_its_random_numbers() -> None:

@@ -43,9 +43,8 @@ class DiLoCo(Method):
     SlowMo (its beta, alpha and gamma, as long as gamma stays) is outer=lambda c: torch.optim.SGD(c, alpha, beta).
 
     c, u and s lie once on each node (asynchronous: once in all), in float32 where x is of a half type. `mixing` takes a
-    copy of x during a round, `overlap` one all the time, `asynchronous` one vector more a worker. A worker found
-    non-finite is left out and takes c. `outer` is given flat parts of c, so it has to go element by element, as SGD and
-    Adam do; its state must not be used after `close()`.
+    copy of x in a round, `overlap` always, `asynchronous` one vector more a worker. A worker found non-finite takes c.
+    `outer` is given flat parts of c, so it has to go element by element, as Adam does; not to be used after `close()`.
 
     Source: DiLoCo (arXiv:2311.08105), Algorithm 1; Streaming DiLoCo (arXiv:2501.18512), Algorithm 2; asynchronous Local
     SGD (arXiv:2401.09135), Algorithm 3 with c = 0.

@@ -2,13 +2,13 @@
 # Sets everything up and runs the tests:  bash tests/run.sh [unit] [mpi] [cluster] [--all] [--slow NAME] [-- PYTEST OPTIONS]
 #
 #   unit          the tests of one process, and those of methods with ranks that are tasks of one
-#   mpi           the tests of several ranks: 1 and 2 on one node, 3 and 4 on two emulated ones (MPICH), and once more on
-#                 a second MPI where one can be had; trees at 5 and 7
+#   mpi           the tests of several ranks: 1 and 2 on one node; equality with the simulations also with 3 and 4 on two
+#                 emulated nodes (MPICH), and 2 on a second MPI where one can be had
 #   cluster       MPICH on several hosts with TCP between them (needs root, iproute2 and util-linux), and batch jobs on a
 #                 Slurm that is started for them (needs root, slurm-wlm and munge)
 #   --all         also what is left out for time, as it says little that is new: the tests that are marked `brief` with
-#                 no number of ranks; 3 ranks on one node; whole jobs at 4 ranks, and on the second MPI; trees of 13 and
-#                 21, and on several nodes with 3 ranks; 4 ranks on the second MPI; 4 tasks on two nodes in place of 2
+#                 no number of ranks; all tests on emulated nodes; 3 ranks on one node; whole jobs at 4 ranks, and on
+#                 the second MPI; trees of 5 to 21 ranks; 4 ranks on the second MPI; 4 tasks on two nodes in place of 2
 #   --slow NAME   instead of these, the long tests whose name contains NAME (as pytest's -k), at MPILSGD_RANKS (4) ranks
 #
 # The last line is "N passed, N failed, N skipped" over all runs; the status is not 0 if any test failed, hung, died or
@@ -90,7 +90,7 @@ tasks() { # tasks RANKS[xNODES]: what tests methods at several ranks, with ranks
   local paths=() one
   for one in every_method identities tree across_dtype few_bits; do paths+=("tests/mpi/test_$one.py"); done
   export MPILSGD_TEST_TASKS=$1
-  run "$1 tasks" "$PY" -m pytest -q -p no:cacheprovider -p no:pytest_mpi "${select_tests[@]}" \
+  run "$1 tasks" "$PY" -m pytest -q -p no:cacheprovider -p no:pytest_mpi "${select_tests[@]}" ${equal[@]+"${equal[@]}"} \
     ${options[@]+"${options[@]}"} "${paths[@]}"
   unset MPILSGD_TEST_TASKS
 }
@@ -100,7 +100,7 @@ mpi() { # mpi NAME RANKS [NODES]
   for one in $without; do ignored+=("--ignore-glob=*/test_$one*"); done
   export MPILSGD_TEST_RANKS=$2 MPILSGD_TEST_NODES=${3:-0}
   run "$1" run_ranks "$2" "$PY" -m mpi4py -m pytest --with-mpi -x -q --no-summary -p no:cacheprovider \
-    "${select_tests[@]}" ${ignored[@]+"${ignored[@]}"} ${options[@]+"${options[@]}"} $paths
+    "${select_tests[@]}" ${only[@]+"${only[@]}"} ${ignored[@]+"${ignored[@]}"} ${options[@]+"${options[@]}"} $paths
 }
 
 cliques() { # cliques RANKS NODES: MPICH makes blocks of the ranks take each other for other nodes
@@ -116,8 +116,7 @@ all_ranks() { # all_ranks COUNT...
 
 trees() { # the larger ones; those of more than 5 ranks in lock-step only
   paths=tests/mpi/test_tree.py all_ranks 5
-  paths=tests/mpi/test_tree.py::test_lock_step_equals_the_oracle all_ranks 7
-  [[ -z $all ]] || paths=tests/mpi/test_tree.py::test_lock_step_equals_the_oracle all_ranks 13 21
+  paths=tests/mpi/test_tree.py::test_lock_step_equals_the_oracle all_ranks 7 13 21
 }
 
 cluster() {
@@ -127,12 +126,14 @@ cluster() {
 
 # What a run leaves out for time: the tests of jobs, asynchrony and life cycles need not run on every layout.
 emulated_nodes() {
-  without="train asynchronous $([[ -n $all ]] || echo tree life_cycle)" cliques 3 2
+  local only=(${equal[@]+"${equal[@]}"})
+  without="train asynchronous" cliques 3 2
   # one rank a node is also what every run does by messages
   [[ -z $all ]] || without="" paths=tests/mpi/test_tree.py cliques 3 3
   without="train life_cycle" cliques 4 2
 }
-without="" paths=tests/mpi
+without="" paths=tests/mpi only=() equal=()
+[[ -n $all || -n $slow ]] || equal=(-k "simulation or oracle or uninterrupted or replay")
 
 LIMIT=1200
 beside() { # what has one process, as the unit tests have
@@ -160,8 +161,8 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
     without="train asynchronous life_cycle" all_ranks 3
     paths="tests/mpi/test_train*.py tests/mpi/test_asynchronous*.py tests/mpi/test_jobs.py tests/mpi/test_life_cycle.py" \
       all_ranks 4
+    trees
   fi
-  trees
   [[ $MPI != MPICH ]] || emulated_nodes
   other=MPICH
   [[ $MPI != MPICH ]] || other="Open MPI"
@@ -171,11 +172,7 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
     # what any MPI would do alike has been tested on the first one
     alike="optimizers real_inputs arguments info_bench heartbeat identities adding_a_method life_cycle"
     without="$alike $([[ -n $all ]] || echo jobs train)" all_ranks 2
-    if [[ -n $all ]]; then
-      without="$alike train asynchronous" all_ranks 4
-    else
-      paths="tests/mpi/test_onesided.py tests/mpi/test_tree.py" all_ranks 3
-    fi
+    [[ -z $all ]] || without="$alike train asynchronous" all_ranks 4
     [[ $MPI != MPICH ]] || emulated_nodes
   else
     say "$other: none here and none to be had, so not tested"

@@ -17,7 +17,7 @@ from pathlib import Path
 # the machine lacks no run can have; another layout of the ranks some run has to have.
 MACHINE = r"needs a GPU|needs (\d+|several) GPUs|needs a machine without GPU|needs root|this CPU has no "
 ONLY_ALL = r"in bash tests/run.sh --all"
-LAYOUT = r"needs (exactly |at least )?\d+ (ranks|nodes)|needs one node|needs several nodes"
+LAYOUT = r"needs (exactly |at least )?\d+ (ranks|nodes)|needs one node|needs several nodes|needs MPICH"
 
 ORDER = ("left out", "skipped", "passed", "failed")  # over the ranks of one run, the last of these counts
 Outcome = tuple[str, str]  # one of these, and the reason

@@ -1,6 +1,6 @@
 """An average of all parameters by LocalSGD, torch's PeriodicModelAverager and accelerate's LocalSGD, side by side.
 
-    mpiexec -n 4 python -m mpi4py jobs/bench/averages.py [BYTES]
+    OMP_NUM_THREADS=1 mpiexec -n 4 python -m mpi4py jobs/bench/averages.py [BYTES]
 
 The peers talk by gloo; accelerate is left out where it is not installed. Medians of the slowest rank.
 """
@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -32,7 +33,9 @@ def main(nbytes: int) -> None:
     join(topology)
     models = [Model(nbytes // 4) for _ in range(3)]
     method = LocalSGD(Still(models[0].parameters()), topology, period=1)
-    averager = PeriodicModelAverager(period=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a period of 1 is no use but for a measurement
+        averager = PeriodicModelAverager(period=1)
     calls: dict[str, Callable[[], object]] = {
         "LocalSGD": method.step,
         "PeriodicModelAverager": lambda: averager.average_parameters(models[1].parameters()),
@@ -43,7 +46,8 @@ def main(nbytes: int) -> None:
             from accelerate.local_sgd import LocalSGD as Theirs
 
             accelerator = Accelerator(cpu=True)
-            theirs = stack.enter_context(Theirs(accelerator, models[2], local_sgd_steps=1, enabled=True))
+            model = accelerator.prepare(models[2])
+            theirs = stack.enter_context(Theirs(accelerator, model, local_sgd_steps=1, enabled=True))
             calls["accelerate's LocalSGD"] = theirs.step
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(REPETITIONS):

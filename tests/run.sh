@@ -90,7 +90,8 @@ tasks() { # tasks RANKS[xNODES]: what tests methods at several ranks, with ranks
   local paths=() one
   for one in every_method identities tree across_dtype few_bits; do paths+=("tests/mpi/test_$one.py"); done
   export MPILSGD_TEST_TASKS=$1
-  run "$1 tasks" "$PY" -m pytest -q -p no:cacheprovider -p no:pytest_mpi "${select_tests[@]}" ${equal[@]+"${equal[@]}"} \
+  run "$1 tasks" "$PY" -m pytest -q -p no:cacheprovider -p no:pytest_mpi "${select_tests[@]}" \
+    ${equal:+-k} ${equal:+"$equal or few_bits"} \
     ${options[@]+"${options[@]}"} "${paths[@]}"
   unset MPILSGD_TEST_TASKS
 }
@@ -100,7 +101,7 @@ mpi() { # mpi NAME RANKS [NODES]
   for one in $without; do ignored+=("--ignore-glob=*/test_$one*"); done
   export MPILSGD_TEST_RANKS=$2 MPILSGD_TEST_NODES=${3:-0}
   run "$1" run_ranks "$2" "$PY" -m mpi4py -m pytest --with-mpi -x -q --no-summary -p no:cacheprovider \
-    "${select_tests[@]}" ${only[@]+"${only[@]}"} ${ignored[@]+"${ignored[@]}"} ${options[@]+"${options[@]}"} $paths
+    "${select_tests[@]}" ${only:+-k} ${only:+"$only"} ${ignored[@]+"${ignored[@]}"} ${options[@]+"${options[@]}"} $paths
 }
 
 cliques() { # cliques RANKS NODES: MPICH makes blocks of the ranks take each other for other nodes
@@ -126,14 +127,14 @@ cluster() {
 
 # What a run leaves out for time: the tests of jobs, asynchrony and life cycles need not run on every layout.
 emulated_nodes() {
-  local only=(${equal[@]+"${equal[@]}"})
+  local only=$equal
   without="train asynchronous" cliques 3 2
   # one rank a node is also what every run does by messages
   [[ -z $all ]] || without="" paths=tests/mpi/test_tree.py cliques 3 3
   without="train life_cycle" cliques 4 2
 }
-without="" paths=tests/mpi only=() equal=()
-[[ -n $all || -n $slow ]] || equal=(-k "simulation or oracle or uninterrupted or replay")
+without="" paths=tests/mpi only=""
+equal=$([[ -n $all || -n $slow ]] || echo "simulation or oracle or uninterrupted or replay")
 
 LIMIT=1200
 beside() { # what has one process, as the unit tests have

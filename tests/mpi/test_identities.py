@@ -228,6 +228,7 @@ def test_stability_of_synchronous_downpour() -> None:
 
 
 @pytest.mark.mpi(min_size=4)
+@pytest.mark.brief()
 def test_sinc_numbers_of_the_leader_paper() -> None:
     """LSGD §6: LGD −0.2172 (the leader from step 23 on, all four by step 100); EAGD's centre −0.0912 at 95 to 100."""
     problem, comm = Sinc(), WORLD.Split(WORLD.rank < 4)

@@ -102,7 +102,7 @@ def print_table(speed: str, target: float, runs: list[dict[str, Any]]) -> None:
     for run in runs:
         last = run["rows"][-1]
         step, wall = last["step"], last["wall_s"]
-        seconds = "never" if run["seconds"] == NEVER else f"{run['seconds']:.0f}"
+        seconds = "never" if run["seconds"] == NEVER else f"{run['seconds']:.1f}"
         print(
             f"{run['label']:{width}}{run['rate']:>6}{run['seeds']:>7}{seconds:>9}{run['lowest']:14.2%}"
             f"{wall / step:10.3f}{last['t_comm'] / wall:15.1%}{run['sent'] / step / 1e6:16.3f}"
@@ -112,7 +112,9 @@ def print_table(speed: str, target: float, runs: list[dict[str, Any]]) -> None:
 def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], path: Path) -> None:
     labels = sorted({run["label"] for _, runs in speeds.values() for run in runs})
     with rc_context(STYLE):
-        figure = Figure(figsize=(5.6 * len(speeds), 5.4), layout="constrained")
+        columns = len(speeds) if max(map(len, labels)) < 50 else 1  # of the legend
+        tall = 0.22 * -(-len(labels) // columns)
+        figure = Figure(figsize=(5.6 * len(speeds), 4.2 + tall), layout="constrained")
         axes = figure.subplots(1, len(speeds), sharey=True, squeeze=False)[0]
         lines: dict[str, Any] = {}
         for axis, (speed, (target, runs)) in zip(axes, speeds.items(), strict=True):
@@ -135,9 +137,7 @@ def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], path: Path) -> N
             axis.set_title(speed.replace("gbit", " Gbit/s").replace("mbit", " Mbit/s"))
             axis.set_xlabel("training time [s]")
         axes[0].set_ylabel("test error [%]")
-        figure.legend(
-            [lines[label] for label in labels], labels, loc="outside upper center", ncols=len(speeds)
-        )
+        figure.legend([lines[label] for label in labels], labels, loc="outside upper center", ncols=columns)
         figure.savefig(path)
 
 

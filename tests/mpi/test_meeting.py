@@ -101,7 +101,9 @@ print("went on", flush=True)
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.skipif(MPI.get_vendor()[0] != "MPICH", reason="needs MPICH, whose launcher can be told not to end the job")
+@pytest.mark.skipif(
+    MPI.get_vendor()[0] != "MPICH", reason="needs MPICH, whose launcher can be told not to end the job"
+)
 @pytest.mark.parametrize(
     "method, more",
     [

@@ -50,9 +50,9 @@ rows = collections.defaultdict(list)
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*/summary.json")):
     entry, across, _ = path.parent.name.rsplit(",", 2)
     rows[entry, across].append(json.loads(path.read_text()))
-print("method | across_dtype | test error, % | train loss | MB across | seeds")
+print("method | across_dtype | test error, % | test loss | MB across | seeds")
 for (entry, across), runs in rows.items():
-    mean = {name: statistics.mean(run[name] for run in runs) for name in ("test_error", "train_loss", "bytes_across")}
-    numbers = f"{100 * mean['test_error']:.2f} | {mean['train_loss']:.4f} | {mean['bytes_across'] / 1e6:.2f}"
+    mean = {name: statistics.mean(run[name] for run in runs) for name in ("test_error", "test_loss", "bytes_across")}
+    numbers = f"{100 * mean['test_error']:.2f} | {mean['test_loss']:.4f} | {mean['bytes_across'] / 1e6:.2f}"
     print(f"{entry} | {across} | {numbers} | {len(runs)}")
 END

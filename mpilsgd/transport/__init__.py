@@ -1,6 +1,6 @@
 """Where the others' vectors lie, and how bytes move: shared windows within a node, messages between islands."""
 
 from mpilsgd.transport.fabric import Fabric, Level, SharedMemoryWarning, Traffic, exhaust
-from mpilsgd.transport.wire import Blocks, Stream, Wire
+from mpilsgd.transport.wire import Stream, Wire
 
-__all__ = ["Blocks", "Fabric", "Level", "SharedMemoryWarning", "Stream", "Traffic", "Wire", "exhaust"]
+__all__ = ["Fabric", "Level", "SharedMemoryWarning", "Stream", "Traffic", "Wire", "exhaust"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpilsgd import forks
+from mpilsgd.devices import place_of
 from mpilsgd.layout import Place, Plan, digest, find_modules, float_buffers, padded
 from mpilsgd.names import without_collector
 from mpilsgd.pieces import Vectors, clear_gaps, grad_keeper, piece, seats
@@ -68,7 +69,7 @@ class FlatParameters:
         self._places, self._followers = plan.places, plan.followers
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._grad_views: dict[int, Tensor] = {}
-        self.device = self.parameters[0].device
+        self.device = place_of(self.parameters[0])
         self.data = self._allocate(plan.sizes, allocate)
         for tensor in self._tensors():
             self._seat(tensor, copy=id(tensor) in plan.primaries)
@@ -226,7 +227,7 @@ class FlatParameters:
 
     def _check_memory(self, vector: Tensor, dtype: torch.dtype, numel: int) -> None:
         right = isinstance(vector, Tensor) and vector.dtype == dtype and vector.shape == (numel,)
-        if right and vector.is_contiguous() and vector.device == self.device and not vector.requires_grad:
+        if right and vector.is_contiguous() and place_of(vector) == self.device and not vector.requires_grad:
             return
         got = type(vector).__name__
         if isinstance(vector, Tensor):

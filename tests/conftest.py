@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import importlib.machinery
+import importlib.util
 import json
 import os
 import sys
@@ -26,7 +28,21 @@ ALL = os.environ.get("MPILSGD_TEST_ALL", "") == "1"  # also what is `brief` ever
 # ranks are so many tasks of one process ("4"), on so many nodes ("4x2")
 TASKS = os.environ.get("MPILSGD_TEST_TASKS", "")
 SECONDS = float(os.environ.get("MPILSGD_TEST_SECONDS", "240"))  # the longest one test may take
+# an extension with an emulated device in place of the one that is installed: tests marked `gpu` run on it
+CORE = os.environ.get("MPILSGD_TEST_CORE", "")
 SLOW = 15  # times as long for a test marked slow
+
+
+def load_core(path: str) -> None:
+    loader = importlib.machinery.ExtensionFileLoader("mpilsgd._core", path)
+    spec = importlib.util.spec_from_loader("mpilsgd._core", loader)
+    assert spec is not None
+    sys.modules["mpilsgd._core"] = core = importlib.util.module_from_spec(spec)
+    loader.exec_module(core)
+
+
+if CORE:
+    load_core(CORE)
 
 
 class Watchdog(threading.Thread):
@@ -224,12 +240,12 @@ def left_out(item: pytest.Item, size: int) -> str:
 def gpu() -> bool:
     import torch
 
-    return torch.cuda.is_available()
+    return bool(CORE) or torch.cuda.is_available()
 
 
 ONLY_ALL = "in bash tests/run.sh --all"
 MARKERS = (
-    "gpu: on a CUDA device; left out where there is none",
+    "gpu: on a CUDA device, or an emulated one; left out where there is none",
     "processes: not where ranks are tasks of one process, for which time or a fork is another matter",
     "ranks(n, ...): only at these numbers of ranks",
     "brief(n, ...): only at so many ranks (2), ranks and nodes ('4x2') or tasks ('2 tasks'); none: with --all only",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import asynchronous_simulation
+import emulated
 import numpy as np
 import simulation
 import torch
@@ -25,6 +26,7 @@ torch.optim.SGD(
 
 # Ranks are so many tasks of one process ("4"), on so many nodes ("4x2").
 TASKS = os.environ.get("MPILSGD_TEST_TASKS", "")
+CORE = os.environ.get("MPILSGD_TEST_CORE", "")  # an extension with an emulated device
 
 
 class Outside:
@@ -57,6 +59,13 @@ def on_every_rank(do: Callable[[], Any], seed: int = 0) -> Any:
         return mpilsgd.in_process(do, Outside.size, nodes=Outside.nodes, seed=seed)[0]
     except WorkerFailed as failure:
         raise failure.__cause__ or failure from None
+
+
+def place(device: str) -> torch.device:
+    """The device that a test means, or the emulated one."""
+    if device == "cuda" and CORE:
+        return emulated.DEVICE
+    return torch.device(device)
 
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -189,7 +198,7 @@ class Run:
         self.rank, self.size = self.topo.world.rank, self.topo.world.size
         self.problem, self.losses, self.t = problem, losses, 0
         # Every rank starts elsewhere; init="same" has to bring them to rank 0's start.
-        self.model = problem.build(dtype, problem.start(self.rank)).to(device)
+        self.model = problem.build(dtype, problem.start(self.rank)).to(place(device))
         self.inner = optimizer(local, self.model.parameters())
         self.opt: Any = case.method(
             self.inner, self.topo, **{**case.options, **options}, init="same" if same else "different"

@@ -90,11 +90,11 @@ def pass_along(
     n, place = heads.size, (heads.rank - home) % heads.size
     before, after = (heads.rank - 1) % n, (heads.rank + 1) % n
     size = wire.most(min(max(-(-wire.nbytes(vector.numel()) // _PIECES), _SMALLEST), _PIECE))
-    direct, at = wire.plain and vector.is_cpu, wire.nbytes
+    direct, at = wire.direct(vector), wire.nbytes
     if direct:
         travels = vector.view(torch.uint8)
     else:
-        travels = torch.empty(at(vector.numel()), dtype=torch.uint8, pin_memory=not vector.is_cpu)
+        travels = wire.staging(vector, at(vector.numel()))
     every = [(a, b, [travels[at(i) : at(min(i + size, b))] for i in range(a, b, size)]) for a, b in chunks]
     coming = [
         [heads.Irecv([_bytes(piece), MPI.BYTE], before) for piece in pieces if place] for *_, pieces in every
@@ -142,9 +142,8 @@ def sums(
 
     def scatter(a: int, b: int) -> tuple[Any, ...]:
         every, nbytes = slices(a, b, heads.size, wire)
-        sent, received = (
-            torch.zeros(heads.size, nbytes, dtype=torch.uint8, pin_memory=not vector.is_cpu) for _ in range(2)
-        )
+        rooms = (wire.staging(vector, heads.size * nbytes) for _ in range(2))
+        sent, received = (room.view(heads.size, nbytes) for room in rooms)
         for k, (low, high) in enumerate(every):
             if not (wire.coded and k == me):
                 codes = sent[k, : wire.nbytes(high - low)]

@@ -88,7 +88,8 @@ class Shards:
                     longest = max(stop - start for start, stop in (s[d] for s in self._spans))
                     self._fetched[name][d] = torch.empty(longest, dtype=kind)
         # whether a turn's work is done on copies, new ones each time
-        self.copies = device.type != "cpu" or bool(self.residuals)
+        self._on_host = device == torch.device("cpu")
+        self.copies = not self._on_host or bool(self.residuals)
         self.waited = 0.0  # seconds, in all turns so far
         self._fetched_bytes = 0
 
@@ -195,15 +196,16 @@ class Shards:
             return own.views[0]
         assert whole is not None
         vector = whole.views[0]
-        if not vector.is_cpu:  # the island is this rank alone
-            vector = torch.empty(vector.numel(), dtype=vector.dtype)
         if level.is_head and (name, dtype) in self._coded:
-            self._coded[name, dtype].collect(vector)
+            host = torch.empty(vector.numel(), dtype=vector.dtype)
+            self._coded[name, dtype].collect(host)
+            vector.copy_(host)
         elif level.is_head:
             for k, spans in enumerate(self._spans):
                 a, b = spans[dtype]
                 part = vector[a:b]
-                stage = part if part.dtype is own.mine.dtype else torch.empty(b - a, dtype=own.mine.dtype)
+                direct = part.dtype is own.mine.dtype and self._on_host
+                stage = part if direct else torch.empty(b - a, dtype=own.mine.dtype)
                 if k == level.channel.island:
                     stage.copy_(own.mine)
                 data = stage.view(torch.uint8).numpy()

@@ -94,7 +94,7 @@ class Snapshots:
                 into[d].copy_(window.views[level.seats[rank]])
             else:
                 wire = self._wire[d]
-                direct = into[d].is_cpu and wire.plain
+                direct = wire.direct(into[d])
                 size = wire.nbytes(self._sizes[d])
                 host = into[d].view(torch.uint8) if direct else torch.empty(size, dtype=torch.uint8)
                 transfer(self._remote[version % 2][d], rank, host, MPI.Win.Get)
@@ -107,10 +107,9 @@ class Snapshots:
         if d not in self.bases:
             self._wire[d].decode(codes, into)
             return
-        host = into if into.is_cpu else torch.empty(into.numel(), dtype=d)
+        host = torch.empty(into.numel(), dtype=d)
         self._wire[d].decode(codes, host, base=self.bases[d])
-        if host is not into:
-            into.copy_(host)
+        into.copy_(host)
 
     def last(self) -> tuple[float, Vectors, Vectors] | None:
         """A copy of this worker's last snapshot, and of what others fetch of it."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from mpilsgd import bound, kernels
+from mpilsgd.devices import place_of
 from mpilsgd.exchange.rows import Rows, checked
 from mpilsgd.exchange.vectors import NOTHING, Span, Vector, accumulation_dtype, allot
 from mpilsgd.transport import Level, Stream
@@ -76,7 +77,7 @@ class Exchange:
             if rate == 1:
                 x.copy_(v)
             else:
-                kernels.pull(x, v.to(x.device, x.dtype), rate)
+                kernels.pull(x, v.to(place_of(x), x.dtype), rate)
         self.m.fabric.world.barrier()
 
     def is_due(self) -> bool:
@@ -139,7 +140,7 @@ class Exchange:
             square = 0.0
             for d, c in self.whole(vector):
                 x = m.x[d].mine[: m.n[d]]
-                square += float(torch.dist(x, c.to(x.device, x.dtype))) ** 2
+                square += float(torch.dist(x, c.to(place_of(x), x.dtype))) ** 2
                 x.copy_(c)
             m.metrics.distance = square**0.5
             return

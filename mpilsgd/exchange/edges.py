@@ -10,6 +10,7 @@ import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Edge, Inbox, Links, clock, pause, wait_until
+from mpilsgd.devices import place_of
 from mpilsgd.exchange.base import Exchange
 from mpilsgd.exchange.edge_messages import Messages
 from mpilsgd.exchange.rows import CENTER
@@ -166,7 +167,7 @@ class Edges(Exchange):
         x = self.node.x
         if all([kernels.check(v) for v in x.values()]):
             for d, v in x.items():
-                kernels.pull(v, vectors[d].to(v.device, v.dtype), rate, seed=self.node.t)
+                kernels.pull(v, vectors[d].to(place_of(v), v.dtype), rate, seed=self.node.t)
             return
         if self.tree.is_leaf(self.node.index):
             self._revived = self.m.t

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpilsgd import bound
+from mpilsgd.devices import place_of
 from mpilsgd.exchange import leaving
 from mpilsgd.exchange.behind import BEHIND
 from mpilsgd.exchange.clocks import TwoPeriods
@@ -110,7 +111,7 @@ def _order(m: Method) -> tuple[str, Any, Any]:
 
 
 def _allocate(m: Method, plan: Plan) -> None:
-    device, gradients = plan.parameters[0].device, m.guard == "g"
+    device, gradients = place_of(plan.parameters[0]), m.guard == "g"
     nbytes, wide = (
         sum(-(-t.numel() * kind(t.dtype).itemsize // 64) * 64 for t in [*plan.parameters, *plan.buffers])
         for kind in (lambda dtype: dtype, accumulation_dtype)

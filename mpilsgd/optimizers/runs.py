@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpilsgd.devices import place_of
 from mpilsgd.flat import FlatParameters
 
 
@@ -23,7 +24,7 @@ def companions(parameters: Iterable[Tensor]) -> list[Tensor]:
             continue
         key = (id(flat), p.dtype)
         if key not in wholes:
-            wholes[key] = torch.zeros(flat.n_parameters[p.dtype], dtype=p.dtype, device=p.device)
+            wholes[key] = torch.zeros(flat.n_parameters[p.dtype], dtype=p.dtype, device=place_of(p))
         out.append(wholes[key].as_strided(p.shape, p.stride(), span.start))
     return out
 

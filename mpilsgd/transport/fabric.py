@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpilsgd import devices
 from mpilsgd.comm import Channel, Topology, complete, free_shared_memory
 from mpilsgd.comm.channel import cuts, pass_along, slices, sums
 from mpilsgd.comm.meeting import Meeting, MpiMeeting
+from mpilsgd.devices import on_host
+from mpilsgd.transport.devices import DeviceWindows, unreachable
 from mpilsgd.transport.messages import Messages
 from mpilsgd.transport.windows import SharedWindows
 from mpilsgd.transport.wire import Stream, Streams, Wire, wire_of
 
 
 class SharedMemoryWarning(UserWarning):
-    """Shared windows do not fit into /dev/shm; messages are used."""
+    """The ranks of a node cannot share memory, of the host or of devices, as they should; messages are used."""
 
 
 @dataclasses.dataclass
@@ -36,7 +39,7 @@ class Fabric:
     Args:
         nbytes: shared memory that this rank will ask for; where a node has less than the sum, its ranks become islands
             of one and a `SharedMemoryWarning` says so.
-        device: of the vectors; those of a CUDA device are exchanged by messages.
+        device: where the vectors lie; on devices that cannot reach each other they are exchanged by messages.
         own: the levels get communicators of their own, as a thread that talks beside other methods needs them.
 
     Attributes: world and group (`Level`), traffic. Collective over the world, as is `free`.
@@ -49,7 +52,9 @@ class Fabric:
         self._across_dtype = topology.across_dtype
         islands = topology.islands(_shareable(topology, nbytes, device))
         world, group = topology.channels(islands, own)
-        self.place: Any = SharedWindows(world) if len(world.local_ranks) > 1 else Messages(device)
+        self.place: Any = Messages(device)
+        if len(world.local_ranks) > 1:
+            self.place = SharedWindows(world) if on_host(device) else DeviceWindows(world, device)
         seats = [islands[:r].count(name) for r, name in enumerate(islands)]
         mates = topology.groups[topology.group_index]
         self.world = Level(self, world, range(topology.world.size), seats, mates)
@@ -92,17 +97,31 @@ class Fabric:
 
 
 def _shareable(topology: Topology, nbytes: int, device: torch.device) -> bool:
-    """Whether this node's ranks can share so much memory each. Collective over the node."""
-    need, room = topology.node_sum(nbytes), topology.node_first(free_shared_memory())
-    wanted = topology.shared and not topology.node_sum(device.type != "cpu")
-    if wanted and topology.node.size > 1 and need > room and topology.node.rank == 0:
+    """Whether this node's ranks can share so much memory each. Collective over the world."""
+    node, gpu = topology.node, None if on_host(device) else devices.identity(device)
+    asked = node.allgather((gpu, on_host(device), nbytes))
+    wanted = sum(n for other, _, n in asked if other == gpu)
+    topology.agree(None if gpu is None else devices.shortage(device, wanted))
+    alike = len({host for _, host, _ in asked}) == 1
+    if not topology.shared or not alike or b"" in {other for other, *_ in asked}:
+        return False
+    problem = None
+    if gpu is not None and node.size > 1:
+        problem = unreachable(topology, device)
+        if problem:
+            problem = f"this node's ranks cannot read each other's device memory ({problem})"
+    elif node.size > 1:
+        room = topology.node_first(free_shared_memory())
+        if wanted > room:
+            problem = (
+                f"{wanted / 1e6:.0f} MB of shared windows do not fit into the {room / 1e6:.0f} MB that /dev/shm has "
+                "left on this node"
+            )
+    if problem and node.rank == 0:
         warnings.warn(
-            f"{need / 1e6:.0f} MB of shared windows do not fit into the {room / 1e6:.0f} MB that "
-            "/dev/shm has left on this node: its workers exchange messages instead (slower)",
-            SharedMemoryWarning,
-            stacklevel=6,
+            f"{problem}: its workers exchange messages instead (slower)", SharedMemoryWarning, stacklevel=6
         )
-    return wanted and need <= room
+    return problem is None
 
 
 class Level:
@@ -130,6 +149,7 @@ class Level:
         self._near = sum(r in self._mates for r in others)
         self._far = len(others) - self._near
         self.streams = Streams(self.is_head)
+        self._order = fabric.place.order(channel)
 
     @property
     def meeting(self) -> Meeting:
@@ -142,26 +162,25 @@ class Level:
         Doubles as the barrier between accesses to each other's vectors. Numbers are compared after they have been
         gathered, by the same code on every rank: MPI's MIN and MINLOC disagree about a NaN.
         """
-        self._sync()
-        table = self.meeting.table(row, self.patient)
-        self._sync()
+        meeting = self.meeting
+        self._order.before(meeting.through_mpi)
+        table = meeting.table(row, self.patient)
+        self._order.after(meeting.through_mpi)
         return table
 
     def barrier(self) -> None:
         """All of the level have come here; what they stored before it is seen after it."""
-        self._sync()
-        self.meeting.barrier(self.patient)
-        self._sync()
+        meeting = self.meeting
+        self._order.before(meeting.through_mpi)
+        meeting.barrier(self.patient)
+        self._order.after(meeting.through_mpi)
 
     def fence(self) -> None:
         """Barrier among those of the level on this island; their stores before it are seen after it."""
-        self._sync()
-        self.meeting.fence(self.patient)
-        self._sync()
-
-    def _sync(self) -> None:
-        if self.meeting.through_mpi:
-            self._fabric.place.sync()
+        meeting = self.meeting
+        self._order.before(meeting.through_mpi)
+        meeting.fence(self.patient)
+        self._order.after(meeting.through_mpi)
 
     def share(self, start: int, stop: int) -> tuple[int, int]:
         """This rank's slice of a vector on which the ranks of its island work together."""

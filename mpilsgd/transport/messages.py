@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpilsgd.comm import Channel
+from mpilsgd.devices import HOST
 
 
 class Private:
@@ -24,11 +25,16 @@ class Messages:
         self._device = device
 
     def vector(self, dtype: torch.dtype, numel: int, host: bool = False) -> Private:
-        return Private(dtype, numel, torch.device("cpu") if host else self._device)
+        return Private(dtype, numel, HOST if host else self._device)
 
     def common(self, level: Channel, dtype: torch.dtype, numel: int, host: bool = False) -> Private:
-        return Private(dtype, numel, torch.device("cpu") if host else self._device, common=True)
+        return Private(dtype, numel, HOST if host else self._device, common=True)
 
-    def sync(self) -> None: ...
+    def order(self, level: Channel) -> Messages:
+        return self
+
+    def before(self, through_mpi: bool) -> None: ...
+
+    after = before
 
     def free(self) -> None: ...

@@ -11,8 +11,9 @@ class SharedWindows:
     """Where the vectors of an island lie. Every transport has these verbs.
 
     vector: one a rank, seen by the island. common: one for those of a level on this island. host: in the host's
-    memory wherever the workers compute. sync: a memory barrier, on both sides of a meeting that orders accesses. free.
-    `vector` and `common` are collective over the island's ranks, and those of the level on it.
+    memory wherever the workers compute. order: what makes the stores before a level's meeting seen after it; its
+    `before` and `after` are told whether the ranks meet through MPI. free. All are collective over the island's ranks,
+    `common` and `order` over those of the level on it.
     """
 
     def __init__(self, island: Channel):
@@ -29,9 +30,16 @@ class SharedWindows:
         self._windows.append(window)
         return window
 
-    def sync(self) -> None:
-        for window in self._windows:
-            window.sync()
+    def order(self, level: Channel) -> SharedWindows:
+        return self
+
+    def before(self, through_mpi: bool) -> None:
+        """A memory barrier, which other meetings have in them."""
+        if through_mpi:
+            for window in self._windows:
+                window.sync()
+
+    after = before
 
     def free(self) -> None:
         for window in self._windows:

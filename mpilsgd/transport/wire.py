@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from mpilsgd import blocks
+from mpilsgd.devices import place_of
+from mpilsgd.extension import device_of
 
 BITS = {"int8": 8, "int4": 4}  # by the name of the type
 
@@ -33,6 +35,14 @@ class Wire:
         """Elements, in whole blocks, that fit into so many bytes."""
         return max(nbytes // self.travels.itemsize, 1)
 
+    def direct(self, vector: torch.Tensor) -> bool:
+        """Whether the vector's own memory can be sent and received into."""
+        return self.plain and device_of(vector) < 0
+
+    def staging(self, vector: torch.Tensor, nbytes: int) -> torch.Tensor:
+        """Bytes, zeros, in which the vector's elements travel."""
+        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=vector.is_cuda)
+
     def encode(self, x: torch.Tensor, codes: torch.Tensor, **kept: Any) -> None:
         """codes <- x. In few bits what is kept counts: see `blocks.encode`, and `blocks.decode`."""
         codes.view(self.travels).copy_(x)
@@ -49,11 +59,11 @@ class Wire:
         """out <- what came, or out + it;  follow: base <- it / weight where that is finite."""
         came = codes.view(self.travels)
         if out is not None and add:
-            out += came.to(out.device)
+            out += came.to(place_of(out))
         elif out is not None:
             out.copy_(came)
         if base is not None and follow:
-            known = came.to(base.device, base.dtype) / weight
+            known = came.to(place_of(base), base.dtype) / weight
             base.copy_(torch.where(torch.isfinite(known), known, base))
 
 
@@ -73,14 +83,15 @@ class Blocks(Wire):
         return max(nbytes // self._block_bytes, 1) * self.block
 
     def encode(self, x: torch.Tensor, codes: torch.Tensor, **kept: Any) -> None:
-        here = codes if x.device == codes.device else torch.empty_like(codes, device=x.device)
+        place = place_of(x)
+        here = codes if place == place_of(codes) else torch.empty_like(codes, device=place)
         blocks.encode(here, x, self._bits, **kept)
         if here is not codes:
             codes.copy_(here)
 
     def decode(self, codes: torch.Tensor, out: torch.Tensor | None, *args: Any, **kept: Any) -> None:
         x = kept["base"] if out is None else out
-        blocks.decode(codes.to(x.device), out, self._bits, *args, **kept)
+        blocks.decode(codes.to(place_of(x)), out, self._bits, *args, **kept)
 
 
 def wire_of(dtype: torch.dtype, across: torch.dtype | str | None) -> Wire:
@@ -148,7 +159,7 @@ class Streams:
         if name not in self._kept:
             wide = torch.promote_types(vector.dtype, torch.float32)
             n = vector.numel() * self._keeps
-            zeros = [torch.zeros(n * there, dtype=wide, device=vector.device) for there in (residual, base)]
+            zeros = [torch.zeros(n * there, dtype=wide, device=place_of(vector)) for there in (residual, base)]
             self._kept[name] = Kept(zeros[0], zeros[1])
         kept = self._kept[name]
         known, kept.known = kept.known or not base, True

@@ -8,19 +8,35 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
-from harness import TASKS, WORLD, on_every_rank
+from harness import CORE, TASKS, WORLD, on_every_rank
+
+from mpilsgd.comm import waiting
+from mpilsgd.extension import core
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Where ranks are tasks, every test makes them, in an order of its own."""
-    if not TASKS:
+    """Where ranks are tasks, every test makes them, in an order of its own. On an emulated device torch knows it."""
+    if not (TASKS or CORE):
         return None
     given = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
-    on_every_rank(lambda: pyfuncitem.obj(**given), zlib.crc32(pyfuncitem.nodeid.encode()))
+    seed = zlib.crc32(pyfuncitem.nodeid.encode())
+    do = lambda: pyfuncitem.obj(**given)  # noqa: E731
+    if CORE:
+        core.emulated.seed(seed)
+        do = emulated.emulating(do)
+    on_every_rank(do, seed)
     return True
+
+
+@pytest.fixture(autouse=bool(CORE))
+def threads_emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the package starts."""
+    start = waiting.start_thread
+    monkeypatch.setattr(waiting, "start_thread", lambda do, name: start(emulated.emulating(do), name))
 
 
 @pytest.fixture

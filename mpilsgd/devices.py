@@ -1,0 +1,116 @@
+"""Memory of devices, beside torch's own: vectors that other processes can map, and events that they can wait for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpilsgd.extension import core, device_of
+
+HOST = torch.device("cpu")
+
+
+def place_of(x: Tensor) -> torch.device:
+    """Where x lies. An emulated device, as tests have it, is a numbered "cpu"; the host's memory has no number."""
+    index = device_of(x)
+    return HOST if index < 0 else torch.device(x.device.type, index)
+
+
+def on_host(place: torch.device) -> bool:
+    return place.type == "cpu" and place.index is None
+
+
+def stream_of(place: torch.device) -> int:
+    """The stream to which torch gives its work there."""
+    return torch.cuda.current_stream(place).cuda_stream if place.type == "cuda" else 0
+
+
+def identity(place: torch.device) -> bytes:
+    """Of the device, the same in all processes; empty where the extension has nothing to do with devices."""
+    told: bytes = core.device.identity(place.index) if core is not None and core.cuda else b""
+    return told
+
+
+def shortage(place: torch.device, nbytes: int) -> str | None:
+    """What is wrong with so many bytes more on a device."""
+    if not identity(place):
+        return None
+    free, total = core.device.memory(place.index)
+    if nbytes <= free:
+        return None
+    return (
+        f"{nbytes / 1e9:.2f} GB are wanted on {place} by its ranks, of whose {total / 1e9:.2f} GB {free / 1e9:.2f} GB "
+        "are free: a smaller model, fewer ranks a device, or more devices"
+    )
+
+
+class Memory:
+    """Bytes of a device that other processes can map: zeros at first."""
+
+    def __init__(self, place: torch.device, nbytes: int):
+        self._place = place
+        self.address: int = core.device.allocate(place.index, nbytes)
+        core.device.fill(place.index, self.address, 0, nbytes, stream_of(place))
+
+    def handle(self) -> bytes:
+        handle: bytes = core.device.memory_handle(self._place.index, self.address)
+        return handle
+
+    def free(self) -> None:
+        if self.address:
+            core.device.release(self._place.index, self.address)
+            self.address = 0
+
+
+class Mapped:
+    """Another process' `Memory`, here."""
+
+    def __init__(self, place: torch.device, handle: bytes):
+        self._place = place
+        self.address: int = core.device.open_memory(place.index, handle)
+
+    def free(self) -> None:
+        if self.address:
+            core.device.close_memory(self._place.index, self.address)
+            self.address = 0
+
+
+def vector(place: torch.device, address: int, dtype: torch.dtype, numel: int) -> Tensor:
+    """The memory at an address, which must outlive it."""
+    if numel == 0:
+        return torch.empty(0, dtype=dtype, device=place)
+    capsule = core.device.vector(place.index, address, numel * dtype.itemsize)
+    bytes_there: Tensor = torch.from_dlpack(capsule)
+    return bytes_there.view(dtype)
+
+
+class Mark:
+    """A point in what a stream does, for which streams of other processes can wait."""
+
+    def __init__(self, place: torch.device, event: Any = None):
+        self._place = place
+        self._event = core.device.Event(place.index, True) if event is None else event
+
+    @classmethod
+    def of(cls, place: torch.device, handle: bytes) -> Mark:
+        """Another process'."""
+        return cls(place, core.device.Event.opened(place.index, handle))
+
+    def handle(self) -> bytes:
+        handle: bytes = self._event.handle()
+        return handle
+
+    def here(self) -> None:
+        """It is where the current stream is now."""
+        self._event.record(stream_of(self._place))
+
+    def awaited(self) -> None:
+        """What the current stream is given from now on comes after it."""
+        self._event.wait(stream_of(self._place))
+
+
+def finish(place: torch.device) -> None:
+    """Returns when the current stream has done all that it was given."""
+    core.device.synchronize(place.index, stream_of(place))

@@ -4,18 +4,16 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
-#include <vector>
+#include <atomic>
 
 #include "cuda_blocks.cuh"
 #include "cuda_bodies.cuh"
+#include "cuda_calls.h"
+#include "cuda_results.h"
 #include "kernels.h"
 
 namespace mpilsgd::cuda {
 namespace {
-
-constexpr std::int64_t kMaxBlocks = 2048;
 
 // --- the kernel and its launch
 // -------------------------------------------------------------------------------------
@@ -23,81 +21,105 @@ constexpr std::int64_t kMaxBlocks = 2048;
 // Elements 0 ... packs * W - 1 in packs, the rest one by one.
 template <bool kStats, int W, class Body>
 __global__ void __launch_bounds__(kThreads)
-    walk(const Body body, std::int64_t n, std::int64_t packs, Partial* partials) {
+    walk(const Body body, std::int64_t n, std::int64_t packs, const Report to) {
   const std::int64_t first = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const std::int64_t stride = std::int64_t(gridDim.x) * kThreads;
   Note<kStats> note;
   for (std::int64_t i = first; i < packs; i += stride) body.template run<W>(i * W, note);
   for (std::int64_t i = packs * W + first; i < n; i += stride) body.template run<1>(i, note);
-  if constexpr (kStats) reduce(note, partials);
+  if constexpr (kStats) report(note, to);
 }
 
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("mpilsgd: CUDA: ") + what + ": " + cudaGetErrorString(error));
+// How many blocks of a kernel a device runs at once; 0: not asked yet.
+struct Fitting {
+  static constexpr int kDevices = 64;
+  std::atomic<int> blocks[kDevices] = {};
+};
+
+template <class Kernel>
+int fitting(Kernel kernel, Fitting& known, int device) {
+  int blocks = device < Fitting::kDevices ? known.blocks[device].load() : 0;
+  if (blocks > 0) return blocks;
+  int processors = 0, each = 0;
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0),
+             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  blocks = std::max(1, std::min(processors * each, int(kMaxBlocks)));
+  if (device < Fitting::kDevices) known.blocks[device] = blocks;
+  return blocks;
 }
 
-// Makes a device current for as long as it lives.
-class DeviceGuard {
+// What a launch needs beside its operation. While it lives, the workspace is ours alone.
+class Desk {
  public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+  Desk(const Operation& op, int n_peers, const Stream& on) : on_(on), n_peers_(n_peers) {
+    if (op.n == 0 || (!op.stats && n_peers <= kInlinePeers)) return;
+    workspace_ = workspace_of(on);
+    lock_ = std::unique_lock<std::mutex>(workspace_->mutex);
+    fit(*workspace_, on, n_peers);
   }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  // Hands the peers' addresses over; many of them are sent ahead on the stream.
+  Peers peers(const PeersOperation& op) const {
+    Peers peers{};
+    peers.n = op.n_peers;
+    if (!workspace_) {
+      if (op.n_peers <= kInlinePeers) std::copy(op.peers, op.peers + op.n_peers, peers.few);
+      return peers;  // of no elements where there are more
+    }
+    peers.bad = workspace_->bad_peers;
+    if (op.n_peers <= kInlinePeers) {
+      std::copy(op.peers, op.peers + op.n_peers, peers.few);
+    } else {
+      // From pageable memory: the call returns when the addresses have been read.
+      check_cuda(cudaMemcpyAsync(workspace_->table, op.peers, op.n_peers * sizeof(void*),
+                                 cudaMemcpyHostToDevice, stream()),
+                 "cudaMemcpyAsync");
+      peers.many = workspace_->table;
+    }
+    return peers;
+  }
+
+  std::shared_ptr<Pending> pending() const { return std::make_shared<Pending>(on_, *workspace_, n_peers_); }
+
+  // As many blocks as are wanted, or as fit on the device.
+  template <class... Wanted, class... Given>
+  void put(void (*kernel)(Wanted...), Fitting& known, std::int64_t wanted, const Given&... given) const {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(std::min(wanted, std::int64_t(fitting(kernel, known, on_.device)))));
+    config.blockDim = dim3(kThreads);
+    config.stream = stream();
+    check_cuda(cudaLaunchKernelEx(&config, kernel, given...), "launch");
+  }
 
  private:
-  int before_ = 0;
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(on_.stream); }
+
+  Stream on_;
+  int n_peers_;
+  std::shared_ptr<Workspace> workspace_;
+  std::unique_lock<std::mutex> lock_;
 };
 
-// The workspace: a Partial for every block, then the peers' addresses, then a flag for every peer.
-struct Workspace {
-  Partial* partials;
-  void** table;
-  unsigned char* bad;
-};
+using Found = std::shared_ptr<Pending>;  // null without statistics
 
-Workspace layout(void* memory, int n_peers) {
-  auto* bytes = static_cast<unsigned char*>(memory);
-  unsigned char* table = bytes + kMaxBlocks * sizeof(Partial);
-  return {reinterpret_cast<Partial*>(bytes), reinterpret_cast<void**>(table),
-          table + n_peers * sizeof(void*)};
-}
-
-// The one launch helper: grid, stream, error check, and the way home of the statistics. `bad_peers` may be
-// null.
 template <class Body>
-Tally launch(const Body& body, const Operation& op, bool aligned, const Stream& on, int n_peers = 0,
-             unsigned char* bad_peers = nullptr) {
-  Tally tally;
-  if (op.n == 0) return tally;
+Found launch(const Body& body, const Operation& op, bool aligned, const Desk& on) {
+  if (op.n == 0) return op.stats ? std::make_shared<Pending>() : nullptr;
   constexpr int W = 16 / int(sizeof(typename Body::Stored));
-  const auto stream = static_cast<cudaStream_t>(on.stream);
+  static Fitting quiet, noting;
   const std::int64_t packs = aligned ? op.n / W : 0;
   const std::int64_t items = std::max(packs, op.n - packs * W);
-  const auto blocks = unsigned(std::min((items + kThreads - 1) / kThreads, kMaxBlocks));
+  const std::int64_t blocks = (items + kThreads - 1) / kThreads;
   if (!op.stats) {
-    walk<false, W><<<blocks, kThreads, 0, stream>>>(body, op.n, packs, nullptr);
-    check(cudaGetLastError(), "launch");
-    return tally;
+    on.put(walk<false, W, Body>, quiet, blocks, body, op.n, packs, Report{});
+    return nullptr;
   }
-  const Workspace workspace = layout(on.workspace, n_peers);
-  if (bad_peers) check(cudaMemsetAsync(workspace.bad, 0, n_peers, stream), "cudaMemsetAsync");
-  walk<true, W><<<blocks, kThreads, 0, stream>>>(body, op.n, packs, workspace.partials);
-  check(cudaGetLastError(), "launch");
-  std::vector<Partial> partials(blocks);
-  check(cudaMemcpyAsync(partials.data(), workspace.partials, blocks * sizeof(Partial), cudaMemcpyDeviceToHost,
-                        stream),
-        "cudaMemcpyAsync");
-  if (bad_peers) {
-    check(cudaMemcpyAsync(bad_peers, workspace.bad, n_peers, cudaMemcpyDeviceToHost, stream),
-          "cudaMemcpyAsync");
-  }
-  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-  for (const Partial& part : partials) tally.add({part.squared_distance, !part.bad, !part.source_bad});
-  return tally;
+  Found found = on.pending();
+  on.put(walk<true, W, Body>, noting, blocks, body, op.n, packs, found->report());
+  found->launched();
+  return found;
 }
 
 template <class... Pointers>
@@ -109,91 +131,73 @@ bool all_aligned(const PeersOperation& op) {
   return std::all_of(op.peers, op.peers + op.n_peers, [](const void* p) { return all_aligned(p); });
 }
 
-// Hands the peers' addresses over; many of them are sent ahead on the stream.
-Peers hand_over(const PeersOperation& op, const Stream& on) {
-  Peers peers{};
-  peers.n = op.n_peers;
-  if (op.stats) peers.bad = layout(on.workspace, op.n_peers).bad;
-  if (op.n_peers <= kInlinePeers) {
-    std::copy(op.peers, op.peers + op.n_peers, peers.few);
-    return peers;
-  }
-  void** table = layout(on.workspace, op.n_peers).table;
-  // From pageable memory: the call returns when the addresses have been read.
-  check(cudaMemcpyAsync(table, op.peers, op.n_peers * sizeof(void*), cudaMemcpyHostToDevice,
-                        static_cast<cudaStream_t>(on.stream)),
-        "cudaMemcpyAsync");
-  peers.many = table;
-  return peers;
-}
-
 // --- from operations to bodies
 // -----------------------------------------------------------------------------------
 
 template <class T>
-Tally start(const Pull& op, const Stream& on) {
+Found start(const Pull& op, const Desk& on) {
   using A = Acc<T>;
-  const PullBody<T> body{hand_over(op, on),
+  const PullBody<T> body{on.peers(op),
                          static_cast<const T*>(op.leader),
                          static_cast<const T*>(op.other),
                          A(op.rate),
                          A(op.other_rate),
                          mixed(op.seed)};
-  return launch(body, op, all_aligned(op.leader, op.other) && all_aligned(op), on, op.n_peers, op.bad_peers);
+  return launch(body, op, all_aligned(op.leader, op.other) && all_aligned(op), on);
 }
 
 template <class T>
-Tally start(const Elastic& op, const Stream& on) {
+Found start(const Elastic& op, const Desk& on) {
   using A = Acc<T>;
   const ElasticBody<T> body{static_cast<T*>(op.center),
-                            hand_over(op, on),
+                            on.peers(op),
                             A(op.moving_rate),
                             A(op.rate),
                             op.gauss_seidel,
                             mixed(op.seed)};
-  return launch(body, op, all_aligned(op.center) && all_aligned(op), on, op.n_peers, op.bad_peers);
+  return launch(body, op, all_aligned(op.center) && all_aligned(op), on);
 }
 
 template <class T>
-Tally start(const ElasticSum& op, const Stream& on) {
+Found start(const ElasticSum& op, const Desk& on) {
   using A = Acc<T>;
-  const ElasticSumBody<T> body{static_cast<A*>(op.total), static_cast<const T*>(op.center), hand_over(op, on),
+  const ElasticSumBody<T> body{static_cast<A*>(op.total), static_cast<const T*>(op.center), on.peers(op),
                                A(op.moving_rate), mixed(op.seed)};
-  return launch(body, op, all_aligned(op.total, op.center) && all_aligned(op), on, op.n_peers, op.bad_peers);
+  return launch(body, op, all_aligned(op.total, op.center) && all_aligned(op), on);
 }
 
 template <class T>
-Tally start(const ElasticApply& op, const Stream& on) {
+Found start(const ElasticApply& op, const Desk& on) {
   using A = Acc<T>;
   const ElasticApplyBody<T> body{static_cast<T*>(op.center),
                                  static_cast<const A*>(op.total),
-                                 hand_over(op, on),
+                                 on.peers(op),
                                  A(op.moving_rate),
                                  A(op.rate),
                                  mixed(op.seed)};
-  return launch(body, op, all_aligned(op.total, op.center) && all_aligned(op), on, op.n_peers);
+  return launch(body, op, all_aligned(op.total, op.center) && all_aligned(op), on);
 }
 
 template <class T>
-Tally start(const Total& op, const Stream& on) {
-  const TotalBody<T> body{static_cast<Acc<T>*>(op.out), hand_over(op, on)};
-  return launch(body, op, all_aligned(op.out) && all_aligned(op), on, op.n_peers, op.bad_peers);
+Found start(const Total& op, const Desk& on) {
+  const TotalBody<T> body{static_cast<Acc<T>*>(op.out), on.peers(op)};
+  return launch(body, op, all_aligned(op.out) && all_aligned(op), on);
 }
 
 template <class T>
-Tally start(const Assign& op, const Stream& on) {
+Found start(const Assign& op, const Desk& on) {
   using A = Acc<T>;
-  const AssignBody<T> body{static_cast<const A*>(op.total), hand_over(op, on), A(op.scale)};
-  return launch(body, op, all_aligned(op.total) && all_aligned(op), on, op.n_peers);
+  const AssignBody<T> body{static_cast<const A*>(op.total), on.peers(op), A(op.scale)};
+  return launch(body, op, all_aligned(op.total) && all_aligned(op), on);
 }
 
 template <class T>
-Tally start(const Average& op, const Stream& on) {
-  return launch(AverageBody<T>{hand_over(op, on)}, op, all_aligned(op), on, op.n_peers, op.bad_peers);
+Found start(const Average& op, const Desk& on) {
+  return launch(AverageBody<T>{on.peers(op)}, op, all_aligned(op), on);
 }
 
 template <class T>
-Tally start(const Msgd& op, const Stream& on) {
+Found start(const Msgd& op, const Desk& on) {
   using A = Acc<T>;
   const MsgdRates<A> rates{A(op.lr), A(op.momentum), op.nesterov ? A(op.momentum) : A(0), A(op.weight_decay)};
   const MsgdBody<T> body{static_cast<T*>(op.x),
@@ -208,13 +212,13 @@ Tally start(const Msgd& op, const Stream& on) {
 }
 
 template <class T>
-Tally start(const Iterate& op, const Stream& on) {
+Found start(const Iterate& op, const Desk& on) {
   const IterateBody<T> body{static_cast<T*>(op.x), static_cast<const T*>(op.velocity), Acc<T>(op.step)};
   return launch(body, op, all_aligned(op.x, op.velocity), on);
 }
 
 template <class T>
-Tally start(const Push& op, const Stream& on) {
+Found start(const Push& op, const Desk& on) {
   using A = Acc<T>;
   const PushBody<T> body{static_cast<T*>(op.center),
                          static_cast<T*>(op.x),
@@ -226,7 +230,7 @@ Tally start(const Push& op, const Stream& on) {
 }
 
 template <class T>
-Tally start(const Outer& op, const Stream& on) {
+Found start(const Outer& op, const Desk& on) {
   using A = Acc<T>;
   const OuterBody<T> body{static_cast<T*>(op.center),
                           static_cast<T*>(op.velocity),
@@ -238,12 +242,12 @@ Tally start(const Outer& op, const Stream& on) {
 }
 
 template <class T>
-Tally start(const Check& op, const Stream& on) {
+Found start(const Check& op, const Desk& on) {
   return launch(CheckBody<T>{static_cast<const T*>(op.x)}, op, all_aligned(op.x), on);
 }
 
 template <class T>
-Tally start(const Triad& op, const Stream& on) {
+Found start(const Triad& op, const Desk& on) {
   const TriadBody<T> body{static_cast<T*>(op.a), static_cast<const T*>(op.b), static_cast<const T*>(op.c),
                           Acc<T>(op.scale)};
   return launch(body, op, all_aligned(op.a, op.b, op.c), on);
@@ -251,17 +255,16 @@ Tally start(const Triad& op, const Stream& on) {
 
 // A warp a block of codes.
 template <class Walk>
-Tally launch_blocks(const Walk& walk, std::int64_t n, const Stream& on) {
-  if (n == 0) return {};
+Found launch_blocks(const Walk& walk, std::int64_t n, const Desk& on) {
+  if (n == 0) return nullptr;
+  static Fitting known;
   const std::int64_t blocks = (n + kBlock - 1) / kBlock;
-  const auto grid = unsigned(std::min((blocks + kWarps - 1) / kWarps, kMaxBlocks));
-  walk_blocks<<<grid, kThreads, 0, static_cast<cudaStream_t>(on.stream)>>>(walk, n);
-  check(cudaGetLastError(), "launch");
-  return {};
+  on.put(walk_blocks<Walk>, known, (blocks + kWarps - 1) / kWarps, walk, n);
+  return nullptr;
 }
 
 template <class T>
-Tally start(const Encode& op, const Stream& on) {
+Found start(const Encode& op, const Desk& on) {
   using A = Acc<T>;
   const EncodeBlock<T> walk{
       static_cast<const T*>(op.x),    op.codes,    op.bits, static_cast<A*>(op.residual),
@@ -270,16 +273,20 @@ Tally start(const Encode& op, const Stream& on) {
 }
 
 template <class T>
-Tally start(const Decode& op, const Stream& on) {
+Found start(const Decode& op, const Desk& on) {
   using A = Acc<T>;
   const DecodeBlock<T> walk{
       op.codes, static_cast<T*>(op.out), op.bits, static_cast<A*>(op.base), A(op.weight), op.add, op.follow};
   return launch_blocks(walk, op.n, on);
 }
 
+int peers_of(const Operation&) { return 0; }
+int peers_of(const PeersOperation& op) { return op.n_peers; }
+
 template <class Op>
-Tally any_dtype(const Op& op, const Stream& on) {
-  const DeviceGuard guard(on.device);
+Found any_dtype(const Op& op, const Stream& stream) {
+  const DeviceGuard guard(stream.device);
+  const Desk on(op, peers_of(op), stream);
   switch (op.dtype) {
     case DType::kFloat64:
       return start<double>(op, on);
@@ -295,20 +302,8 @@ Tally any_dtype(const Op& op, const Stream& on) {
 }  // namespace
 
 #define MPILSGD_ENTRY(Op) \
-  Tally run(const Op& op, const Stream& stream) { return any_dtype(op, stream); }
+  Found run(const Op& op, const Stream& stream) { return any_dtype(op, stream); }
 MPILSGD_OPERATIONS(MPILSGD_ENTRY)
 #undef MPILSGD_ENTRY
-
-std::int64_t workspace_bytes(int n_peers) {
-  return kMaxBlocks * std::int64_t(sizeof(Partial)) + std::int64_t(n_peers) * std::int64_t(sizeof(void*) + 1);
-}
-
-int device_count() {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) == cudaSuccess)
-    return count;  // on an error the count is left as it was, or not set
-  cudaGetLastError();
-  return 0;
-}
 
 }  // namespace mpilsgd::cuda

@@ -6,8 +6,6 @@
 namespace mpilsgd::cuda {
 namespace {
 
-// -----------------------------------------------
-
 template <class T>
 struct PullBody {
   using Stored = T;
@@ -89,7 +87,7 @@ struct ElasticSumBody {
   template <int W, bool kStats>
   __device__ void run(std::int64_t at, Note<kStats>& note) const {
     A c[W], sum[W];
-    load<W>(center + at, c);
+    load_constant<W>(center + at, c);
 #pragma unroll
     for (int k = 0; k < W; ++k) note.source(c[k]);
     gather<T>(peers, at, c, moving_rate, seed, sum, note);
@@ -111,7 +109,7 @@ struct ElasticApplyBody {
   __device__ void run(std::int64_t at, Note<kStats>& note) const {
     A c[W], sum[W];
     load<W>(center + at, c);
-    load<W>(total + at, sum);
+    load_constant<W>(total + at, sum);
 #pragma unroll
     for (int k = 0; k < W; ++k) c[k] = elastic_center(c[k], sum[k], rate);
     move_workers<T>(peers, at, c, moving_rate, seed, note);
@@ -156,7 +154,7 @@ struct AssignBody {
   template <int W, bool kStats>
   __device__ void run(std::int64_t at, Note<kStats>&) const {
     A sum[W];
-    load<W>(total + at, sum);
+    load_constant<W>(total + at, sum);
 #pragma unroll
     for (int k = 0; k < W; ++k) sum[k] = scale * sum[k];
     for (int i = 0; i < peers.n; ++i) store<W>(peers.at<T>(i) + at, sum);
@@ -309,7 +307,7 @@ struct OuterBody {
     A c[W], v[W], m[W];
     load<W>(center + at, c);
     load<W>(velocity + at, v);
-    load<W>(mean + at, m);
+    load_constant<W>(mean + at, m);
 #pragma unroll
     for (int k = 0; k < W; ++k) {
       v[k] = outer_velocity(v[k], c[k], m[k], momentum);
@@ -329,7 +327,7 @@ struct CheckBody {
   template <int W, bool kStats>
   __device__ void run(std::int64_t at, Note<kStats>& note) const {
     A value[W];
-    load<W>(x + at, value);
+    load_constant<W>(x + at, value);
 #pragma unroll
     for (int k = 0; k < W; ++k) note.read(value[k]);
   }

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "cuda_results.h"
 #include "updates.h"
 
 namespace mpilsgd::cuda {
@@ -14,7 +15,6 @@ namespace {
 
 constexpr int kThreads = 256;  // of a block; a multiple of the 32 of a warp
 constexpr int kWarps = kThreads / 32;
-constexpr int kInlinePeers = 64;  // as many addresses travel with the launch; more through the workspace
 
 // --- stored types and the type of the arithmetic
 // -----------------------------------------------------------------
@@ -85,6 +85,23 @@ __device__ void load(const T* p, Acc<T> (&values)[W]) {
   for (int k = 0; k < W; ++k) values[k] = widen(pack.v[k]);
 }
 
+// Of a vector that nobody writes while the kernel runs.
+template <int W, class T>
+__device__ void load_constant(const T* __restrict__ p, Acc<T> (&values)[W]) {
+  constexpr int kBytes = int(sizeof(T)) * W;
+  Pack<T, W> pack;
+  if constexpr (kBytes % 16 == 0) {
+    int4 words[kBytes / 16];
+#pragma unroll
+    for (int k = 0; k < kBytes / 16; ++k) words[k] = __ldg(reinterpret_cast<const int4*>(p) + k);
+    memcpy(&pack, words, sizeof pack);
+  } else {
+    pack = *reinterpret_cast<const Pack<T, W>*>(p);
+  }
+#pragma unroll
+  for (int k = 0; k < W; ++k) values[k] = widen(pack.v[k]);
+}
+
 // Leaves in `values` what is stored, with its rounding.
 template <int W, class T>
 __device__ void store(T* p, Acc<T> (&values)[W]) {
@@ -99,12 +116,6 @@ __device__ void store(T* p, Acc<T> (&values)[W]) {
 
 // --- statistics
 // ----------------------------------------------------------------------------------------------------
-
-// What one block found out.
-struct Partial {
-  double squared_distance;
-  int bad, source_bad;
-};
 
 // What one thread found out; nothing, at no cost, where statistics are not asked for.
 template <bool kStats>
@@ -137,20 +148,54 @@ struct Note {
   }
 };
 
-// The block's sum, always in the same order. Every thread of the block must come here.
-__device__ void reduce(const Note<true>& note, Partial* partials) {
+// The sum over the block, always in the same order; for its first thread. Every thread must come here.
+__device__ inline Partial over_block(double sum, bool bad, bool source_bad) {
   __shared__ double sums[kWarps];
   constexpr unsigned kAll = 0xFFFFFFFFu;
-  double sum = note.squared_distance;
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(kAll, sum, offset);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-  const int bad = __syncthreads_or(note.bad);  // is a barrier, too: sums are complete behind it
-  const int source_bad = __syncthreads_or(note.source_bad);
+  const int any_bad = __syncthreads_or(bad);  // is a barrier, too: sums are complete behind it
+  const int any_source_bad = __syncthreads_or(source_bad);
+  Partial whole{0, any_bad != 0, any_source_bad != 0};
   if (threadIdx.x == 0) {
-    double total = 0;
-    for (int warp = 0; warp < kWarps; ++warp) total += sums[warp];
-    partials[blockIdx.x] = Partial{total, bad != 0, source_bad != 0};
+    for (int warp = 0; warp < kWarps; ++warp) whole.squared_distance += sums[warp];
+  }
+  return whole;
+}
+
+// The block that ends last adds up what all have left, in an order that does not depend on theirs, and tells
+// the host; what the next launch needs as zeros is zero again. Every thread must come here.
+__device__ inline void report(const Note<true>& note, const Report& to) {
+  const Partial own = over_block(note.squared_distance, note.bad, note.source_bad);
+  bool last = false;
+  if (threadIdx.x == 0) {
+    to.partials[blockIdx.x] = own;
+    __threadfence();  // after the barriers: also for the flags that the other threads have set
+    last = atomicAdd(to.ended, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  if (!__syncthreads_or(last)) return;
+  double sum = 0;
+  bool bad = false, source_bad = false;
+  const volatile Partial* partials = to.partials;  // volatile: past what this multiprocessor has cached
+  for (unsigned b = threadIdx.x; b < gridDim.x; b += kThreads) {
+    sum += partials[b].squared_distance;
+    bad |= partials[b].bad != 0;
+    source_bad |= partials[b].source_bad != 0;
+  }
+  volatile unsigned char* flags = to.bad_peers;
+  for (int i = int(threadIdx.x); i < to.n_peers; i += kThreads) {
+    bad_peers_of(to.result)[i] = flags[i];
+    flags[i] = 0;
+  }
+  __threadfence_system();
+  const Partial whole = over_block(sum, bad, source_bad);
+  if (threadIdx.x == 0) {
+    *to.ended = 0;
+    to.result->whole = whole;
+    __threadfence_system();
+    *static_cast<volatile std::uint64_t*>(&to.result->ticket) = to.ticket;  // the host waits for it
   }
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 namespace mpilsgd {
 
@@ -22,8 +23,9 @@ struct Operation {
 struct PeersOperation : Operation {
   void* const* peers = nullptr;
   int n_peers = 0;
-  unsigned char* bad_peers = nullptr;  // with stats: n_peers zeros; 1 is written for a peer with a value not
-                                       // finite before (Pull: before or after)
+  // With stats, on the CPU: n_peers zeros; 1 is written for a peer with a value not finite before (Pull:
+  // before or after). On CUDA Pending has them.
+  unsigned char* bad_peers = nullptr;
 };
 
 // The peers are pulled one after the other; the last of them may be the leader.
@@ -166,20 +168,18 @@ bool select_instruction_set(const char* name);  // for tests; false: not there
 
 namespace cuda {
 
-// workspace: device memory of workspace_bytes(n_peers), for operations with stats or with many peers; else
-// may be null.
 struct Stream {
   int device = 0;
   void* stream = nullptr;
-  void* workspace = nullptr;
 };
 
-#define MPILSGD_DECLARE(Op) Tally run(const Op& op, const Stream& stream);
+// Statistics on their way from the device: run() does not wait for them. See cuda_results.h.
+class Pending;
+
+// Null without stats.
+#define MPILSGD_DECLARE(Op) std::shared_ptr<Pending> run(const Op& op, const Stream& stream);
 MPILSGD_OPERATIONS(MPILSGD_DECLARE)
 #undef MPILSGD_DECLARE
-
-std::int64_t workspace_bytes(int n_peers);
-int device_count();  // 0 where there is no driver
 
 }  // namespace cuda
 }  // namespace mpilsgd

@@ -10,6 +10,14 @@
 #include "beats.h"
 #include "kernels.h"
 #include "shared.h"
+#ifdef MPILSGD_WITH_CUDA
+#include "cuda_results.h"
+#include "device.h"
+#include "device_module.h"
+#endif
+#ifdef MPILSGD_EMULATED
+#include "emulated/binding.h"
+#endif
 
 namespace py = pybind11;
 using mpilsgd::DType;
@@ -28,7 +36,6 @@ struct Where {
   Address queue;
   bool stats;
   std::uint32_t seed;
-  py::object workspace;  // None, or a tensor in the device's memory; held until the operation is done
 };
 
 template <class T = void>
@@ -36,32 +43,62 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-template <class Op>
-Tally run(const Op& op, const Where& where, [[maybe_unused]] void* workspace) {
-  if (where.device < 0) return mpilsgd::cpu::run(op, int(where.queue));
-#ifdef MPILSGD_WITH_CUDA
-  return mpilsgd::cuda::run(op, {where.device, at(where.queue), workspace});
-#else
-  throw std::runtime_error("mpilsgd was built without CUDA");
-#endif
+py::tuple as_tuple(const Tally& tally, const py::tuple& bad_peers) {
+  return py::make_tuple(tally.squared_distance, tally.finite, tally.source_finite, bad_peers);
 }
 
-// None, or (squared_distance, finite, source_finite, bad_peers).
+#ifdef MPILSGD_WITH_CUDA
+using mpilsgd::cuda::Pending;
+
+// Lets Python's handlers of signals run; one that raises ends the wait.
+void handle_signals() {
+  py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals()) throw py::error_already_set();
+}
+
+py::tuple result(Pending& pending) {
+  {
+    py::gil_scoped_release release;
+    pending.wait(handle_signals);
+  }
+  return as_tuple(pending.tally(), py::tuple(py::cast(pending.bad_peers())));
+}
+
 template <class Op>
-py::object finish(Op& op, const Where& where) {
+py::object on_device(const Op& op, const Where& where) {
+  std::shared_ptr<Pending> found;
+  {
+    py::gil_scoped_release release;
+    found = mpilsgd::cuda::run(op, {where.device, at(where.queue)});
+  }
+  return py::cast(found);
+}
+#else
+template <class Op>
+py::object on_device(const Op&, const Where&) {
+  throw std::runtime_error("mpilsgd was built without CUDA");
+}
+#endif
+
+// None, or (squared_distance, finite, source_finite, bad_peers), on a device to come (Pending).
+template <class Op>
+py::object finish(Op& op, const Where& where, const std::vector<unsigned char>& bad = {}) {
   op.dtype = where.dtype;
   op.n = where.n;
   op.stats = where.stats;
   op.seed = where.seed;
-  void* workspace = nullptr;
-  if (!where.workspace.is_none()) workspace = at(where.workspace.attr("data_ptr")().cast<Address>());
+  if (where.device >= 0) return on_device(op, where);
   Tally tally;
   {
     py::gil_scoped_release release;
-    tally = run(op, where, workspace);
+    tally = mpilsgd::cpu::run(op, int(where.queue));
   }
   if (!op.stats) return py::none();
-  return py::make_tuple(tally.squared_distance, tally.finite, tally.source_finite, py::tuple());
+  py::list indices;
+  for (std::size_t i = 0; i < bad.size(); ++i) {
+    if (bad[i]) indices.append(i);
+  }
+  return as_tuple(tally, py::tuple(indices));
 }
 
 template <class Op>
@@ -72,14 +109,7 @@ py::object finish(Op& op, const Where& where, const Addresses& peers) {
   op.peers = pointers.data();
   op.n_peers = int(peers.size());
   op.bad_peers = bad.data();
-  py::object result = finish(op, where);
-  if (!op.stats) return result;
-  py::list indices;
-  for (std::size_t i = 0; i < bad.size(); ++i) {
-    if (bad[i]) indices.append(i);
-  }
-  py::tuple tally = result;
-  return py::make_tuple(tally[0], tally[1], tally[2], py::tuple(indices));
+  return finish(op, where, bad);
 }
 
 py::object pull(const Where& where, const Addresses& peers, Address leader, double rate, Address other,
@@ -256,12 +286,10 @@ PYBIND11_MODULE(_core, m) {
       .value("float16", DType::kFloat16);
 
   py::class_<Where>(m, "Where")
-      .def(py::init([](DType dtype, std::int64_t n, int device, Address queue, py::object workspace,
-                       bool stats, std::uint32_t seed) {
-             return Where{dtype, n, device, queue, stats, seed, std::move(workspace)};
-           }),
-           py::arg("dtype"), py::arg("n"), py::arg("device"), py::arg("queue"), py::arg("workspace"),
-           py::arg("stats"), py::arg("seed"));
+      .def(py::init([](DType dtype, std::int64_t n, int device, Address queue, bool stats,
+                       std::uint32_t seed) { return Where{dtype, n, device, queue, stats, seed}; }),
+           py::arg("dtype"), py::arg("n"), py::arg("device"), py::arg("queue"), py::arg("stats"),
+           py::arg("seed"));
 
   m.def("pull", &pull);
   m.def("elastic", &elastic);
@@ -297,11 +325,16 @@ PYBIND11_MODULE(_core, m) {
 
 #ifdef MPILSGD_WITH_CUDA
   m.attr("cuda") = true;
-  m.def("cuda_device_count", &mpilsgd::cuda::device_count);
-  m.def("cuda_workspace_bytes", &mpilsgd::cuda::workspace_bytes);
+  m.def("cuda_device_count", &mpilsgd::device::count);
+  py::class_<Pending, std::shared_ptr<Pending>>(m, "Pending", "Statistics on their way from the device.")
+      .def("ready", &Pending::ready)
+      .def("get", &result, "Waits: (squared_distance, finite, source_finite, bad_peers).");
+  bind_device(m);
 #else
   m.attr("cuda") = false;
   m.def("cuda_device_count", [] { return 0; });
-  m.def("cuda_workspace_bytes", [](int) { return std::int64_t(0); });
+#endif
+#ifdef MPILSGD_EMULATED
+  bind_emulated(m);
 #endif
 }

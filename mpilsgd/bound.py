@@ -19,16 +19,14 @@ from mpilsgd.reference import Moved
 class Bound:
     """A kernel and its vectors, of which `like` is one. plain: what takes its place where it cannot run."""
 
-    __slots__ = ("_arguments", "_like", "_n_peers", "_plain", "_run")
+    __slots__ = ("_arguments", "_like", "_plain", "_run")
 
-    def __init__(
-        self, name: str, like: Tensor, n_peers: int, arguments: tuple[Any, ...], plain: Callable[..., Any]
-    ):
+    def __init__(self, name: str, like: Tensor, arguments: tuple[Any, ...], plain: Callable[..., Any]):
         self._run: Any = getattr(core, name, None)
-        self._like, self._n_peers, self._arguments, self._plain = like, n_peers, arguments, plain
+        self._like, self._arguments, self._plain = like, arguments, plain
 
     def __call__(self, stats: bool = False, seed: int = 0) -> Moved | None:
-        where = where_to_run(self._like, stats, self._n_peers, seed)
+        where = where_to_run(self._like, stats, seed)
         if where is None:
             return self._plain(stats, seed)
         return moved(self._run(where, *self._arguments))
@@ -48,7 +46,6 @@ def pull(
     return Bound(
         "pull",
         leader,
-        len(peers),
         arguments,
         lambda stats, seed: reference.pull(x, leader, rate, other, other_rate, stats, seed),
     )
@@ -63,7 +60,6 @@ def elastic(
     return Bound(
         "elastic",
         center,
-        len(peers),
         arguments,
         lambda stats, seed: reference.elastic(center, peers, moving_rate, rate, gauss_seidel, stats, seed),
     )
@@ -72,7 +68,7 @@ def elastic(
 def average(peers: Sequence[Tensor]) -> Bound:
     need.match_peers(None, peers)
     plain = lambda stats, _: reference.average(peers, stats)  # noqa: E731
-    return Bound("average", peers[0], len(peers), (pointers(peers),), plain)
+    return Bound("average", peers[0], (pointers(peers),), plain)
 
 
 def check(x: Tensor) -> Bound:
@@ -82,4 +78,4 @@ def check(x: Tensor) -> Bound:
     def plain(stats: bool, _: int) -> Moved:
         return Moved(0.0, reference.check(x), True, ())
 
-    return Bound("check", x, 0, (x.data_ptr(),), plain)
+    return Bound("check", x, (x.data_ptr(),), plain)

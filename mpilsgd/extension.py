@@ -26,7 +26,6 @@ DTYPES: dict[torch.dtype, Any] = {
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 }
 HALF = (torch.bfloat16, torch.float16)
-INLINE_PEERS = 64  # more go through device memory (cuda.cu)
 _warned: set[str] = set()
 _PACKAGE = str(Path(__file__).parent)
 
@@ -35,10 +34,31 @@ class FallbackWarning(UserWarning):
     """The compiled kernels are missing, and slower torch operations take their place."""
 
 
+# A build for tests has device memory that torch takes for the host's; else None (csrc/emulated).
+emulated: Any = getattr(core, "emulated", None)
+emulated_stream = 0  # the default one
+
+
+def device_of(x: Tensor) -> int:
+    """The index of the CUDA device where x lies; -1: on the host, or on another kind of device."""
+    if x.is_cpu:
+        return -1 if emulated is None else emulated.owner(x.data_ptr())
+    return x.device.index if x.is_cuda else -1
+
+
+def place_of(x: Tensor) -> str:
+    """The same for a message: "cpu", "cuda:0"."""
+    index = device_of(x)
+    return str(x.device) if index < 0 else f"cuda:{index}"
+
+
 def backend(x: Tensor) -> str:
     """What updates a tensor like x: "cpu", "cuda" or "reference"."""
-    if core is not None and x.dtype in DTYPES and (x.is_cpu or (x.is_cuda and core.cuda)):
-        return x.device.type
+    if core is not None and x.dtype in DTYPES:
+        if device_of(x) >= 0:
+            return "cuda" if core.cuda else "reference"
+        if x.is_cpu:
+            return "cpu"
     return "reference"
 
 
@@ -47,7 +67,7 @@ def instruction_set() -> str:
     return "reference" if core is None else core.instruction_set()
 
 
-def where_to_run(x: Tensor, stats: bool, n_peers: int = 0, seed: int = 0) -> Any:
+def where_to_run(x: Tensor, stats: bool, seed: int = 0) -> Any:
     """Where and how the extension shall run; None: it cannot, the reference must."""
     if core is None:
         _warn(
@@ -56,16 +76,11 @@ def where_to_run(x: Tensor, stats: bool, n_peers: int = 0, seed: int = 0) -> Any
         )
         return None
     seed &= 0xFFFFFFFF
-    if x.is_cpu:
-        return core.Where(DTYPES[x.dtype], x.numel(), -1, torch.get_num_threads(), None, stats, seed)
-    if x.is_cuda and core.cuda:
-        stream = torch.cuda.current_stream(x.device)
-        workspace = None
-        if stats or n_peers > INLINE_PEERS:
-            size = core.cuda_workspace_bytes(n_peers)
-            workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-        place = (x.device.index, stream.cuda_stream, workspace)
-        return core.Where(DTYPES[x.dtype], x.numel(), *place, stats, seed)
+    if x.is_cpu and (emulated is None or device_of(x) < 0):
+        return core.Where(DTYPES[x.dtype], x.numel(), -1, torch.get_num_threads(), stats, seed)
+    if core.cuda and (x.is_cuda or x.is_cpu):
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else emulated_stream
+        return core.Where(DTYPES[x.dtype], x.numel(), device_of(x), stream, stats, seed)
     hint = (
         "build it with -C cmake.define.MPILSGD_CUDA=ON" if x.is_cuda else "there are kernels for cpu and cuda"
     )
@@ -85,8 +100,11 @@ def _warn(problem: str, hint: str) -> None:
     warnings.warn(told, FallbackWarning, stacklevel=level)
 
 
-def moved(result: tuple[float, bool, bool, tuple[int, ...]] | None) -> Moved | None:
-    return None if result is None else Moved(*result)
+def moved(result: Any) -> Moved | None:
+    """What a kernel found out: None, a tuple, or on a device a Pending, which is waited for."""
+    if result is None:
+        return None
+    return Moved(*(result if type(result) is tuple else result.get()))
 
 
 def pointer(x: Tensor | None) -> int:

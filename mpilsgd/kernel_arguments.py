@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpilsgd.extension import DTYPES, HALF
+from mpilsgd.extension import DTYPES, HALF, device_of, emulated, place_of
 
 
 def match(x: Tensor, **others: Tensor | None) -> None:
@@ -57,10 +57,10 @@ def match_total(total: Tensor, first: Tensor, others: Sequence[Tensor]) -> None:
     if total.dtype != wanted:
         raise ValueError(f"the total over {first.dtype} vectors must be {wanted}, got {total.dtype}")
     _vector("total", total)
-    if total.numel() != first.numel() or total.device != first.device:
+    if total.numel() != first.numel() or _elsewhere(total, first):
         raise ValueError(
-            f"the total must have length {first.numel()} on {first.device}, "
-            f"got length {total.numel()} on {total.device}"
+            f"the total must have length {first.numel()} on {place_of(first)}, "
+            f"got length {total.numel()} on {place_of(total)}"
         )
     if any(overlap(total, other) for other in others):
         raise ValueError("the total overlaps one of the other vectors in memory")
@@ -78,12 +78,16 @@ def _vector(name: str, x: Tensor) -> None:
 def _same(name: str, x: Tensor, first_name: str, first: Tensor) -> None:
     if x.dtype != first.dtype:
         raise ValueError(f"{name} is {x.dtype}, but {first_name} is {first.dtype}")
-    if x.device != first.device:
-        raise ValueError(f"{name} is on {x.device}, but {first_name} is on {first.device}")
+    if x.device != first.device or (emulated is not None and _elsewhere(x, first)):
+        raise ValueError(f"{name} is on {place_of(x)}, but {first_name} is on {place_of(first)}")
     if x.dim() != 1 or not x.is_contiguous():
         _vector(name, x)
     if x.numel() != first.numel():
         raise ValueError(f"{name} has length {x.numel()}, but {first_name} has length {first.numel()}")
+
+
+def _elsewhere(x: Tensor, first: Tensor) -> bool:
+    return x.device != first.device or device_of(x) != device_of(first)
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:

@@ -118,7 +118,7 @@ def elastic_sum(
     need.match_peers(center, peers)
     need.match_total(total, center, (center, *peers))
     need.number(moving_rate=moving_rate)
-    where = where_to_run(center, stats, len(peers), seed)
+    where = where_to_run(center, stats, seed)
     if where is None:
         return reference.elastic_sum(total, center, peers, moving_rate, stats, seed)
     return moved(_core.elastic_sum(where, total.data_ptr(), center.data_ptr(), pointers(peers), moving_rate))
@@ -137,7 +137,7 @@ def elastic_apply(
     need.match_peers(center, peers, least=0)
     need.match_total(total, center, (center, *peers))
     need.number(moving_rate=moving_rate, rate=rate)
-    where = where_to_run(center, False, len(peers), seed)
+    where = where_to_run(center, False, seed)
     if where is None:
         reference.elastic_apply(center, peers, total, moving_rate, rate, seed)
     else:
@@ -152,7 +152,7 @@ def total(out: Tensor, peers: Sequence[Tensor], *, stats: bool = False) -> Moved
     """
     need.match_peers(None, peers)
     need.match_total(out, peers[0], peers)
-    where = where_to_run(peers[0], stats, len(peers))
+    where = where_to_run(peers[0], stats)
     if where is None:
         return reference.total(out, peers, stats)
     return moved(_core.total(where, out.data_ptr(), pointers(peers)))
@@ -163,7 +163,7 @@ def assign(peers: Sequence[Tensor], total: Tensor, scale: float) -> None:
     need.match_peers(None, peers)
     need.match_total(total, peers[0], peers)
     need.number(scale=scale)
-    where = where_to_run(peers[0], False, len(peers))
+    where = where_to_run(peers[0], False)
     if where is None:
         reference.assign(peers, total, scale)
     else:

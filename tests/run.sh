@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the tests:  bash tests/run.sh [unit] [mpi] [cluster] [--all] [--slow NAME] [-- PYTEST OPTIONS]
 #
-#   unit          the tests of one process, and those of methods with ranks that are tasks of one
+#   unit          the tests of one process, and those of methods with ranks that are tasks of one; the CUDA kernels on
+#                 an emulated device
 #   mpi           the tests of several ranks: 1 and 2 on one node; equality with the simulations also with 3 and 4 on two
 #                 emulated nodes (MPICH), and 2 on a second MPI where one can be had
 #   cluster       MPICH on several hosts with TCP between them (needs root, iproute2 and util-linux), and batch jobs on a
@@ -86,6 +87,25 @@ unit() {
   run "unit" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/unit
 }
 
+emulated() { # the CUDA part as C++, on a device that is emulated (csrc/emulated)
+  local folder=$VENV/emulated sources
+  [[ $(uname) == Linux ]] || return 0
+  echo 1 >"$record/emulated device.status" # if it cannot be built
+  sources=$(source_hash)
+  if [[ $(cat "$folder/built" 2>/dev/null || true) != "$sources" ]]; then
+    say "building the extension with an emulated device (up to some minutes)"
+    rm -rf "$folder"
+    CMAKE_ARGS="${CMAKE_ARGS:-} -DMPILSGD_CUDA=EMULATED" quietly "building the extension with an emulated device" \
+      "$PY" -m pip install --no-deps --target "$folder" "$ROOT"
+    printf '%s' "$sources" >"$folder/built"
+  fi
+  export MPILSGD_TEST_CORE
+  MPILSGD_TEST_CORE=$(echo "$folder"/mpilsgd/_core*.so)
+  run "emulated device" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" \
+    ${options[@]+"${options[@]}"} tests/unit/test_emulated_*.py
+  unset MPILSGD_TEST_CORE
+}
+
 tasks() { # tasks RANKS[xNODES]: what tests methods at several ranks, with ranks that are tasks of one process
   local paths=() one
   for one in every_method identities tree across_dtype few_bits; do paths+=("tests/mpi/test_$one.py"); done
@@ -141,6 +161,7 @@ beside() { # what has one process, as the unit tests have
   [[ " ${parts[*]} " != *" mpi "* ]] || all_ranks 1
   [[ " ${parts[*]} " == *" unit "* ]] || return 0
   if [[ -z $all ]]; then tasks 2; else tasks 4x2; fi
+  emulated
 }
 if [[ -z $slow ]]; then
   set -m # a process group of its own, so that it can be ended

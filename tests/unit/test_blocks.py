@@ -186,19 +186,3 @@ def test_threads_and_pieces_change_nothing(dtype: torch.dtype, bits: int) -> Non
         pieces.append(codes_of(part, bits))
         kernels.encode(pieces[-1], part, bits)
     assert torch.equal(whole, torch.cat(pieces))
-
-
-@pytest.mark.gpu
-@by_bits
-@by_dtype
-def test_cuda_gives_the_same_bytes(dtype: torch.dtype, bits: int) -> None:
-    for n in (*LENGTHS, 300_001):
-        x, e, r = vectors(n, dtype, n)
-        runs = []
-        for device in ("cpu", "cuda"):
-            y, residual, base, out = (v.to(device, copy=True) for v in (x, e, r, x))
-            codes = codes_of(x, bits).to(device)
-            kernels.encode(codes, y, bits, residual, base, 3.0)
-            kernels.decode(codes, out, bits, base, 3.0, add=True, follow=True)
-            runs.append([v.cpu() for v in (codes, residual, base, out)])
-        assert all(torch.equal(*pair) for pair in zip(*runs, strict=True)), f"n={n}"

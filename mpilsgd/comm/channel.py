@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from mpilsgd.comm.meeting import meeting
@@ -67,11 +66,11 @@ def cuts(numel: int, wire: Any) -> Iterator[tuple[int, int]]:
     return ((a, min(a + most, numel)) for a in range(0, numel, most))
 
 
-def slices(a: int, b: int, parts: int, wire: Any) -> tuple[list[tuple[int, int]], int]:
-    """Of a part of a vector the slices, one for each of those who sum it, and the bytes of the longest."""
+def slices(a: int, b: int, parts: int, wire: Any) -> list[tuple[int, int]]:
+    """Of a part of a vector the slices, one for each of those who sum it."""
     share = -(-(b - a) // parts)
     share = -(-share // wire.block) * wire.block
-    return [(min(a + k * share, b), min(a + (k + 1) * share, b)) for k in range(parts)], wire.nbytes(share)
+    return [(min(a + k * share, b), min(a + (k + 1) * share, b)) for k in range(parts)]
 
 
 def pass_along(
@@ -91,24 +90,25 @@ def pass_along(
     before, after = (heads.rank - 1) % n, (heads.rank + 1) % n
     size = wire.most(min(max(-(-wire.nbytes(vector.numel()) // _PIECES), _SMALLEST), _PIECE))
     direct, at = wire.direct(vector), wire.nbytes
-    if direct:
-        travels = vector.view(torch.uint8)
-    else:
-        travels = wire.staging(vector, at(vector.numel()))
-    every = [(a, b, [travels[at(i) : at(min(i + size, b))] for i in range(a, b, size)]) for a, b in chunks]
+    travels = vector.view(torch.uint8) if direct else wire.staging(vector, at(vector.numel()))
+    wire.settle(travels)
+    every = [(a, b, [(i, min(i + size, b)) for i in range(a, b, size)]) for a, b in chunks]
     coming = [
-        [heads.Irecv([_bytes(piece), MPI.BYTE], before) for piece in pieces if place] for *_, pieces in every
+        [heads.Irecv(memory_of(travels[at(i) : at(j)], wire.reaches), before) for i, j in pieces if place]
+        for *_, pieces in every
     ]
     going = []
     for (a, b, pieces), requests in zip(every, coming, strict=True):
         codes, known = travels[at(a) : at(b)], None if base is None else base[a:b]
-        if not (place or direct):
-            wire.encode(vector[a:b], codes, base=known)
-        for k, piece in enumerate(pieces):
+        for k, (i, j) in enumerate(pieces):
+            piece = travels[at(i) : at(j)]
             if place:
                 requests[k].Wait()
+            elif not direct:  # while the one before is under way
+                wire.encode(vector[i:j], piece, base=None if base is None else base[i:j])
+                wire.settle(piece)
             if place < n - 1:
-                going.append(heads.Isend([_bytes(piece), MPI.BYTE], after))
+                going.append(heads.Isend(memory_of(piece, wire.reaches), after))
         out = vector[a:b] if place and not direct else None
         if out is not None or known is not None:
             wire.decode(codes, out, base=known, follow=known is not None)
@@ -140,37 +140,50 @@ def sums(
     def residual(a: int, b: int) -> dict[str, Any]:
         return {} if change is None else {"residual": change.residual[a:b]}
 
+    def rooms(every: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """What the others' slices travel in; this rank's own has none where it goes by no code."""
+        sizes = [wire.nbytes(high - low) for low, high in every]
+        whole = wire.staging(vector, sum(sizes))
+        return list(whole.split(sizes))
+
+    def exchange(sent: list[torch.Tensor], received: list[torch.Tensor]) -> list[MPI.Request]:
+        """Messages between all pairs: of them all that MPIs can do with devices' memory can be said."""
+        for memory in (*sent, *received):
+            wire.settle(memory)
+        others = [k for k in range(heads.size) if k != me]
+        coming = [heads.Irecv(memory_of(received[k], wire.reaches), k) for k in others]
+        return coming + [heads.Isend(memory_of(sent[k], wire.reaches), k) for k in others]
+
     def scatter(a: int, b: int) -> tuple[Any, ...]:
-        every, nbytes = slices(a, b, heads.size, wire)
-        rooms = (wire.staging(vector, heads.size * nbytes) for _ in range(2))
-        sent, received = (room.view(heads.size, nbytes) for room in rooms)
+        every = slices(a, b, heads.size, wire)
+        sent, received = rooms(every), rooms([every[me]] * heads.size)
         for k, (low, high) in enumerate(every):
             if not (wire.coded and k == me):
-                codes = sent[k, : wire.nbytes(high - low)]
+                codes = received[me] if k == me else sent[k]
                 wire.encode(vector[low:high], codes, **kept(low, high, "weight"), **residual(low, high))
-        request = heads.Ialltoall([_bytes(sent), MPI.BYTE], [_bytes(received), MPI.BYTE])
-        return request, a, b, sent, received, every
+        return exchange(sent, received), a, b, sent, received, every
 
-    def gather(request: MPI.Request, a: int, b: int, sent: Any, received: Any, every: Any) -> tuple[Any, ...]:
-        wait(request)
+    def gather(requests: list[MPI.Request], a: int, b: int, *of: Any) -> tuple[Any, ...]:
+        sent, received, every = of
+        for request in requests:
+            wait(request)
         low, high = every[me]
-        own, nbytes = vector[low:high].clone(), wire.nbytes(high - low)
+        own = vector[low:high].clone()
         if wire.coded and change.base is not None:
             own.sub_(change.of(low, high), alpha=change.weight)
         for k, codes in enumerate(received):
             if not (wire.coded and k == me):
-                wire.decode(codes[:nbytes], own, add=wire.coded or k > 0)
-        rounded = torch.zeros_like(received[0])
-        wire.encode(own, rounded[:nbytes], **residual(low, high))
-        request = heads.Iallgather([_bytes(rounded), MPI.BYTE], [_bytes(sent), MPI.BYTE])
-        return request, a, b, sent, rounded, every
+                wire.decode(codes, own, add=wire.coded or k > 0)
+        wire.encode(own, sent[me], **residual(low, high))
+        return exchange([sent[me]] * heads.size, sent), a, b, sent, every
 
-    def use(request: MPI.Request, a: int, b: int, sent: Any, _: torch.Tensor, every: Any) -> tuple[int, int]:
-        wait(request)
+    def use(requests: list[MPI.Request], a: int, b: int, sent: Any, every: Any) -> tuple[int, int]:
+        for request in requests:
+            wait(request)
         for (low, high), codes in zip(every, sent, strict=True):
             more = kept(low, high, "count")
             follow = change is not None and change.follow
-            wire.decode(codes[: wire.nbytes(high - low)], vector[low:high], follow=follow, **more)
+            wire.decode(codes, vector[low:high], follow=follow, **more)
         return a, b
 
     scattered = gathered = None
@@ -182,5 +195,8 @@ def sums(
             yield use(*ready)
 
 
-def _bytes(vector: torch.Tensor) -> np.ndarray:
-    return vector.view(-1).view(torch.uint8).numpy()
+def memory_of(vector: torch.Tensor, on_device: bool) -> Any:
+    """As MPI takes it."""
+    if on_device:
+        return [MPI.memory.fromaddress(vector.data_ptr(), vector.numel() * vector.element_size()), MPI.BYTE]
+    return [vector.view(-1).view(torch.uint8).numpy(), MPI.BYTE]

@@ -109,11 +109,6 @@ class Comm:
     def Iallgather(self, send: Any, receive: Any) -> Request:
         return self._collect("Iallgather", send, receive, lambda given: given)
 
-    def Ialltoall(self, send: Any, receive: Any) -> Request:
-        return self._collect(
-            "Ialltoall", send, receive, lambda given: given.reshape(self.size, -1)[self.rank]
-        )
-
     def Allreduce(self, send: Any, receive: Any, op: Any = None) -> None:
         receive[:] = self.allreduce(send, op)
 

@@ -42,6 +42,8 @@ class Topology:
             overflow. "int8", "int4": 8.25 or 4.25 bits a value (of float64 half a bit more), blocks of 128 values with
             a scale each. What the code of a sum or a change lacks is sent with the next one, and whole vectors travel
             as their change since the last one, so that nothing is lost for good.
+        cuda_aware: whether MPI is given GPUs' memory where vectors travel between nodes. None: where it says that it
+            takes it, and a trial agrees (`mpilsgd info` tells); False: they go through the host's memory; True: untried.
 
     Attributes:
         world: communicator of all workers.
@@ -65,6 +67,7 @@ class Topology:
         group_size: int | None = None,
         shared: bool = True,
         across_dtype: torch.dtype | str | None = None,
+        cuda_aware: bool | None = None,
     ):
         if not MPI.Is_initialized():
             raise RuntimeError(
@@ -85,11 +88,13 @@ class Topology:
             told = "across_dtype must be bfloat16, int8, int4 or None"
             self.agree(None if known else f"{told}, not {across_dtype!r}")
             self.across_dtype = None if across_dtype is None else _ACROSS[across_dtype]
-            settings = self.allgather((group_size, shared, str(self.across_dtype)))
+            known = cuda_aware is None or isinstance(cuda_aware, bool)
+            self.agree(None if known else f"cuda_aware must be None, True or False, not {cuda_aware!r}")
+            self.cuda_aware = cuda_aware
+            settings = self.allgather((group_size, shared, str(self.across_dtype), cuda_aware))
             if len(set(settings)) > 1:
-                raise ValueError(
-                    f"(group_size, shared, across_dtype) must be the same on every rank, not {settings}"
-                )
+                names = "(group_size, shared, across_dtype, cuda_aware)"
+                raise ValueError(f"{names} must be the same on every rank, not {settings}")
         except ValueError:
             self.node.Free()
             self.world.Free()

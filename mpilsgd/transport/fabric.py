@@ -17,6 +17,7 @@ from mpilsgd.comm.meeting import Meeting, MpiMeeting
 from mpilsgd.devices import on_host
 from mpilsgd.transport.devices import DeviceWindows, unreachable
 from mpilsgd.transport.messages import Messages
+from mpilsgd.transport.probe import takes_devices
 from mpilsgd.transport.windows import SharedWindows
 from mpilsgd.transport.wire import Stream, Streams, Wire, wire_of
 
@@ -57,12 +58,17 @@ class Fabric:
             self.place = SharedWindows(world) if on_host(device) else DeviceWindows(world, device)
         seats = [islands[:r].count(name) for r, name in enumerate(islands)]
         mates = topology.groups[topology.group_index]
+        self.reaches = not on_host(device) and world.n_islands > 1 and takes_devices(topology, device)
         self.world = Level(self, world, range(topology.world.size), seats, mates)
         self.group = Level(self, group, mates, seats, mates)
 
     def wire(self, dtype: torch.dtype) -> Wire:
         """How a vector of this type travels between islands."""
         return wire_of(dtype, self._across_dtype)
+
+    def message(self, dtype: torch.dtype, exact: bool = False) -> Wire:
+        """The same for what is sent and received, and not fetched; exact: in its own type."""
+        return wire_of(dtype, None if exact else self._across_dtype, self.reaches)
 
     def state(self) -> dict[str, Any]:
         """What is kept of vectors that travel in few bits, and by whom."""
@@ -216,8 +222,8 @@ class Level:
         if self.n_islands == 1:
             self._count(owner, vector.numel() * vector.element_size() if owner != self.rank else 0)
             return vector, iter([(0, vector.numel())])
-        own = Wire(vector.dtype, vector.dtype)
-        wire, kept = own if exact else self._fabric.wire(vector.dtype), None
+        own = self._fabric.message(vector.dtype, exact=True)
+        wire, kept = self._fabric.message(vector.dtype, exact), None
         if wire.coded:
             kept, known = self.streams.of(name, vector, base=True) if name else (None, False)
             wire = wire if known else own
@@ -245,18 +251,16 @@ class Level:
         stream: of sums that follow each other; without one few bits would lose too much, and it goes in its own type.
         """
         self.fence()
-        wire, n, vector, change = self._fabric.wire(vector.dtype), self.n_islands, vector[start:stop], None
+        wire, n, vector, change = self._fabric.message(vector.dtype), self.n_islands, vector[start:stop], None
         if wire.coded:
             known = False
             if stream is not None:
                 change, known = self.streams.change(stream, (start, stop), vector)
-            wire = wire if known else Wire(vector.dtype, vector.dtype)
+            wire = wire if known else self._fabric.message(vector.dtype, exact=True)
         parts: Iterator[tuple[int, int]] = cuts(stop - start, wire)
         if self.is_head:
             outside = next((k for k, r in enumerate(self.world_ranks) if r not in self._mates), self.rank)
             nbytes = wire.nbytes(stop - start)
-            if wire.coded:  # slices end with blocks
-                nbytes = n * sum(slices(*part, n, wire)[1] for part in cuts(stop - start, wire))
             self._count(outside, 2 * (n - 1) * nbytes // n)
             parts = sums(self.channel.heads, vector, wire, parts, self._wait, change)
         for a, b in parts:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mpilsgd import blocks
-from mpilsgd.devices import place_of
+from mpilsgd.devices import finish, place_of
 from mpilsgd.extension import device_of
 
 BITS = {"int8": 8, "int4": 4}  # by the name of the type
@@ -19,12 +19,13 @@ class Wire:
 
     Attributes: block: parts of a vector are cut at multiples of so many elements; plain: it travels as it is; coded: in
     few bits, which whole vectors and sums bear only with what is kept of them (`Kept`).
+    reaches: MPI sends from and receives into the memory of devices; else vectors travel through the host's.
     """
 
     block, coded = 1, False
 
-    def __init__(self, dtype: torch.dtype, travels: torch.dtype):
-        self.dtype, self.travels = dtype, travels
+    def __init__(self, dtype: torch.dtype, travels: torch.dtype, reaches: bool = False):
+        self.dtype, self.travels, self.reaches = dtype, travels, reaches
         self.plain = travels is dtype
 
     def nbytes(self, numel: int) -> int:
@@ -37,11 +38,18 @@ class Wire:
 
     def direct(self, vector: torch.Tensor) -> bool:
         """Whether the vector's own memory can be sent and received into."""
-        return self.plain and device_of(vector) < 0
+        return self.plain and (self.reaches or device_of(vector) < 0)
 
     def staging(self, vector: torch.Tensor, nbytes: int) -> torch.Tensor:
-        """Bytes, zeros, in which the vector's elements travel."""
-        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=vector.is_cuda)
+        """Bytes in which the vector's elements travel."""
+        if self.reaches:
+            return torch.empty(nbytes, dtype=torch.uint8, device=place_of(vector))
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=vector.is_cuda)
+
+    def settle(self, memory: torch.Tensor) -> None:
+        """MPI, which knows of no streams, may have this memory when it returns."""
+        if device_of(memory) >= 0:
+            finish(place_of(memory))
 
     def encode(self, x: torch.Tensor, codes: torch.Tensor, **kept: Any) -> None:
         """codes <- x. In few bits what is kept counts: see `blocks.encode`, and `blocks.decode`."""
@@ -72,8 +80,8 @@ class Blocks(Wire):
 
     block, coded, plain = blocks.BLOCK, True, False
 
-    def __init__(self, dtype: torch.dtype, bits: int):
-        self.dtype, self._bits = dtype, bits
+    def __init__(self, dtype: torch.dtype, bits: int, reaches: bool = False):
+        self.dtype, self._bits, self.reaches = dtype, bits, reaches
         self._block_bytes = self.nbytes(self.block)
 
     def nbytes(self, numel: int) -> int:
@@ -94,11 +102,11 @@ class Blocks(Wire):
         blocks.decode(codes.to(place_of(x)), out, self._bits, *args, **kept)
 
 
-def wire_of(dtype: torch.dtype, across: torch.dtype | str | None) -> Wire:
+def wire_of(dtype: torch.dtype, across: torch.dtype | str | None, reaches: bool = False) -> Wire:
     """For vectors of `dtype` under the topology's across_dtype `across`; what is as narrow already stays as it is."""
     if isinstance(across, str):
-        return Blocks(dtype, BITS[across])
-    return Wire(dtype, dtype if across is None or across.itemsize >= dtype.itemsize else across)
+        return Blocks(dtype, BITS[across], reaches)
+    return Wire(dtype, dtype if across is None or across.itemsize >= dtype.itemsize else across, reaches)
 
 
 @dataclasses.dataclass

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import emulated
 import pytest
 import torch
-from harness import CORE, LAYOUTS, MESSAGES, WORLD, Case, check_together, compare, place, running
-from method_cases import BY_NAME, SGD, close
+from harness import CORE, LAYOUTS, MESSAGES, TOLERANCE, WORLD, Case, check_together, compare, place, running
+from method_cases import BY_NAME, MSGD, SGD
 from problems import LeastSquares, TanhNet
 
 import mpilsgd
 from mpilsgd import devices
+from mpilsgd.comm import inquiry
 from mpilsgd.extension import core, device_of
-from mpilsgd.transport import SharedMemoryWarning
+from mpilsgd.transport import Fabric, SharedMemoryWarning, probe
 from mpilsgd.transport.devices import DeviceWindow, Order
+from mpilsgd.transport.probe import DevicePathWarning
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
 only_emulated = pytest.mark.skipif(not CORE, reason="needs an emulated device")
@@ -73,21 +77,25 @@ class Unmarked(Order):
 
 
 @only_emulated
-@pytest.mark.mpi(min_size=2)
 @pytest.mark.processes
+@pytest.mark.brief(2)
 @pytest.mark.parametrize("lacks", ["before", "after"])
 @pytest.mark.parametrize("name", TOGETHER[:3])
 def test_the_streams_have_to_be_ordered(name: str, lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the events between streams the results are others: so the emulation's streams are late indeed."""
+    """Without the events between streams the results are others: so the emulation's streams are late indeed.
+
+    What is late are kernels, not torch's operations: the workers take their steps by the kernel of MSGD.
+    """
     monkeypatch.setattr(Unmarked, "lacks", lacks)
     monkeypatch.setattr("mpilsgd.transport.devices.Order", Unmarked)
     wrong = 0
-    core.emulated.delay(2e-3)
     try:
-        for seed in range(4):
-            core.emulated.seed(seed + 10 * WORLD.rank)
-            with running(BY_NAME[name], TanhNet(), SGD, LAYOUTS[0], device="cuda", topo=mpilsgd.Topology()) as run:
-                simulated = BY_NAME[name].simulate(TanhNet(), SGD, LAYOUTS[0])
+        for seed in range(6):
+            core.emulated.seed(seed)
+            core.emulated.delay(0.03 if seed % 2 == WORLD.rank else 0.0)
+            topo = mpilsgd.Topology()
+            with running(BY_NAME[name], TanhNet(), MSGD, LAYOUTS[0], device="cuda", topo=topo) as run:
+                simulated = BY_NAME[name].simulate(TanhNet(), MSGD, LAYOUTS[0])
                 wrong += any(WORLD.allgather(compare(run, simulated, 6, 1e-12)))
                 run.topo.free()
             if wrong:
@@ -95,3 +103,87 @@ def test_the_streams_have_to_be_ordered(name: str, lacks: str, monkeypatch: pyte
     finally:
         core.emulated.delay(1e-4)
     assert wrong
+
+
+@pytest.mark.parametrize("aware", [True, False])
+@pytest.mark.parametrize("name", [*TOGETHER, "EASGD-overlap", "DiLoCo-overlap", "EASGD-turns-3"])
+def test_between_nodes(name: str, aware: bool) -> None:
+    """Messages from and into device memory, and through the host's, give the same."""
+    if aware and not CORE:
+        pytest.skip("needs an emulated device")
+    topo = mpilsgd.Topology(shared=MESSAGES.shared, group_size=MESSAGES.group_size, cuda_aware=aware)
+    case, errors = BY_NAME[name], []
+    runs = [(MSGD, torch.float64), (SGD, torch.float32)]
+    for local, dtype in runs[:1] if "fragments" in case.options else runs:  # they begin elsewhere in float32
+        with running(case, LeastSquares(), local, MESSAGES, device="cuda", topo=topo, dtype=dtype) as run:
+            simulated = case.simulate(LeastSquares(), local, MESSAGES)
+            errors += compare(run, simulated, 6, TOLERANCE[dtype], str(dtype))
+    topo.free()
+    check_together(errors)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("across", ["bfloat16", "int8"])
+def test_narrow_types_between_nodes(across: str) -> None:
+    """The same bytes arrive through device memory as through the host's."""
+    held = []
+    for aware in (True, False) if CORE else (False,):
+        topo = mpilsgd.Topology(shared=False, across_dtype=across, cuda_aware=aware)
+        with running(BY_NAME["LocalSGD-period"], TanhNet(), SGD, MESSAGES, device="cuda", topo=topo) as run:
+            held.append(run.run(7).x())
+        topo.free()
+    assert all((x == held[0]).all() for x in held)
+
+
+@only_emulated
+@pytest.mark.processes
+@pytest.mark.brief(2)
+@pytest.mark.parametrize(
+    ("child", "told"),
+    [
+        ([sys.executable, str(Path(emulated.__file__).with_name("emulated_probe.py"))], None),
+        ([sys.executable, "-c", "import os; os.abort()"], "ended with status -6"),
+        ([sys.executable, "-c", "import sys; sys.exit('other bytes')"], "status 1: other bytes"),
+        (["/no/such/program"], "No such file"),
+    ],
+    ids=["agrees", "crashes", "lies", "cannot start"],
+)
+def test_what_mpi_says_is_tried(child: list[str], told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "command", lambda place: child)
+    monkeypatch.setattr(inquiry, "cuda_support", lambda: inquiry.CudaSupport(True, "MPI says so"))
+    topo = mpilsgd.Topology()
+    caught: Any = pytest.warns(DevicePathWarning, match=told) if told and WORLD.rank == 0 else nullcontext()
+    with caught:
+        takes, why = probe.path(topo, place("cuda"))
+    assert takes == (told is None), why
+    assert (told or "came whole") in why
+    topo.free()
+
+
+@only_emulated
+def test_too_little_device_memory_is_said_before_it_is_missed() -> None:
+    """With the sizes, on every rank."""
+    topo = mpilsgd.Topology()
+    free, total = core.device.memory(0)
+    with pytest.raises(ValueError, match=r"GB are wanted on cpu:0 by its ranks, of whose 1.07 GB"):
+        Fabric(topo, total // topo.node.size + 1, place("cuda"))
+    assert topo.allgather(1) == [1] * WORLD.size
+    topo.free()
+
+
+@only_emulated
+@pytest.mark.processes
+@pytest.mark.brief(2)
+@pytest.mark.parametrize("call", ["cudaMalloc", "cudaIpcGetMemHandle", "cudaIpcOpenMemHandle"])
+def test_ranks_that_cannot_map_each_other_exchange_messages(call: str) -> None:
+    """Of one rank a call fails: all take messages, with a notice, and train as ever."""
+    topo = mpilsgd.Topology()
+    case, layout = BY_NAME["EASGD-jacobi"], MESSAGES
+    if WORLD.rank == WORLD.size - 1:
+        core.emulated.fail(call, 1, 999)
+    caught: Any = pytest.warns(SharedMemoryWarning, match="cannot read each other") if WORLD.rank == 0 else nullcontext()
+    with caught, running(case, LeastSquares(), SGD, layout, device="cuda", topo=topo) as run:
+        assert run.opt.fabric.world.n_islands == WORLD.size
+        errors = compare(run, case.simulate(LeastSquares(), SGD, layout), 4, 1e-12)
+    topo.free()
+    check_together(errors)

@@ -2,8 +2,8 @@
 # Sets everything up and runs the tests:  bash tests/run.sh [unit] [mpi] [cluster] [--all] [--slow NAME] [-- PYTEST OPTIONS]
 #
 #   unit          the tests of one process, and those of methods with ranks that are tasks of one
-#   mpi           the tests of several ranks: 1 and 2 on one node; equality with the simulations also with 3 and 4 on two
-#                 emulated nodes (MPICH), and 2 on a second MPI where one can be had
+#   mpi           the tests of several ranks: 1 (without whole jobs) and 2 on one node; equality with the simulations also
+#                 with 3 and 4 on two emulated nodes (MPICH), and 2 on a second MPI where one can be had
 #   cluster       MPICH on several hosts with TCP between them (needs root, iproute2 and util-linux), and batch jobs on a
 #                 Slurm that is started for them (needs root, slurm-wlm and munge)
 #   --all         also what is left out for time, as it says little that is new: the tests that are marked `brief` with
@@ -138,7 +138,7 @@ equal=$([[ -n $all || -n $slow ]] || echo "simulation or oracle or uninterrupted
 
 LIMIT=1200
 beside() { # what has one process, as the unit tests have
-  [[ " ${parts[*]} " != *" mpi "* ]] || all_ranks 1
+  [[ " ${parts[*]} " != *" mpi "* ]] || without=$([[ -n $all ]] || echo train) all_ranks 1
   [[ " ${parts[*]} " == *" unit "* ]] || return 0
   if [[ -z $all ]]; then tasks 2; else tasks 4x2; fi
 }
@@ -172,7 +172,7 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
     export MPILSGD_MPIEXEC=$MPIEXEC
     # what any MPI would do alike has been tested on the first one
     alike="optimizers real_inputs arguments info_bench heartbeat identities adding_a_method life_cycle"
-    without="$alike $([[ -n $all ]] || echo jobs train)" all_ranks 2
+    without="$alike $([[ -n $all ]] || echo jobs train)" only=$equal all_ranks 2
     [[ -z $all ]] || without="$alike train asynchronous" all_ranks 4
     [[ $MPI != MPICH ]] || emulated_nodes
   else

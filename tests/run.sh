@@ -3,13 +3,15 @@
 #
 #   unit          the tests of one process, and those of methods with ranks that are tasks of one; the CUDA kernels on
 #                 an emulated device
-#   mpi           the tests of several ranks: 1 and 2 on one node; equality with the simulations also with 3 and 4 on two
-#                 emulated nodes (MPICH), and 2 on a second MPI where one can be had
+#   mpi           the tests of several ranks: 1 (without whole jobs) and 2 on one node; equality with the simulations also
+#                 with 3 and 4 on two emulated nodes (MPICH), and 2 on a second MPI where one can be had; 2 ranks whose
+#                 vectors lie on an emulated device
 #   cluster       MPICH on several hosts with TCP between them (needs root, iproute2 and util-linux), and batch jobs on a
 #                 Slurm that is started for them (needs root, slurm-wlm and munge)
 #   --all         also what is left out for time, as it says little that is new: the tests that are marked `brief` with
 #                 no number of ranks; all tests on emulated nodes; 3 ranks on one node; whole jobs at 4 ranks, and on
-#                 the second MPI; trees of 5 to 21 ranks; 4 ranks on the second MPI; 4 tasks on two nodes in place of 2
+#                 the second MPI; trees of 5 to 21 ranks; 4 ranks on the second MPI; 4 tasks on two nodes in place of 2;
+#                 every method on the emulated device, also with 4 ranks on two nodes
 #   --slow NAME   instead of these, the long tests whose name contains NAME (as pytest's -k), at MPILSGD_RANKS (4) ranks
 #
 # The last line is "N passed, N failed, N skipped" over all runs; the status is not 0 if any test failed, hung, died or
@@ -87,9 +89,8 @@ unit() {
   run "unit" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/unit
 }
 
-emulated() { # the CUDA part as C++, on a device that is emulated (csrc/emulated)
+device() { # builds what has the CUDA part as C++, on a device that is emulated (csrc/emulated), where it is not there
   local folder=$VENV/emulated sources
-  [[ $(uname) == Linux ]] || return 0
   echo 1 >"$record/emulated device.status" # if it cannot be built
   sources=$(source_hash)
   if [[ $(cat "$folder/built" 2>/dev/null || true) != "$sources" ]]; then
@@ -99,11 +100,21 @@ emulated() { # the CUDA part as C++, on a device that is emulated (csrc/emulated
       "$PY" -m pip install --no-deps --target "$folder" "$ROOT"
     printf '%s' "$sources" >"$folder/built"
   fi
+  echo 0 >"$record/emulated device.status"
+}
+
+emulated() { # its kernels
+  MPILSGD_TEST_CORE=$(echo "$VENV"/emulated/mpilsgd/_core*.so) run "emulated device" "$PY" -m pytest -q \
+    -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/unit/test_emulated_*.py
+}
+
+emulated_ranks() { # emulated_ranks RANKS [NODES]: methods whose vectors lie there
+  local select_tests=(-m "gpu and not slow") paths="tests/mpi/test_devices.py $paths"
   export MPILSGD_TEST_CORE
-  MPILSGD_TEST_CORE=$(echo "$folder"/mpilsgd/_core*.so)
-  run "emulated device" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" \
-    ${options[@]+"${options[@]}"} tests/unit/test_emulated_*.py
-  unset MPILSGD_TEST_CORE
+  MPILSGD_TEST_CORE=$(echo "$VENV"/emulated/mpilsgd/_core*.so)
+  [[ -z ${2:-} ]] || export MPIR_CVAR_NUM_CLIQUES=$2 MPIR_CVAR_CLIQUES_BY_BLOCK=1
+  mpi "$1 ranks on an emulated device${2:+, $2 nodes}" "$1" "${2:-0}"
+  unset MPILSGD_TEST_CORE MPIR_CVAR_NUM_CLIQUES MPIR_CVAR_CLIQUES_BY_BLOCK
 }
 
 tasks() { # tasks RANKS[xNODES]: what tests methods at several ranks, with ranks that are tasks of one process
@@ -154,14 +165,16 @@ emulated_nodes() {
   without="train life_cycle" cliques 4 2
 }
 without="" paths=tests/mpi only=""
-equal=$([[ -n $all || -n $slow ]] || echo "simulation or oracle or uninterrupted or replay")
+equalities="simulation or oracle or uninterrupted or replay"
+equal=$([[ -n $all || -n $slow ]] || echo "$equalities")
 
 LIMIT=1200
+[[ -n $slow || $(uname) != Linux ]] || device
 beside() { # what has one process, as the unit tests have
-  [[ " ${parts[*]} " != *" mpi "* ]] || all_ranks 1
+  [[ " ${parts[*]} " != *" mpi "* ]] || without=$([[ -n $all ]] || echo train) all_ranks 1
   [[ " ${parts[*]} " == *" unit "* ]] || return 0
   if [[ -z $all ]]; then tasks 2; else tasks 4x2; fi
-  emulated
+  [[ $(uname) != Linux ]] || emulated
 }
 if [[ -z $slow ]]; then
   set -m # a process group of its own, so that it can be ended
@@ -180,12 +193,16 @@ if [[ " ${parts[*]} " == *" mpi "* && -n $slow ]]; then
 elif [[ " ${parts[*]} " == *" mpi "* ]]; then
   all_ranks 2
   if [[ -n $all ]]; then
-    without="train asynchronous life_cycle" all_ranks 3
+    without="train asynchronous life_cycle" only=$equalities all_ranks 3
     paths="tests/mpi/test_train*.py tests/mpi/test_asynchronous*.py tests/mpi/test_jobs.py tests/mpi/test_life_cycle.py" \
       all_ranks 4
     trees
   fi
   [[ $MPI != MPICH ]] || emulated_nodes
+  if [[ $(uname) == Linux && $MPI == MPICH ]]; then
+    paths=${all:+tests/mpi/test_every_method.py} emulated_ranks 2
+    [[ -z $all ]] || only=simulation paths=tests/mpi/test_every_method.py emulated_ranks 4 2
+  fi
   other=MPICH
   [[ $MPI != MPICH ]] || other="Open MPI"
   if find_mpi "$other"; then
@@ -193,8 +210,8 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
     export MPILSGD_MPIEXEC=$MPIEXEC
     # what any MPI would do alike has been tested on the first one
     alike="optimizers real_inputs arguments info_bench heartbeat identities adding_a_method life_cycle"
-    without="$alike $([[ -n $all ]] || echo jobs train)" all_ranks 2
-    [[ -z $all ]] || without="$alike train asynchronous" all_ranks 4
+    without="$alike $([[ -n $all ]] || echo jobs train)" only=$equal all_ranks 2
+    [[ -z $all ]] || without="$alike train asynchronous" only=$equalities all_ranks 4
     [[ $MPI != MPICH ]] || emulated_nodes
   else
     say "$other: none here and none to be had, so not tested"

@@ -168,6 +168,7 @@ def test_consensus_is_a_fixed_point(case: Case, across: str) -> None:
     check_together([] if max(gaps) < 1e-14 else [f"moved by {gaps}"])
 
 
+@pytest.mark.brief("2 tasks", "4x2 tasks")
 @by_both
 @pytest.mark.parametrize("case", [*TOGETHER, *VISITS, *OTHERS], ids=str)
 def test_resume_is_uninterrupted(case: Case, across: str, shared: bool) -> None:

@@ -173,7 +173,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     watchdog = item.config.stash.get(WATCHDOG, None)
     if watchdog is None:
         return (yield)
-    watchdog.begin(item.nodeid, SECONDS * (SLOW if "slow" in item.keywords else 1))
+    watchdog.begin(item.nodeid, SECONDS * (SLOW if item.get_closest_marker("slow") else 1))
     try:
         return (yield)
     finally:
@@ -221,9 +221,9 @@ def left_out(item: pytest.Item, size: int) -> str:
     brief = item.get_closest_marker("brief")  # a test's own before its file's
     if brief and not brief.args and not ALL:
         return ONLY_ALL  # before the ranks, as no run at any number of them has it
-    if "gpu" in item.keywords and not gpu():
+    if item.get_closest_marker("gpu") and not gpu():
         return "needs a GPU"
-    if TASKS and "processes" in item.keywords:
+    if TASKS and item.get_closest_marker("processes"):
         return "needs ranks that are processes"
     least = max((mark.kwargs.get("min_size") or 1 for mark in item.iter_markers("mpi")), default=1)
     if least > size:

@@ -169,7 +169,7 @@ equalities="simulation or oracle or uninterrupted or replay"
 equal=$([[ -n $all || -n $slow ]] || echo "$equalities")
 
 LIMIT=1200
-[[ -n $slow || $(uname) != Linux ]] || device
+[[ -n $slow || " ${parts[*]} " == " cluster " || $(uname) != Linux ]] || device
 beside() { # what has one process, as the unit tests have
   [[ " ${parts[*]} " != *" mpi "* ]] || without=$([[ -n $all ]] || echo train) all_ranks 1
   [[ " ${parts[*]} " == *" unit "* ]] || return 0

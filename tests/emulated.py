@@ -115,9 +115,9 @@ class _Calls(TorchFunctionMode):
                 return host.to(*rest, **kwargs) if rest or kwargs else host
             if name in ("numpy", "tolist"):
                 raise TypeError(f"can't convert a tensor of an emulated device to {name}: use .cpu() first")
-        if name == "to" and args and isinstance(args[0], torch.Tensor):
-            if any(_is_device(t) for t in [*args[1:], kwargs.get("device"), kwargs.get("other")]):
-                return _to_device(func, args, kwargs)
+        moves = name == "to" and args and isinstance(args[0], torch.Tensor)
+        if moves and any(_is_device(t) for t in [*args[1:], kwargs.get("device"), kwargs.get("other")]):
+            return _to_device(func, args, kwargs)
         if isinstance(kwargs.get("device"), torch.device | str) and torch.device(kwargs["device"]) == DEVICE:
             kwargs["device"] = "cpu"
             with torch.no_grad():

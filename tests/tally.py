@@ -15,7 +15,10 @@ from pathlib import Path
 
 # The only reasons for which a test may be skipped, as regular expressions searched in pytest's reason. What
 # the machine lacks no run can have; another layout of the ranks some run has to have.
-MACHINE = r"needs a GPU|needs an emulated device|needs (\d+|several) GPUs|needs a machine without GPU|needs root|this CPU has no "
+MACHINE = (
+    r"needs a GPU|needs an emulated device|needs (\d+|several) GPUs|needs a machine without GPU|needs root|"
+    r"this CPU has no "
+)
 ONLY_ALL = r"in bash tests/run.sh --all"
 LAYOUT = r"needs (exactly |at least )?\d+ (ranks|nodes)|needs one node|needs several nodes|needs MPICH"
 

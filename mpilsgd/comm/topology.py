@@ -43,7 +43,7 @@ class Topology:
             a scale each. What the code of a sum or a change lacks is sent with the next one, and whole vectors travel
             as their change since the last one, so that nothing is lost for good.
         cuda_aware: whether MPI is given GPUs' memory where vectors travel between nodes. None: where it says that it
-            takes it, and a trial agrees (`mpilsgd info` tells); False: they go through the host's memory; True: untried.
+            takes it, and a trial agrees (`mpilsgd info` tells); True: untried; False: they go through the host's.
 
     Attributes:
         world: communicator of all workers.

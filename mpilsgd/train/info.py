@@ -15,6 +15,8 @@ from mpilsgd import kernels
 from mpilsgd.comm import Topology, inquiry
 from mpilsgd.train import tree_text
 from mpilsgd.train.table import ranges
+from mpilsgd.transport import probe
+from mpilsgd.transport.devices import unreachable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"mpilsgd info: {', '.join(idle)} only with --tree", file=sys.stderr)
             return 2
         facts = inquiry.info(nodes.world)
+        paths = _device_paths(nodes)
         rows = nodes.gather(_own_facts())
         try:
             topology = Topology(group_size=args.group_size)
@@ -57,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"mpilsgd info: {error}", file=sys.stderr)
             return 2
         if rows is not None:
-            print(_text(facts, topology.groups, rows))
+            print(_text(facts, paths, topology.groups, rows))
         topology.free()
     finally:
         nodes.free()
@@ -72,6 +75,26 @@ def _own_facts() -> dict[str, Any]:
         "devices": _devices(),
         "extension": _extension(),
     }
+
+
+def _device_paths(topology: Topology) -> list[str]:
+    """The way that GPUs' vectors take within a node and between nodes, and why. Collective."""
+    if not all(
+        topology.allgather(
+            torch.cuda.is_available() and kernels.backend(torch.empty(0, device="cuda")) == "cuda"
+        )
+    ):
+        return []
+    place = torch.device("cuda", topology.node.rank % torch.cuda.device_count())
+    problems = [problem for problem in topology.allgather(unreachable(topology, place)) if problem]
+    direct, why = probe.path(topology, place)
+    return [
+        f"within a node: messages, as ranks cannot read each other's GPU memory ({problems[0]})"
+        if problems
+        else "within a node: ranks read each other's GPU memory where it lies (CUDA IPC)",
+        f"between nodes: {'from and into GPU memory' if direct else 'through pinned memory of the host'} ({why})",
+        "sums are taken on the GPU",
+    ]
 
 
 def _threads() -> str:
@@ -98,7 +121,12 @@ def _extension() -> str:
     return f"CPU instructions: {instructions}" + (f"; CUDA tensors: {cuda}" if cuda else "")
 
 
-def _text(facts: dict[str, Any], groups: Sequence[Sequence[int]], rows: Sequence[dict[str, Any]]) -> str:
+def _text(
+    facts: dict[str, Any],
+    paths: Sequence[str],
+    groups: Sequence[Sequence[int]],
+    rows: Sequence[dict[str, Any]],
+) -> str:
     from mpilsgd import __version__
 
     lines = [
@@ -122,6 +150,7 @@ def _text(facts: dict[str, Any], groups: Sequence[Sequence[int]], rows: Sequence
         ("CUDA devices", _by_rank(["; ".join(row["devices"]) for row in rows])),
         ("CUDA and MPI", _cuda_text(facts["cuda"])),
         ("", facts["cuda"].why),
+        *(("", path) for path in paths),
         ("extension", _by_rank([row["extension"] for row in rows])),
     ]
     width = max(len(name) for name, _ in lines)

@@ -12,7 +12,7 @@ import torch
 
 from mpilsgd import devices
 from mpilsgd.comm import Channel, Topology, complete, free_shared_memory
-from mpilsgd.comm.channel import cuts, pass_along, slices, sums
+from mpilsgd.comm.channel import cuts, pass_along, sums
 from mpilsgd.comm.meeting import Meeting, MpiMeeting
 from mpilsgd.devices import on_host
 from mpilsgd.transport.devices import DeviceWindows, unreachable

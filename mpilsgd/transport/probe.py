@@ -1,7 +1,7 @@
 """Whether MPI may be given the memory of devices: what it says is tried, first where a crash does no harm.
 
-An MPI that calls itself CUDA-aware may still crash on such memory, or move other bytes than those: with a transport that it
-has chosen, on a driver that it was not built for. The child is a process of one rank, `python -m mpilsgd.transport.probe`.
+An MPI that calls itself CUDA-aware may still crash on such memory, or move other bytes than those: with a transport
+that it has chosen, on a driver that it was not built for. The child is a process of one rank, this module as a program.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def command(place: torch.device) -> list[str]:
 
 def in_child(place: torch.device) -> str | None:
     """What went wrong with messages of a child process to itself."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS) or k.startswith("OMPI_MCA")}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS) or k.startswith("OMPI_MCA")
+    }
     try:
         done = subprocess.run(
             command(place), env=environment, capture_output=True, text=True, timeout=_PATIENCE, check=False

@@ -167,7 +167,9 @@ class Streams:
         if name not in self._kept:
             wide = torch.promote_types(vector.dtype, torch.float32)
             n = vector.numel() * self._keeps
-            zeros = [torch.zeros(n * there, dtype=wide, device=place_of(vector)) for there in (residual, base)]
+            zeros = [
+                torch.zeros(n * there, dtype=wide, device=place_of(vector)) for there in (residual, base)
+            ]
             self._kept[name] = Kept(zeros[0], zeros[1])
         kept = self._kept[name]
         known, kept.known = kept.known or not base, True

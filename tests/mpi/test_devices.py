@@ -1,4 +1,4 @@
-"""Ranks whose vectors lie on a device and are read there by the others: on an emulated device, where there is no GPU."""
+"""Ranks whose vectors lie on a device, where the others read them; on an emulated one, where there is no GPU."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_what_mpi_says_is_tried(child: list[str], told: str | None, monkeypatch:
 def test_too_little_device_memory_is_said_before_it_is_missed() -> None:
     """With the sizes, on every rank."""
     topo = mpilsgd.Topology()
-    free, total = core.device.memory(0)
+    _, total = core.device.memory(0)
     with pytest.raises(ValueError, match=r"GB are wanted on cpu:0 by its ranks, of whose 1.07 GB"):
         Fabric(topo, total // topo.node.size + 1, place("cuda"))
     assert topo.allgather(1) == [1] * WORLD.size
@@ -181,7 +181,11 @@ def test_ranks_that_cannot_map_each_other_exchange_messages(call: str) -> None:
     case, layout = BY_NAME["EASGD-jacobi"], MESSAGES
     if WORLD.rank == WORLD.size - 1:
         core.emulated.fail(call, 1, 999)
-    caught: Any = pytest.warns(SharedMemoryWarning, match="cannot read each other") if WORLD.rank == 0 else nullcontext()
+    caught: Any = (
+        pytest.warns(SharedMemoryWarning, match="cannot read each other")
+        if WORLD.rank == 0
+        else nullcontext()
+    )
     with caught, running(case, LeastSquares(), SGD, layout, device="cuda", topo=topo) as run:
         assert run.opt.fabric.world.n_islands == WORLD.size
         errors = compare(run, case.simulate(LeastSquares(), SGD, layout), 4, 1e-12)

@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="(default: float32)",
     )
-    kernels.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     kernels.add_argument("--threads", type=_positive, help="torch threads (default: as torch has them)")
     exchange = parts.add_parser(
         "exchange",
         help="the exchanges between ranks: mpiexec -n 4 mpilsgd bench exchange",
-        description="A round of each method against Bcast, Allreduce and gloo, and the memory it holds. "
+        description="A round of each method against Bcast, Allreduce and gloo, and the memory it holds; on GPUs, where "
+        "one rank will do, through the node's device memory and by messages, against NCCL and a copy. "
         "Start it with a launcher: mpiexec -n 4 mpilsgd bench exchange",
     )
     exchange.add_argument(
@@ -39,7 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=40_000_000,
         help="model size in bytes (default: 40e6); 4e3 shows what a round costs beside its bytes",
     )
+    exchange.add_argument(
+        "--cuda_aware",
+        "--cuda-aware",
+        action="store_true",
+        help="with --device cuda: give GPUs' memory to MPI whatever it says of itself, untried; it may crash",
+    )
     for part, repetitions in ((kernels, 11), (exchange, 21)):
+        part.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
         part.add_argument(
             "--repetitions",
             type=_positive,

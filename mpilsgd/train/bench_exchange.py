@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import os
-import socket
 import statistics
 import sys
 import time
@@ -20,6 +18,7 @@ from mpilsgd import kernels
 from mpilsgd.comm import Topology, Window
 from mpilsgd.train import bench_asynchronous, bench_memory
 from mpilsgd.train.bench_memory import CENTER_RATE, METHODS, PARAMETERS, PULL, Model
+from mpilsgd.train.bench_torch import process_group
 from mpilsgd.train.table import columns, in_bytes, in_ms
 
 
@@ -59,8 +58,15 @@ class Still(torch.optim.Optimizer):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, rank 0 prints the tables; exit status 2 on one rank."""
+    """Measures, rank 0 prints the tables; exit status 2 on one rank, or where a rank has no such device."""
     topology = Topology()
+    if args.device == "cuda":
+        from mpilsgd.train import bench_rounds
+
+        try:
+            return bench_rounds.run(args, topology)
+        finally:
+            topology.free()
     size = topology.world.size
     if size < 2:
         topology.free()
@@ -70,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     torch.set_num_threads(max(1, _cores() // topology.node.size))
     numel = max(args.bytes // 4, PARAMETERS)
-    gloo, contestants = _gloo(topology), functools.partial(_contestants, topology, numel)
+    gloo, contestants = process_group(topology, "gloo"), functools.partial(_contestants, topology, numel)
     with gloo as (started, trouble), contestants(started) as (calls, methods):
         for call in [*calls.values(), *calls.values()]:  # connections, buffers
             call()
@@ -162,59 +168,6 @@ def _contestants(
         for method in methods.values():
             method.close()
         window.free()
-
-
-@contextmanager
-def _gloo(topology: Topology) -> Iterator[tuple[bool, str]]:
-    """Starts torch.distributed with gloo beside MPI; (whether it started, why not). Collective."""
-    one_node = topology.node.size == topology.world.size
-    trouble = ""
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        trouble = "this torch has no gloo"
-    elif torch.distributed.is_initialized():
-        trouble = "torch.distributed is in use"
-    store: Any = None
-    port = 0
-    patience = datetime.timedelta(seconds=60)
-    host = "127.0.0.1" if one_node else topology.broadcast(socket.gethostname())
-    if one_node:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host name that does not resolve stops gloo
-    if topology.world.rank == 0 and not trouble:
-        try:
-            store = torch.distributed.TCPStore(
-                host, 0, is_master=True, wait_for_workers=False, timeout=patience
-            )
-            port = store.port
-        except RuntimeError as error:
-            trouble = _first_line(error)
-    trouble, port = topology.broadcast((trouble, port))
-    started = False
-    if not trouble:
-        try:
-            if store is None:
-                store = torch.distributed.TCPStore(host, port, is_master=False, timeout=patience)
-            torch.distributed.init_process_group(
-                "gloo",
-                store=store,
-                rank=topology.world.rank,
-                world_size=topology.world.size,
-                timeout=patience,
-            )
-            started = True
-        except RuntimeError as error:
-            trouble = _first_line(error)
-    told = topology.allgather(trouble)
-    trouble = next((f"rank {rank}: {text}" for rank, text in enumerate(told) if text), "")
-    try:
-        yield started and not trouble, trouble
-    finally:
-        topology.barrier()
-        if started:
-            torch.distributed.destroy_process_group()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _measure(

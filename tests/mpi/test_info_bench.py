@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from harness import CORE
 
 import mpilsgd
 from mpilsgd.comm import MPI, inquiry
@@ -126,3 +127,28 @@ def test_bench_exchange(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in out
     assert "gloo all_reduce" in out or "gloo could not start" in out
     assert re.search(r"LocalSGD average=\"quadratic\" .* [+-]\d", out)
+
+
+@pytest.mark.gpu
+def test_bench_exchange_on_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    """By each path, its bytes with it; MPI gets the emulated device's memory, as it is the host's."""
+    forced = ["--cuda_aware"] if CORE else []
+    assert call(bench, "exchange", "--device", "cuda", "--bytes", "8e3", "--repetitions", "2", *forced) == 0
+    out = capsys.readouterr().out
+    if WORLD.rank:
+        assert out == ""
+        return
+    found = re.findall(
+        r"^(LSGD round|EASGD exchange|LocalSGD average|AllreduceSGD exchange) +(\S.*?)  ", out, re.M
+    )
+    if WORLD.size > 1 and "in 1 node(s)" in out:
+        paths = ["device memory (IPC)", "messages through the host"]
+        if CORE or "came whole" in out:  # or a CUDA-aware MPI
+            paths.append("messages from device memory")
+        assert [path for name, path in found if name == "LSGD round"] == paths
+        assert len(found) == 4 * len(paths)
+        assert re.search(
+            r"LSGD round, device memory \(IPC\) +LSGD round, messages through the host +[\d.]+ +>= 4", out
+        )
+    assert ("NOT A MEASUREMENT" in out) == bool(CORE)
+    assert "bare pull" in out and "copy of as many bytes" in out and "figures: " in out

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 
+from mpilsgd import devices, extension
 from mpilsgd.comm import inquiry
-from mpilsgd.train import bench, bench_kernels, info, table
+from mpilsgd.train import bench, bench_device, bench_kernels, info, table
 
 
 def call(module: object, *arguments: str) -> int:
@@ -38,8 +41,92 @@ def test_threads_are_set_for_the_measurement(capsys: pytest.CaptureFixture[str])
 
 def test_no_cuda_device_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert call(bench, "kernels", "--device", "cuda") == 2
-    assert "no CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr(extension, "emulated", None)
+    for part in ("kernels", "exchange"):
+        assert call(bench, part, "--device", "cuda") == 2
+        assert "no CUDA device" in capsys.readouterr().err
+
+
+def on_device() -> Any:
+    """Within it there is a GPU, or an emulated device."""
+    if extension.emulated is None:
+        return nullcontext()
+    import emulated
+
+    return emulated.Emulation()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_table_on_a_device(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with on_device():
+        assert (
+            call(
+                bench, "kernels", "--device", "cuda", "--size", "1001", "--dtype", dtype, "--repetitions", "2"
+            )
+            == 0
+        )
+    out = capsys.readouterr().out
+    assert "sets of 4" in out and f"figures: 1e+03 x {dtype}: pull to two leaders" in out
+    assert all(name in out for name in ("of copy", "elastic pair", "copy_ of 1.5", "copy_ of 4", "SGD"))
+    assert ("NOT A MEASUREMENT" in out) == (extension.emulated is not None)
+
+
+@pytest.mark.gpu
+def test_a_size_that_the_device_does_not_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    with on_device():
+        assert call(bench, "kernels", "--device", "cuda", "--size", "1e11") == 2
+    assert "--size 100,000,000,000: 5600.00 GB are wanted on" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_rounds_of_one_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    with on_device():
+        assert call(bench, "exchange", "--device", "cuda", "--bytes", "4e3", "--repetitions", "2") == 0
+    out = capsys.readouterr().out
+    assert "1 rank(s) in 1 node(s)" in out and "NCCL is left out: it takes several ranks" in out
+    assert "figures: bare pull" in out and "messages through the host" not in out
+
+
+def test_calls_take_turns_over_the_sets() -> None:
+    turns, order = bench_device.Turns(2), []
+    a, b = (turns.of([lambda k=k: order.append(k), lambda k=k: order.append(k + 1)]) for k in (0, 10))
+    for one in (a, b, a, b, b):
+        one()
+    assert order == [0, 11, 0, 11, 10]
+    assert bench_device.how_many_sets(devices.HOST, 4) == 1
+
+
+def test_copies_go_from_each_set_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_device, "on_host", lambda place: False)
+    sets = [bench_device.vectors(devices.HOST, torch.float32, 200) for _ in range(3)]
+    assert sets[0][1].data_ptr() - sets[0][0].data_ptr() == 1024
+    copies, before = bench_device.copies(sets, 512), [four[1].clone() for four in sets]
+    copies[2]()
+    assert torch.equal(sets[0][1], before[2]) and torch.equal(sets[1][1], before[1])
+
+
+def test_events_are_read_when_they_have_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        waited = False
+
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None:
+            self.waited = True
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end.waited
+            return 2.5
+
+    slept: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append, raising=False)
+    clock = bench_device.clock_of(torch.device("cuda", 0))
+    assert bench_kernels._interleaved([lambda: None], 3, clock) == [0.0025] and len(slept) == 3
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "1.5", "many"])
@@ -53,7 +140,7 @@ def test_a_size_that_is_none(size: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_repetitions_are_interleaved_there_and_back() -> None:
     order: list[str] = []
     calls = [lambda: order.append("a"), lambda: order.append("b")]
-    bench_kernels._interleaved(calls, 3, torch.device("cpu"))
+    bench_kernels._interleaved(calls, 3, bench_device.clock_of(devices.HOST))
     assert "".join(order) == "abbaab"
 
 
@@ -91,7 +178,7 @@ def test_launched_processes() -> None:
 
 def test_a_launcher_of_another_mpi_is_named() -> None:
     rows = [{"python": "", "threads": "", "devices": (), "extension": ""}]
-    text = info._text(inquiry.info() | {"launched": 4}, [[0]], rows)
+    text = info._text(inquiry.info() | {"launched": 4}, [], [[0]], rows)
     assert "WARNING" in text and "the launcher started 4 processes, but MPI sees 1" in text
 
 

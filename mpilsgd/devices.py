@@ -15,7 +15,9 @@ HOST = torch.device("cpu")
 def place_of(x: Tensor) -> torch.device:
     """Where x lies. An emulated device, as tests have it, is a numbered "cpu"; the host's memory has no number."""
     index = device_of(x)
-    return HOST if index < 0 else torch.device(x.device.type, index)
+    if index >= 0:
+        return torch.device(x.device.type, index)
+    return HOST if x.is_cpu else x.device
 
 
 def on_host(place: torch.device) -> bool:
@@ -28,15 +30,16 @@ def stream_of(place: torch.device) -> int:
 
 
 def identity(place: torch.device) -> bytes:
-    """Of the device, the same in all processes; empty where the extension has nothing to do with devices."""
-    told: bytes = core.device.identity(place.index) if core is not None and core.cuda else b""
+    """Of the device, the same in all processes; empty where the extension has nothing to do with such devices."""
+    known = core is not None and core.cuda and place.type in ("cpu", "cuda")
+    told: bytes = core.device.identity(place.index) if known else b""
     return told
 
 
 def shortage(place: torch.device, nbytes: int) -> str | None:
     """What is wrong with so many bytes more on a device."""
-    if not identity(place):
-        return None
+    if place.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for itself is not free
     free, total = core.device.memory(place.index)
     if nbytes <= free:
         return None
@@ -113,4 +116,15 @@ class Mark:
 
 def finish(place: torch.device) -> None:
     """Returns when the current stream has done all that it was given."""
-    core.device.synchronize(place.index, stream_of(place))
+    if place.type == "cuda":
+        torch.cuda.current_stream(place).synchronize()
+    else:
+        core.device.synchronize(place.index, stream_of(place))
+
+
+def finish_all(place: torch.device) -> None:
+    """The same for all streams of this process."""
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+    else:
+        finish(place)

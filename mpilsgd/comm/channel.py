@@ -80,16 +80,18 @@ def pass_along(
     wire: Any,
     chunks: Iterator[tuple[int, int]],
     base: torch.Tensor | None = None,
+    mapped: bool = False,
 ) -> Iterator[tuple[int, int]]:
     """Rank `home`'s vector to all, as `wire` has it, along a chain of the ranks; gives the chunks that are there.
 
     In pieces, of which each goes on as soon as it has come: every rank receives the vector once and sends it once, at
     the same time. base: what all know of it, and then know better; in few bits only the change since then travels.
+    mapped: the vector is in another process' memory.
     """
     n, place = heads.size, (heads.rank - home) % heads.size
     before, after = (heads.rank - 1) % n, (heads.rank + 1) % n
     size = wire.most(min(max(-(-wire.nbytes(vector.numel()) // _PIECES), _SMALLEST), _PIECE))
-    direct, at = wire.direct(vector), wire.nbytes
+    direct, at = wire.direct(vector, mapped), wire.nbytes
     travels = vector.view(torch.uint8) if direct else wire.staging(vector, at(vector.numel()))
     wire.settle(travels)
     every = [(a, b, [(i, min(i + size, b)) for i in range(a, b, size)]) for a, b in chunks]
@@ -148,11 +150,14 @@ def sums(
 
     def exchange(sent: list[torch.Tensor], received: list[torch.Tensor]) -> list[MPI.Request]:
         """Messages between all pairs: of them all that MPIs can do with devices' memory can be said."""
-        for memory in (*sent, *received):
-            wire.settle(memory)
-        others = [k for k in range(heads.size) if k != me]
-        coming = [heads.Irecv(memory_of(received[k], wire.reaches), k) for k in others]
-        return coming + [heads.Isend(memory_of(sent[k], wire.reaches), k) for k in others]
+        if wire.reaches:
+            wire.settle(vector)
+        n = heads.size
+        before, after = (
+            [(me + step * j) % n for j in range(1, n)] for step in (-1, 1)
+        )  # not all to one at once
+        coming = [heads.Irecv(memory_of(received[k], wire.reaches), k) for k in before]
+        return coming + [heads.Isend(memory_of(sent[k], wire.reaches), k) for k in after]
 
     def scatter(a: int, b: int) -> tuple[Any, ...]:
         every = slices(a, b, heads.size, wire)

@@ -88,7 +88,7 @@ class Shards:
                     longest = max(stop - start for start, stop in (s[d] for s in self._spans))
                     self._fetched[name][d] = torch.empty(longest, dtype=kind)
         # whether a turn's work is done on copies, new ones each time
-        self._on_host = device == torch.device("cpu")
+        self._on_host = fabric.on_host
         self.copies = not self._on_host or bool(self.residuals)
         self.waited = 0.0  # seconds, in all turns so far
         self._fetched_bytes = 0
@@ -197,9 +197,10 @@ class Shards:
         assert whole is not None
         vector = whole.views[0]
         if level.is_head and (name, dtype) in self._coded:
-            host = torch.empty(vector.numel(), dtype=vector.dtype)
+            host = vector if self._on_host else torch.empty(vector.numel(), dtype=vector.dtype)
             self._coded[name, dtype].collect(host)
-            vector.copy_(host)
+            if host is not vector:
+                vector.copy_(host)
         elif level.is_head:
             for k, spans in enumerate(self._spans):
                 a, b = spans[dtype]

@@ -33,7 +33,7 @@ class Snapshots:
 
     def __init__(self, fabric: Any, sizes: dict[torch.dtype, int]):
         self._level = level = fabric.world
-        self._sizes = sizes
+        self._sizes, self._on_host = sizes, fabric.on_host
         self.board = Board(level.comm, 5, level.n_islands == 1)
         self._windows = [
             {d: fabric.place.vector(d, n, host=True) for d, n in sizes.items()} for _ in range(2)
@@ -107,9 +107,10 @@ class Snapshots:
         if d not in self.bases:
             self._wire[d].decode(codes, into)
             return
-        host = torch.empty(into.numel(), dtype=d)
+        host = into if self._on_host else torch.empty(into.numel(), dtype=d)
         self._wire[d].decode(codes, host, base=self.bases[d])
-        into.copy_(host)
+        if host is not into:
+            into.copy_(host)
 
     def last(self) -> tuple[float, Vectors, Vectors] | None:
         """A copy of this worker's last snapshot, and of what others fetch of it."""

@@ -53,6 +53,10 @@ class Exchange:
         """Shared bytes that this rank asks for beyond x and the vectors; of a vector, and of one of wide types."""
         return 0
 
+    def hosted(self, nbytes: int, wide: int) -> float:
+        """Those shared bytes, of all, that lie in the host's memory wherever the workers compute."""
+        return 0.0
+
     def allocate(self, vectors: list[Vector]) -> None:
         """Gives the named vectors their memory. Collective."""
         m = self.m

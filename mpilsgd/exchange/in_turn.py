@@ -27,6 +27,10 @@ class InTurn(Verbs):
     always_ordered = True
     _shard: Shard
 
+    def hosted(self, nbytes: int, wide: int) -> float:
+        shards = [v for v in self.m.vectors.values() if v.per == "all"]
+        return sum(wide if v.wide else nbytes for v in shards) / self.m.topology.node.size
+
     def allocate(self, vectors: list[Vector]) -> None:
         super().allocate([v for v in vectors if v.per != "all"])
         m = self.m

@@ -44,6 +44,8 @@ class Published(Exchange):
     def sizes(self, nbytes: int, wide: int) -> int:
         return 2 * nbytes
 
+    hosted = sizes
+
     def allocate(self, vectors: list[Vector]) -> None:
         super().allocate(vectors)
         m = self.m

@@ -116,7 +116,8 @@ def _allocate(m: Method, plan: Plan) -> None:
         sum(-(-t.numel() * kind(t.dtype).itemsize // 64) * 64 for t in [*plan.parameters, *plan.buffers])
         for kind in (lambda dtype: dtype, accumulation_dtype)
     )
-    m.fabric = Fabric(m.topology, _shared_bytes(m, nbytes, wide, gradients), device, m.r.private)
+    asked, hosted = _shared_bytes(m, nbytes, wide, gradients), int(m.r.hosted(nbytes, wide))
+    m.fabric = Fabric(m.topology, asked, device, m.r.private, hosted)
     if m.course is not None:
         m.fabric.meet_by_mpi()
     m.device, m.x, m.g, m.windows = device, {}, {}, {}

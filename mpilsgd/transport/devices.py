@@ -8,15 +8,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from mpilsgd import devices
-from mpilsgd.comm import Channel, Topology, Window, here
+from mpilsgd import devices, kernels
+from mpilsgd.comm import Channel, Topology, Window
 
 _T = TypeVar("_T")
 
 
 class DeviceWindow:
     """As `comm.Window`, on devices: a rank's kernels read and write the vectors of all ranks of its island where they
-    lie. Collective over `island`, as is `free`.
+    lie. Collective over `island`, as is `free`. A RuntimeError on all its ranks if it cannot be had on one.
     """
 
     def __init__(
@@ -24,44 +24,50 @@ class DeviceWindow:
     ):
         self.common, self._island, self._place = common, island, place
         self._own: devices.Memory | None = None
-        self._mapped: dict[int, devices.Mapped] = {}
+        self._mapped: list[devices.Mapped] = []
         self.views: list[torch.Tensor] = []
-        there = together(island, lambda: self._allot(dtype, numel))
-        together(island, lambda: self._map(there, dtype))
+        try:
+            there = together(island, lambda: self._allot(dtype, numel))
+            together(island, lambda: self._map(there, dtype))
+        except RuntimeError:
+            self.free()
+            raise
         self.mine = self.views[island.rank]
 
-    def _allot(self, dtype: torch.dtype, numel: int) -> tuple[Any, int]:
+    def _allot(self, dtype: torch.dtype, numel: int) -> tuple[bytes, int]:
         """This rank's memory, as the others are told of it."""
         if self.common and self._island.rank:
-            return None, numel
+            return b"", numel
         self._own = devices.Memory(self._place, max(numel * dtype.itemsize, 1))
         devices.finish(self._place)  # zeros, before another rank writes there
-        # tasks of one process see all its memory
-        return self._own.handle() if here.rank.is_process else self._own.address, numel
+        return self._own.handle(), numel
 
-    def _map(self, there: list[tuple[Any, int]], dtype: torch.dtype) -> None:
-        for rank, (told, numel) in enumerate(there):
+    def _map(self, there: list[tuple[bytes, int]], dtype: torch.dtype) -> None:
+        for rank, (handle, numel) in enumerate(there):
             if self.common and rank:
                 self.views.append(self.views[0])
                 continue
             if rank == self._island.rank and self._own is not None:
                 address = self._own.address
-            elif isinstance(told, int):
-                address = told
             else:
-                self._mapped[rank] = devices.Mapped(self._place, told)
-                address = self._mapped[rank].address
+                self._mapped.append(devices.Mapped(self._place, handle))
+                address = self._mapped[-1].address
             self.views.append(devices.vector(self._place, address, dtype, numel))
 
     def free(self) -> None:
         """Nobody's stream may have anything to do with it any more."""
         self.views, self.mine = [], torch.empty(0)
-        for mapped in self._mapped.values():
-            mapped.free()
-        self._island.Barrier()  # unmapped everywhere
-        if self._own is not None:
-            self._own.free()
-        self._mapped, self._own = {}, None
+        mapped, self._mapped, own, self._own = self._mapped, [], self._own, None
+
+        def unmap() -> None:
+            for one in mapped:
+                one.free()
+
+        try:
+            together(self._island, unmap)
+        finally:
+            if own is not None:
+                own.free()
 
 
 class DeviceWindows:
@@ -86,12 +92,11 @@ class DeviceWindows:
         return self._windows[-1]
 
     def order(self, level: Channel) -> Order:
-        self._orders.append(Order(level, self._place))
+        self._orders.append(Order(level.local, self._place, self._windows))
         return self._orders[-1]
 
     def free(self) -> None:
-        devices.finish(self._place)
-        self._island.local.Barrier()
+        together(self._island.local, lambda: devices.finish_all(self._place))
         for order in self._orders:
             order.free()
         for window in self._windows:
@@ -104,37 +109,50 @@ class Order:
 
     Each rank leaves a mark in its stream before the meeting, and all streams wait for the others' marks after it; no
     host waits for a stream. There are two marks a rank, taken in turns: nobody comes to the next meeting but one before
-    all have left this one, so no mark is moved before all wait for it.
+    all have left this one, so no mark is moved before all wait for it. windows: those in the host's memory are
+    synchronised, too, as `Window` asks for it.
     """
 
-    def __init__(self, level: Channel, place: torch.device):
-        self._own = [devices.Mark(place) for _ in range(2)]
+    def __init__(self, local: Any, place: torch.device, windows: list[Any]):
+        self._local, self._windows, self._turn = local, windows, 0
+        self._own: list[devices.Mark] = []
         self._others: list[list[devices.Mark]] = [[], []]
-        self._turn = 0
-        local = level.local
-        if here.rank.is_process:
-            told = local.allgather([mark.handle() for mark in self._own])
-        else:
-            told = local.allgather(self._own)
-        for rank, marks in enumerate(told):
-            for k, mark in enumerate(marks) if rank != local.rank else ():
-                self._others[k].append(devices.Mark.of(place, mark) if isinstance(mark, bytes) else mark)
+        told = together(local, lambda: self._leave(place))
+        together(local, lambda: self._meet(place, told))
+
+    def _leave(self, place: torch.device) -> list[bytes]:
+        self._own = [devices.Mark(place) for _ in range(2)]
+        return [mark.handle() for mark in self._own]
+
+    def _meet(self, place: torch.device, told: list[list[bytes]]) -> None:
+        for rank, handles in enumerate(told):
+            for k, handle in enumerate(handles) if rank != self._local.rank else ():
+                self._others[k].append(devices.Mark.of(place, handle))
 
     def before(self, through_mpi: bool) -> None:
         self._own[self._turn].here()
+        self._sync(through_mpi)
 
     def after(self, through_mpi: bool) -> None:
+        self._sync(through_mpi)
         for mark in self._others[self._turn]:
             mark.awaited()
         self._turn = 1 - self._turn
 
+    def _sync(self, through_mpi: bool) -> None:
+        for window in self._windows if through_mpi else ():
+            if isinstance(window, Window):
+                window.sync()
+
     def free(self) -> None:
-        self._own, self._others = [], [[], []]
+        self._others = [[], []]
+        self._local.Barrier()  # let go everywhere
+        self._own = []
 
 
 def together(comm: Any, do: Callable[[], _T]) -> list[_T]:
     """What each rank's `do` gives; if one fails, a RuntimeError on all. Collective."""
-    given: _T | None = None
+    given: Any = None
     error = None
     try:
         given = do()
@@ -147,25 +165,44 @@ def together(comm: Any, do: Callable[[], _T]) -> list[_T]:
     return [given for _, given in told]
 
 
-_REACH: WeakKeyDictionary[Topology, str | None] = WeakKeyDictionary()
+_found: WeakKeyDictionary[Topology, dict[torch.device, str | None]] = WeakKeyDictionary()
 
 
 def unreachable(topology: Topology, place: torch.device) -> str | None:
     """Why this node's ranks cannot read each other's device memory; None if they can. Collective over the node.
 
-    It is tried, once a topology: what the driver says is not enough, as a container may keep processes apart.
+    It is tried, once a topology and device: what the driver says is not enough, as a container may keep processes
+    apart, and events may not be shared where memory is.
     """
-    if topology not in _REACH:
+    known = _found.setdefault(topology, {})
+    if not all(topology.node.allgather(place in known)):
         try:
-            window = DeviceWindow(topology.node, place, torch.int64, 2)
+            _try(topology.node, place)
+            known[place] = None
         except RuntimeError as error:
-            _REACH[topology] = str(error)
-        else:
-            window.mine.fill_(topology.node.rank)
-            devices.finish(place)
-            topology.node.Barrier()
-            seen = [int(view.cpu()[1]) for view in window.views]
-            right = all(topology.node.allgather(seen == list(range(topology.node.size))))
-            _REACH[topology] = None if right else "they read other values there than were written"
-            window.free()
-    return _REACH[topology]
+            known[place] = str(error)
+    return known[place]
+
+
+def _try(node: Any, place: torch.device) -> None:
+    """A kernel reads what the others' streams have written. A RuntimeError on all ranks if it does not."""
+    window = DeviceWindow(node, place, torch.float32, 64)
+    try:
+        order = Order(node, place, [])
+        window.mine.fill_(node.rank + 1)
+        order.before(False)
+        node.Barrier()
+        order.after(False)
+
+        def read() -> None:
+            total = torch.empty_like(window.mine)
+            kernels.total(total, window.views)
+            if float(total[-1]) != node.size * (node.size + 1) / 2:
+                raise RuntimeError("they read other values there than were written")
+
+        try:
+            together(node, read)
+        finally:
+            order.free()
+    finally:
+        window.free()

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from mpilsgd import devices
-from mpilsgd.comm import Channel, Topology, complete, free_shared_memory
+from mpilsgd.comm import Channel, Topology, complete
 from mpilsgd.comm.channel import cuts, pass_along, sums
 from mpilsgd.comm.meeting import Meeting, MpiMeeting
 from mpilsgd.devices import on_host
-from mpilsgd.transport.devices import DeviceWindows, unreachable
+from mpilsgd.transport.devices import DeviceWindows
 from mpilsgd.transport.messages import Messages
 from mpilsgd.transport.probe import takes_devices
+from mpilsgd.transport.sharing import shareable
 from mpilsgd.transport.windows import SharedWindows
 from mpilsgd.transport.wire import Stream, Streams, Wire, wire_of
-
-
-class SharedMemoryWarning(UserWarning):
-    """The ranks of a node cannot share memory, of the host or of devices, as they should; messages are used."""
 
 
 @dataclasses.dataclass
@@ -42,23 +37,29 @@ class Fabric:
             of one and a `SharedMemoryWarning` says so.
         device: where the vectors lie; on devices that cannot reach each other they are exchanged by messages.
         own: the levels get communicators of their own, as a thread that talks beside other methods needs them.
+        hosted: what of nbytes lies in the host's memory wherever the vectors lie.
 
-    Attributes: world and group (`Level`), traffic. Collective over the world, as is `free`.
+    Attributes: world and group (`Level`), traffic; on_host: whether that is where the vectors lie; reaches: whether
+    messages are sent from and into their devices' memory. Collective over the world, as is `free`.
     """
 
     _by_mpi = False
 
-    def __init__(self, topology: Topology, nbytes: int, device: torch.device, own: bool = False):
+    def __init__(
+        self, topology: Topology, nbytes: int, device: torch.device, own: bool = False, hosted: int = 0
+    ):
         self.topology, self._own, self.traffic = topology, own, Traffic()
         self._across_dtype = topology.across_dtype
-        islands = topology.islands(_shareable(topology, nbytes, device))
+        self.on_host = on_host(device)
+        islands = topology.islands(shareable(topology, nbytes, device, hosted))
         world, group = topology.channels(islands, own)
         self.place: Any = Messages(device)
         if len(world.local_ranks) > 1:
-            self.place = SharedWindows(world) if on_host(device) else DeviceWindows(world, device)
+            self.place = SharedWindows(world) if self.on_host else DeviceWindows(world, device)
         seats = [islands[:r].count(name) for r, name in enumerate(islands)]
         mates = topology.groups[topology.group_index]
-        self.reaches = not on_host(device) and world.n_islands > 1 and takes_devices(topology, device)
+        some_on_host = any(topology.allgather(self.on_host))
+        self.reaches = world.n_islands > 1 and not some_on_host and takes_devices(topology, device)
         self.world = Level(self, world, range(topology.world.size), seats, mates)
         self.group = Level(self, group, mates, seats, mates)
 
@@ -100,34 +101,6 @@ class Fabric:
         self.place.free()
         for level in (self.group, self.world) if self._own else ():
             level.channel.free()
-
-
-def _shareable(topology: Topology, nbytes: int, device: torch.device) -> bool:
-    """Whether this node's ranks can share so much memory each. Collective over the world."""
-    node, gpu = topology.node, None if on_host(device) else devices.identity(device)
-    asked = node.allgather((gpu, on_host(device), nbytes))
-    wanted = sum(n for other, _, n in asked if other == gpu)
-    topology.agree(None if gpu is None else devices.shortage(device, wanted))
-    alike = len({host for _, host, _ in asked}) == 1
-    if not topology.shared or not alike or b"" in {other for other, *_ in asked}:
-        return False
-    problem = None
-    if gpu is not None and node.size > 1:
-        problem = unreachable(topology, device)
-        if problem:
-            problem = f"this node's ranks cannot read each other's device memory ({problem})"
-    elif node.size > 1:
-        room = topology.node_first(free_shared_memory())
-        if wanted > room:
-            problem = (
-                f"{wanted / 1e6:.0f} MB of shared windows do not fit into the {room / 1e6:.0f} MB that /dev/shm has "
-                "left on this node"
-            )
-    if problem and node.rank == 0:
-        warnings.warn(
-            f"{problem}: its workers exchange messages instead (slower)", SharedMemoryWarning, stacklevel=6
-        )
-    return problem is None
 
 
 class Level:
@@ -229,14 +202,15 @@ class Level:
             wire = wire if known else own
         received = owner != self.rank and (here or self.is_head)
         self._count(owner, (own if here else wire).nbytes(vector.numel()) if received else 0)
-        return vector, self._parts(vector, home, wire, None if kept is None else kept.base)
+        mapped = here and owner != self.rank
+        return vector, self._parts(vector, home, wire, None if kept is None else kept.base, mapped)
 
     def _parts(
-        self, vector: torch.Tensor, home: int, wire: Wire, base: torch.Tensor | None
+        self, vector: torch.Tensor, home: int, wire: Wire, base: torch.Tensor | None, mapped: bool
     ) -> Iterator[tuple[int, int]]:
         chunks = cuts(vector.numel(), wire)
         if self.is_head:
-            chunks = pass_along(self.channel.heads, vector, home, wire, chunks, base)
+            chunks = pass_along(self.channel.heads, vector, home, wire, chunks, base, mapped)
         for part in chunks:
             if self.channel.island != home:
                 self.fence()

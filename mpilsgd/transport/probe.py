@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
@@ -22,8 +23,20 @@ from mpilsgd.comm.channel import memory_of
 SIZES = (8, 1 << 16, 1 << 24)  # bytes: MPIs treat short and long messages otherwise
 _PATIENCE = 120.0  # seconds for the child, which starts MPI
 # what tells a process of its launcher, by the first letters: the child is none of its ranks
-_LAUNCHERS = ("PMI", "PMIX", "OMPI_", "PRTE_", "HYDRA", "MPI_LOCAL", "SLURM_", "MPIEXEC")
-_known: WeakKeyDictionary[Topology, tuple[bool, str]] = WeakKeyDictionary()
+_LAUNCHERS = (
+    "PMI",
+    "OMPI_",
+    "PRTE_",
+    "HYDRA",
+    "MPI_LOCAL",
+    "SLURM_",
+    "MPIEXEC",
+    "PALS_",
+    "FLUX_",
+    "I_MPI_",
+    "MV2_",
+)
+_known: WeakKeyDictionary[Topology, dict[torch.device, tuple[bool, str]]] = WeakKeyDictionary()
 
 
 class DevicePathWarning(UserWarning):
@@ -36,21 +49,28 @@ def takes_devices(topology: Topology, place: torch.device) -> bool:
 
 
 def path(topology: Topology, place: torch.device) -> tuple[bool, str]:
-    """The same, with the reason. It is found out once a topology."""
-    if topology not in _known:
-        _known[topology] = _find(topology, place)
-    return _known[topology]
+    """The same, with the reason. It is found out once a topology and device."""
+    known = _known.setdefault(topology, {})
+    if not all(topology.allgather(place in known)):
+        known[place] = _find(topology, place)
+    return known[place]
 
 
 def _find(topology: Topology, place: torch.device) -> tuple[bool, str]:
-    support = inquiry.cuda_support() if here.rank.is_process else inquiry.CudaSupport(False, "no MPI is used")
+    if not here.rank.is_process:
+        return False, "ranks are tasks of one process"
+    problem = None if devices.identity(place) else "the extension was built without CUDA"
+    if place.type == "cuda" and torch.cuda.current_device() != place.index:
+        problem = f"{place} is not the current device: torch.cuda.set_device() makes it that"
+    problems = [problem for problem in topology.allgather(problem) if problem]
+    if problems:
+        return False, problems[0]
     if topology.cuda_aware is not None:
         return topology.cuda_aware, f"cuda_aware={topology.cuda_aware} was asked for"
-    told = topology.allgather(support)
-    support = min(told, key=lambda one: one.aware)
+    support = min(topology.allgather(inquiry.cuda_support()), key=lambda one: one.aware)
     if not support.aware:
         return False, support.why
-    for attempt in (lambda: in_child(place), lambda: around(topology, place)):
+    for attempt in (lambda: in_child(place), lambda: around(topology.world, place)):
         problems = [problem for problem in topology.allgather(attempt()) if problem]
         if problems:
             why = f"{support.why}, but a trial failed: {problems[0]}"
@@ -69,29 +89,49 @@ def in_child(place: torch.device) -> str | None:
     environment = {
         k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS) or k.startswith("OMPI_MCA")
     }
+    with tempfile.TemporaryFile() as told:  # a pipe would be held open by what the child leaves behind
+        try:
+            status = subprocess.run(
+                command(place),
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=told,
+                timeout=_PATIENCE,
+                check=False,
+            ).returncode
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+        told.seek(0)
+        lines = told.read().decode(errors="replace").strip().splitlines() or ["no message"]
+    return None if status == 0 else f"the child process ended with status {status}: {lines[-1]}"
+
+
+def around(comm: MPI.Comm, place: torch.device) -> str | None:
+    """What went wrong with messages to the next rank, and from the one before. Collective; who finds no memory says so
+    before anyone sends, and an MPI that raises ends the job: it has passed the child's trial.
+    """
+    rooms: list[devices.Memory] = []
+    problem = None
     try:
-        done = subprocess.run(
-            command(place), env=environment, capture_output=True, text=True, timeout=_PATIENCE, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    if done.returncode == 0:
-        return None
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return f"the child process ended with status {done.returncode}: {last}"
+        rooms = [devices.Memory(place, max(SIZES)) for _ in range(2)]
+    except (MemoryError, RuntimeError) as error:
+        problem = str(error)
+    problems = [problem for problem in comm.allgather(problem) if problem]
+    if not problems:
+        problem = _trial(comm, (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size, place, rooms)
+    for room in rooms:
+        room.free()
+    return problems[0] if problems else problem
 
 
-def around(topology: Topology, place: torch.device) -> str | None:
-    """What went wrong with a message to the next rank, on another node or not, from the one before. Collective."""
-    world = topology.world
-    return trial(world, (world.rank + 1) % world.size, (world.rank - 1) % world.size, place)
-
-
-def trial(comm: MPI.Comm, after: int, before: int, place: torch.device) -> str | None:
+def _trial(
+    comm: MPI.Comm, after: int, before: int, place: torch.device, rooms: list[devices.Memory]
+) -> str | None:
     for size in SIZES:
+        sent, received = (devices.vector(place, room.address, torch.int64, size // 8) for room in rooms)
         values = torch.arange(size // 8, dtype=torch.int64, device=place)
-        sent = values + comm.rank
-        received = torch.zeros_like(sent)
+        sent.copy_(values + comm.rank)
+        received.zero_()
         devices.finish(place)
         coming = comm.Irecv(memory_of(received, True), before)
         comm.Isend(memory_of(sent, True), after).Wait()
@@ -103,11 +143,16 @@ def trial(comm: MPI.Comm, after: int, before: int, place: torch.device) -> str |
 
 def main(do: Callable[[], torch.device]) -> int:
     place = do()
-    problem = trial(MPI.COMM_SELF, 0, 0, place)
+    problem = around(MPI.COMM_SELF, place)
     if problem:
         print(problem, file=sys.stderr)
     return int(problem is not None)
 
 
+def _current(index: int) -> torch.device:
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
 if __name__ == "__main__":
-    sys.exit(main(lambda: torch.device("cuda", int(sys.argv[1]))))
+    sys.exit(main(lambda: _current(int(sys.argv[1]))))

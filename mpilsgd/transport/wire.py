@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mpilsgd import blocks
-from mpilsgd.devices import finish, place_of
+from mpilsgd.devices import HOST, finish, place_of
 from mpilsgd.extension import device_of
 
 BITS = {"int8": 8, "int4": 4}  # by the name of the type
@@ -36,9 +36,9 @@ class Wire:
         """Elements, in whole blocks, that fit into so many bytes."""
         return max(nbytes // self.travels.itemsize, 1)
 
-    def direct(self, vector: torch.Tensor) -> bool:
-        """Whether the vector's own memory can be sent and received into."""
-        return self.plain and (self.reaches or device_of(vector) < 0)
+    def direct(self, vector: torch.Tensor, mapped: bool = False) -> bool:
+        """Whether the vector's own memory can be sent and received into; mapped: it is another process'."""
+        return self.plain and (place_of(vector) == HOST or (self.reaches and not mapped))
 
     def staging(self, vector: torch.Tensor, nbytes: int) -> torch.Tensor:
         """Bytes in which the vector's elements travel."""

@@ -174,7 +174,16 @@ def test_too_little_device_memory_is_said_before_it_is_missed() -> None:
 @only_emulated
 @pytest.mark.processes
 @pytest.mark.brief(2)
-@pytest.mark.parametrize("call", ["cudaMalloc", "cudaIpcGetMemHandle", "cudaIpcOpenMemHandle"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "cudaMalloc",
+        "cudaIpcGetMemHandle",
+        "cudaIpcOpenMemHandle",
+        "cudaEventCreateWithFlags",
+        "cudaIpcOpenEventHandle",
+    ],
+)
 def test_ranks_that_cannot_map_each_other_exchange_messages(call: str) -> None:
     """Of one rank a call fails: all take messages, with a notice, and train as ever."""
     topo = mpilsgd.Topology()
@@ -191,3 +200,40 @@ def test_ranks_that_cannot_map_each_other_exchange_messages(call: str) -> None:
         errors = compare(run, case.simulate(LeastSquares(), SGD, layout), 4, 1e-12)
     topo.free()
     check_together(errors)
+
+
+@only_emulated
+@pytest.mark.processes
+@pytest.mark.brief(2)
+@pytest.mark.parametrize("call", ["cudaGetDeviceProperties", "cudaMemGetInfo"])
+def test_a_driver_that_fails_on_one_rank_is_told_on_all(call: str) -> None:
+    topo = mpilsgd.Topology()
+    if WORLD.rank == 0:
+        core.emulated.fail(call, 1, 999)
+    with pytest.raises(ValueError, match=r"rank 0: mpilsgd: CUDA"):
+        Fabric(topo, 1000, place("cuda"))
+    assert topo.allgather(1) == [1] * WORLD.size
+    topo.free()
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("name", ["LSGD-after-step", "EASGD-jacobi"])
+def test_some_on_devices_and_some_not(name: str) -> None:
+    """They exchange messages."""
+    case = BY_NAME[name]
+    with running(case, TanhNet(), SGD, MESSAGES, device="cuda" if WORLD.rank else "cpu") as run:
+        errors = compare(run, case.simulate(TanhNet(), SGD, MESSAGES), 6, 1e-12)
+    check_together(errors)
+
+
+@only_emulated
+@pytest.mark.processes
+@pytest.mark.brief(2)
+def test_what_lies_on_the_host_needs_room_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpilsgd.transport.sharing.free_shared_memory", lambda: 1000)
+    topo = mpilsgd.Topology()
+    caught: Any = pytest.warns(SharedMemoryWarning, match="do not fit") if WORLD.rank == 0 else nullcontext()
+    case = BY_NAME["LSGD-wait-free-1"]
+    with caught, running(case, TanhNet(), SGD, MESSAGES, device="cuda", topo=topo) as run:
+        assert run.opt.fabric.world.n_islands == WORLD.size
+    topo.free()

@@ -240,7 +240,7 @@ def _collect(argv: Sequence[str], parser: ArgumentParser) -> tuple[dict[str, Any
     if resumed is not None:
         forbidden = [key for key, _ in items if key in known and key not in RESUMABLE]
         mistakes += [
-            f"{key}: cannot change when a run is resumed; {', '.join(RESUMABLE[:7])} can" for key in forbidden
+            f"{key}: cannot change when a run is resumed; {', '.join(RESUMABLE[:8])} can" for key in forbidden
         ]
         try:
             RunDirectory(resumed).check_config()

@@ -29,6 +29,7 @@ RESUMABLE = (
     "threads",
     "data_dir",
     "patience",
+    "compile",
     "resume",
     "device",
 )
@@ -112,7 +113,7 @@ class Config:
     )
     overwrite: bool = _option(False, "Run", "replace the run that the output directory holds")
     resume: str | None = _option(
-        None, "Run", f"continue the run of this directory; may come with {', '.join(RESUMABLE[:7])}"
+        None, "Run", f"continue the run of this directory; may come with {', '.join(RESUMABLE[:8])}"
     )
     checkpoint_every: float | str | None = _option(
         1, "Run", "epochs between checkpoints, or '200 steps' (null: at the start and the end)"
@@ -121,6 +122,14 @@ class Config:
         None, "Run", "threads a rank (null: OMP_NUM_THREADS, or a fair share of the cores)"
     )
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "Run", "auto: a GPU if there is one")
+    amp: Literal["bf16", "fp16"] | None = _option(
+        None,
+        "Run",
+        "forward pass and loss in half precision where torch finds that safe (null: as the parameters are); fp16 "
+        "scales the gradients: where one overflows the worker's own step is left out, its exchanges are held",
+    )
+    channels_last: bool = _option(False, "Run", "lay images and the weights of convolutions channels last")
+    compile: bool = _option(False, "Run", "compile the model with torch.compile")
     patience: float = _option(
         300.0,
         "Run",
@@ -174,6 +183,8 @@ class Config:
             yield f"momentum, nesterov: {self.optimizer} has neither; they are options of SGD and MSGD"
         if self.optimizer == "SGD" and self.nesterov and not self.momentum:
             yield "nesterov: needs a momentum above 0"
+        if self.amp == "fp16" and self.method_options.get("until_grad_norm") is not None:
+            yield "amp, until_grad_norm: a gradient that overflows in fp16 has no norm to judge by; take bf16"
         for name in ("eval_every", "checkpoint_every"):
             try:
                 parse_every(getattr(self, name))

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 
 from mpilsgd.train.callables import accepted, is_path, resolve
+from mpilsgd.train.devices import onto
 from mpilsgd.train.formats import CLASSES, DataError, Split, read_cifar10, read_digits, read_mnist
 
 DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10")
@@ -33,7 +34,12 @@ _STATISTICS = {
 
 
 class Dataset(Protocol):
-    """What the training loop needs of a training or test set."""
+    """What the training loop needs of a training or test set.
+
+    on_host: whether a batch is put together in the host's memory, whatever the device.
+    """
+
+    on_host: bool
 
     @property
     def input_shape(self) -> tuple[int, ...]: ...
@@ -86,6 +92,7 @@ class ImageSet:
         self, split: Split, classes: int, mean: list[float], std: list[float], augmentation: Augmentation
     ):
         images, labels = split
+        self.on_host = False
         self.images = torch.from_numpy(np.array(images))  # a copy: files may be mapped read-only
         self.labels = torch.from_numpy(labels.astype(np.int64))
         self.classes = classes
@@ -106,7 +113,7 @@ class ImageSet:
     def batch(
         self, indices: torch.Tensor, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = indices.to(self.images.device)
+        indices = onto(indices, self.images.device)
         images = self.images[indices]
         images = self._center(images) if generator is None else self._augment(images, generator)
         return images.to(self.scale.dtype).mul_(self.scale).add_(self.shift), self.labels[indices]
@@ -124,10 +131,10 @@ class ImageSet:
             squares = images.unfold(2, edge, 1).unfold(3, edge, 1)  # a view: (N, C, top, left, edge, edge)
             top, left = (torch.randint(squares.shape[d], (count,), generator=generator) for d in (2, 3))
             rows = torch.arange(count, device=images.device)
-            images = squares[rows, :, top.to(images.device), left.to(images.device)]
+            images = squares[rows, :, onto(top, images.device), onto(left, images.device)]
         if self.augmentation.flip:
             mirrored = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
-            images = torch.where(mirrored.to(images.device), images.flip(-1), images)
+            images = torch.where(onto(mirrored, images.device), images.flip(-1), images)
         return images
 
 
@@ -136,6 +143,7 @@ class TensorSet:
 
     def __init__(self, inputs: torch.Tensor, labels: torch.Tensor, classes: int):
         self.inputs, self.labels, self.classes = inputs, labels, classes
+        self.on_host = False
         self.input_shape = tuple(inputs.shape[1:])
 
     def __len__(self) -> int:
@@ -147,7 +155,7 @@ class TensorSet:
     def batch(
         self, indices: torch.Tensor, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = indices.to(self.labels.device)
+        indices = onto(indices, self.labels.device)
         inputs = self.inputs[indices]
         return (inputs / 255 if inputs.dtype == torch.uint8 else inputs), self.labels[indices]
 
@@ -157,6 +165,7 @@ class MapSet:
 
     def __init__(self, dataset: Any, classes: int):
         self.dataset, self.classes = dataset, classes
+        self.on_host = True
         self.input_shape = tuple(torch.as_tensor(dataset[0][0]).shape)
         self.device = torch.device("cpu")
 
@@ -170,7 +179,7 @@ class MapSet:
         self, indices: torch.Tensor, generator: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, labels = default_collate([self.dataset[i] for i in indices.tolist()])
-        return inputs.to(self.device), labels.to(self.device)
+        return onto(inputs, self.device), onto(labels, self.device)
 
 
 def load(name: str, data_dir: str = "data", augment: str = "auto", seed: int = 0) -> tuple[Dataset, Dataset]:

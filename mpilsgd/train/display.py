@@ -81,7 +81,7 @@ def opening(
     return (
         f"{config.method}{options}: {config.model} ({parameters} parameters) on {config.data} ({samples} samples)\n"
         f"{world_size} rank(s){of}, {threads} thread(s) each; {config.optimizer} lr={config.lr:g}, "
-        f"batches of {config.batch_size}{slowed}"
+        f"batches of {config.batch_size}{f', {config.amp}' if config.amp else ''}{slowed}"
     )
 
 
@@ -107,6 +107,9 @@ def closing(summary: dict[str, Any], directory: str) -> str:
     if any(summary["resets"]):
         told = "  ".join(f"{r}: {n}" for r, n in enumerate(summary["resets"]) if n)
         lines.append(("set back, not finite", told))
+    if "overflows" in summary:
+        told = "  ".join(f"{r}: {n}" for r, n in enumerate(summary["overflows"]) if n)
+        lines.append(("steps left out", f"{told}   (worker: how many of its gradients overflowed in fp16)"))
     alone = summary["world_size"] > 1 and not summary["rounds"]
     unmet = "   (the ranks never exchanged anything: the run is shorter than a period)"
     lines += [

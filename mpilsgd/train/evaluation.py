@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -22,19 +22,30 @@ class Result(NamedTuple):
     error: float
 
 
-def evaluate(model: torch.nn.Module, test: Dataset, topology: Topology | None = None) -> Result:
-    """Evaluates the whole test set; with a topology each rank takes its share of it (collective)."""
+def evaluate(
+    model: torch.nn.Module,
+    test: Dataset,
+    topology: Topology | None = None,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Result:
+    """Evaluates the whole test set; with a topology each rank takes its share of it (collective).
+
+    autocast: gives what forward pass and loss are computed in. Numbers are taken from the device at the end only.
+    """
     rank, size = (topology.world.rank, topology.world.size) if topology is not None else (0, 1)
-    loss, wrong = 0.0, 0
+    loss: Any = 0.0
+    wrong: Any = 0
     with evaluating(model), torch.no_grad():
         for indices in torch.arange(rank, len(test), size).split(_BATCH):
             inputs, targets = test.batch(indices)
-            outputs = model(inputs)
-            loss += float(functional.cross_entropy(outputs, targets, reduction="sum"))
+            with autocast():
+                outputs = model(inputs)
+                loss = loss + functional.cross_entropy(outputs, targets, reduction="sum").double()
             # argmax of a NaN row is an index all the same: what is not finite is an error
             right = (outputs.argmax(1) == targets) & outputs.isfinite().all(1)
-            wrong += len(indices) - int(right.sum())
-    parts = [(loss, wrong)] if topology is None else topology.allgather((loss, wrong))
+            wrong = wrong + (len(indices) - right.sum())
+    own = float(loss), int(wrong)
+    parts = [own] if topology is None else topology.allgather(own)
     return Result(sum(part[0] for part in parts) / len(test), sum(part[1] for part in parts) / len(test))
 
 

@@ -14,15 +14,15 @@ import torch
 
 from mpilsgd.comm import Heartbeat, Topology, inquiry
 from mpilsgd.methods import EASGDTree, Method
-from mpilsgd.train import data, models, optimizers
+from mpilsgd.train import data, devices, optimizers
+from mpilsgd.train.batches import ChannelsLast
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.command_line import ConfigError, parse
 from mpilsgd.train.config import FIELDS, Config, default_output
-from mpilsgd.train.data import Dataset
 from mpilsgd.train.display import Display, closing, opening
-from mpilsgd.train.evaluation import evaluating
 from mpilsgd.train.loop import Trainer
 from mpilsgd.train.options import enlist, keyword_arguments, method_options, methods, names_of, required
+from mpilsgd.train.prepare import prepared, refuse_channels_last
 from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.sampling import Sampler, derived_seed
 from mpilsgd.train.stragglers import parse_slow
@@ -57,7 +57,11 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     _set_threads(config.threads, topology)
     train, test = together(topology, data.load, config.data, config.data_dir, config.augment, config.seed)
     size, rank = topology.world.size, topology.world.rank
-    model = together(topology, _model, config, train, topology)
+    device, shared = _device(config, topology)
+    if config.channels_last:
+        together(topology, refuse_channels_last, config, train)
+        train, test = ChannelsLast(train), ChannelsLast(test)
+    model = together(topology, prepared, config, train, test, topology, device)
     try:
         opt = _method(config, topology, optimizers.build(config, model.parameters()), model)
     except ValueError as error:  # raised on every rank
@@ -73,6 +77,8 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     trainer = Trainer(config, topology, model, opt, train, test, sampler, directory, display, total)
     parameters = sum(p.numel() for p in model.parameters())
     display.say(opening(config, size, topology.groups, torch.get_num_threads(), len(train), parameters))
+    if shared is not None:
+        display.say(shared)
     if isinstance(opt, EASGDTree):
         display.say(f"tree: {summary_line(opt.tree)}, moving_rate={opt.moving_rate:.3g}")
     if config.resume:
@@ -209,30 +215,11 @@ def fair_share(cores: Sequence[int], everyone: Sequence[Sequence[int]]) -> int:
     return max(1, int(parts + 1e-9))
 
 
-def _model(config: Config, train: Dataset, topology: Topology) -> torch.nn.Module:
-    """The model on its device, seen to give a row of class scores for a sample."""
-    alike = config.method_options.get("init") != "different"
-    seed = config.seed if alike else derived_seed(config.seed, "parameters", topology.world.rank)
-    model = models.build(config.model, train.input_shape, train.classes, seed)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise InputError(f"{config.model}: has no trainable parameter")
-    device = torch.device("cpu")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device=cuda: torch finds no GPU here")
-    if config.device != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", topology.node.rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    model.to(device)
-    train.to(device)
-    inputs, _ = train.batch(torch.arange(min(2, len(train))))
-    with evaluating(model), torch.no_grad():
-        scores = model(inputs)
-    if not isinstance(scores, torch.Tensor) or scores.shape != (len(inputs), train.classes):
-        found = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-        raise InputError(
-            f"{config.model}: must give scores of shape (batch, classes) = {(len(inputs), train.classes)}, gave {found}"
-        )
-    return model
+def _device(config: Config, topology: Topology) -> tuple[torch.device, str | None]:
+    try:
+        return devices.pick(config.device, topology)
+    except InputError as error:  # raised on every rank
+        raise Stopped(str(error)) from None
 
 
 def _directory(config: Config, topology: Topology, model: torch.nn.Module) -> RunDirectory:

@@ -15,23 +15,24 @@ from torch.nn import functional
 
 from mpilsgd.comm import Place, Topology
 from mpilsgd.methods import Method
-from mpilsgd.train import checkpoint, diverging
+from mpilsgd.train import checkpoint, devices, diverging
+from mpilsgd.train.batches import Batches
 from mpilsgd.train.config import Config
 from mpilsgd.train.data import Dataset
 from mpilsgd.train.display import Display
 from mpilsgd.train.evaluation import Result, evaluate
 from mpilsgd.train.events import Event, events_between, steps_of
 from mpilsgd.train.journal import Journal
+from mpilsgd.train.precision import Precision
 from mpilsgd.train.progress import Progress, mean
 from mpilsgd.train.run_directory import RunDirectory
-from mpilsgd.train.sampling import Sampler, generator, other_random_numbers
+from mpilsgd.train.sampling import Sampler, other_random_numbers
 from mpilsgd.train.schedule import Schedule
 from mpilsgd.train.stopping import Signals, Stop, stop_of
 from mpilsgd.train.stragglers import parse_slow
 from mpilsgd.train.summary import measured, metrics_line, summary_of
+from mpilsgd.train.timing import timer_of
 from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, on_first
-
-_CALIBRATION_BATCHES = 20  # per rank, for buffers="recalibrate"
 
 
 class Trainer:
@@ -61,13 +62,17 @@ class Trainer:
         total_steps: int,
     ):
         self.config, self.topology, self.model, self.opt = config, topology, model, opt
-        self.train_set, self.test_set, self.sampler = train, test, sampler
+        self.test_set, self.sampler = test, sampler
+        self.queued = devices.queued(opt.device)  # numbers are read at evaluations and checkpoints only
+        self.precision, self.timer = Precision(config.amp, opt.device, opt), timer_of(opt.device)
+        self.batches = Batches(train, sampler, ahead=self.queued and train.on_host)
         self.directory, self.display, self.total = directory, display, total_steps
         self.schedule = Schedule(config.lr_drops, config.lr_drop_factor, config.lr_gamma)
         self.slowdown = parse_slow(config.slow)
         self.progress = Progress()
         self.rank, self.size = topology.world.rank, topology.world.size
         self.journal = Journal(topology, opt, directory)
+        self.checkpoints = checkpoint.Checkpoints(topology, directory, behind=self.queued)
         self.tell: Callable[[int, Place], None] = lambda step, place: None  # where this rank stands
         self._sealed: int | None = None  # the name of the last checkpoint
 
@@ -76,6 +81,7 @@ class Trainer:
         self.model.train()
         if self._sealed is None:
             self._save(0)  # a run that is killed at any moment can be resumed, on as many ranks
+            self.checkpoints.finish()
         with Signals() as self._signals:
             self._stop: Stop = stop_of(self.opt, self.topology, self._signals, self.progress.step)
             self._train(collections.deque(self._events()))
@@ -84,23 +90,18 @@ class Trainer:
 
     def _train(self, events: collections.deque[Event]) -> None:
         at, opt = self.progress, self.opt
-        order, epoch = torch.empty(0), -1
         while True:
             while events and opt.reached(events[0].step * len(opt.workers)):
                 self._do(events)
             if opt.reached(self.total * len(opt.workers)):
                 break
-            if at.step // self.sampler.batches != epoch:
-                epoch = at.step // self.sampler.batches
-                order = self.sampler.epoch(epoch)
             if opt.computes:
-                self._step(order[at.step % self.sampler.batches], epoch)
+                self._step()
             else:
                 self._pass_on()
             self.display.step(at.step if opt.computes else opt.t, at.last_loss if opt.computes else None)
-            start = time.perf_counter()
-            due = self._stop.due(at.step)
-            at.waited(time.perf_counter() - start)
+            with self.timer.waiting(at):
+                due = self._stop.due(at.step)
             if due:
                 self._meet(events)
         while events:  # others brought the total there since this worker last asked
@@ -130,6 +131,7 @@ class Trainer:
         name = min(name, events[0].step) if events else name
         if name != self._sealed:
             self._save(name)
+        self.checkpoints.finish()
         on_first(self.topology, self.directory.interrupted.touch, status=FAILED)
         self._stop.free()
         again = "mpilsgd train" if self.size == 1 else f"mpiexec -n {self.size} mpilsgd train"
@@ -140,9 +142,8 @@ class Trainer:
 
     def _settle(self) -> None:
         """An exchange behind the last steps is a part of training."""
-        start = time.perf_counter()
-        self.opt.settle()
-        self.progress.waited(time.perf_counter() - start)
+        with self.timer.waiting(self.progress):
+            self.opt.settle()
 
     def _events(self) -> list[Event]:
         """What is still to come, from the last checkpoint on: an evaluation at its step may be left to do."""
@@ -153,31 +154,35 @@ class Trainer:
         events = events_between(saved - 1, self.total, *intervals)
         return [event for event in events if event.step > (done if event.what == "evaluate" else saved)]
 
-    def _step(self, indices: torch.Tensor, epoch: int) -> None:
-        at, opt, counts = self.progress, self.opt, self.opt.metrics
+    def _step(self) -> None:
+        at, opt, counts, timer = self.progress, self.opt, self.opt.metrics, self.timer
         rounds, comm, wait = counts.rounds, counts.t_comm, counts.t_wait
         self.tell(at.step, Place.BATCH)
         counts.leader, counts.leaders = -1, [-1] * len(counts.leaders)  # to see who is elected in this step
         self.schedule.apply(opt.param_groups, at.step, at.step / self.sampler.batches)
 
-        start = time.perf_counter()
-        batch = at.step % self.sampler.batches
-        inputs, targets = self.train_set.batch(indices, self.sampler.augmentation(epoch, batch))
-        loaded = time.perf_counter()
+        timer.begin()
+        inputs, targets = self.batches.take(at.step)
+        timer.loaded()
         opt.zero_grad()
-        loss = functional.cross_entropy(self.model(inputs), targets)
-        loss.backward()
-        value = loss.item()
-        self.slowdown.sleep(time.perf_counter() - loaded, self.config.seed, self.rank, at.step)
+        with self.precision.autocast():
+            loss = functional.cross_entropy(self.model(inputs), targets)
+        self.precision.backward(loss)
+        value = loss.detach() if self.queued else loss.item()
+        if self.slowdown:
+            self.slowdown.sleep(timer.computing(), self.config.seed, self.rank, at.step)
+        timer.computed()
+        self.batches.look_ahead(at.step + 1)
+        timer.fetched()
+        at.overflows += not self.precision.settle()
         if at.step == 0:
-            diverging.refuse_first(self.topology, value)
+            diverging.refuse_first(self.topology, float(value))
         self.tell(at.step, Place.EXCHANGE)
         with diverging.stopping():
             opt.step(loss=value)
-        end = time.perf_counter()
+        timer.end(at, counts.t_comm - comm, counts.t_wait - wait)
 
         at.stepped(value)
-        at.spent(end - start, loaded - start, counts.t_comm - comm, counts.t_wait - wait)
         if counts.rounds > rounds and counts.leaders:
             self.journal.note_leaders(at)
 
@@ -197,12 +202,14 @@ class Trainer:
         at = self.progress
         state = None
         self.tell(at.step, Place.MEETING)
+        self.checkpoints.finish()
         self._settle()
+        at.read()
         traffic = dataclasses.replace(self.opt.fabric.traffic)
         with self._centre():
-            result = evaluate(self.model, self.test_set, self.topology)
+            result = evaluate(self.model, self.test_set, self.topology, self.precision.autocast)
             if last and self.rank == 0:
-                state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+                state = {n: v.detach().to("cpu", copy=True) for n, v in self.model.state_dict().items()}
         self.opt.fabric.traffic.group, self.opt.fabric.traffic.across = traffic.group, traffic.across
         self._count_waiting()
         rows = self.topology.allgather(measured(at, self.opt))
@@ -221,20 +228,17 @@ class Trainer:
         with (
             other_random_numbers(self.config.seed, "evaluation", self.rank),
             diverging.stopping(),
-            self.opt.center(self._calibration() if recalibrates else None),
+            contextlib.ExitStack() as stack,
         ):
+            with self.precision.autocast() if recalibrates else contextlib.nullcontext():
+                inputs = self.batches.calibration(self.progress.step, self.rank) if recalibrates else None
+                stack.enter_context(self.opt.center(inputs))
             yield
-
-    def _calibration(self) -> Iterator[torch.Tensor]:
-        """Training inputs of this worker's part."""
-        epoch = self.progress.step // self.sampler.batches
-        for batch, indices in enumerate(self.sampler.epoch(epoch)[:_CALIBRATION_BATCHES]):
-            own = generator(self.config.seed, "calibration", self.rank, batch)
-            yield self.train_set.batch(indices, own)[0]
 
     def _count_waiting(self) -> None:
         """Who came early has waited for the last one: training has lasted as long for all. Collective."""
         at = self.progress
+        self.timer.read(at)
         waited = max(self.topology.allgather(at.wall)) - at.wall
         if self.opt.computes:
             at.waited(waited)
@@ -244,15 +248,16 @@ class Trainer:
     # The end
 
     def _finish(self) -> dict[str, Any]:
+        self.progress.read()
         name = max(self.total, self._sealed or 0)
         if name != self._sealed and not diverging.diverged(self.topology, self.opt, self.progress.last_loss):
             self._save(
                 name
-            )  # before the evaluations, which may take long; of what has diverged the first one tells
+            )  # before the evaluations, which may take long; of what diverged the first one tells
         result, state = self.evaluate(last=True)
         on_first(self.topology, self.directory.save_center, state, status=FAILED)
         with getattr(self.opt.optimizer, "iterate", contextlib.nullcontext)():
-            own = evaluate(self.model, self.test_set)
+            own = evaluate(self.model, self.test_set, autocast=self.precision.autocast)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         everything = {**dataclasses.asdict(self.opt.metrics), **dataclasses.asdict(self.progress)}
         rows = self.topology.allgather({**everything, "error": own.error, "peak": peak})
@@ -266,17 +271,19 @@ class Trainer:
         """Writes a checkpoint of this name; what has diverged leaves the last one in its place. Collective."""
         at = self.progress
         self.tell(at.step, Place.MEETING)
+        self.checkpoints.finish()
+        at.read()
         diverging.refuse(self.topology, self.opt, at.last_loss, name)
         self._settle()
         self._count_waiting()
-        self.journal.write(self.progress.step)
-        state = checkpoint.state_of(self.model, self.opt, self.progress)
-        checkpoint.write(self.topology, self.directory, name, state)
+        self.journal.write(at.step)
+        state = checkpoint.state_of(self.model, self.opt, at, self.precision, self.batches.random_state())
+        self.checkpoints.write(name, state, others_write=bool(self.opt.asynchronous))
         self._sealed = name
 
     def restore(self, state: dict[str, Any], name: int) -> None:
         """Takes up the state that a checkpoint holds of this rank. Collective."""
-        self.progress = checkpoint.restore(state, self.model, self.opt)
+        self.progress = checkpoint.restore(state, self.model, self.opt, self.precision)
         self._sealed = name
 
     def resume(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 
 @dataclasses.dataclass
@@ -21,6 +22,7 @@ class Progress:
         evaluated: the workers' mean step at the last evaluation.
         leader: the last known leader of all.
         leads: how often this worker led its group.
+        overflows: steps whose gradient overflowed in fp16 and was left out.
     """
 
     step: int = 0
@@ -35,13 +37,19 @@ class Progress:
     evaluated: float = 0
     leader: int = -1
     leads: int = 0
+    overflows: int = 0
 
-    def stepped(self, loss: float) -> None:
-        """A batch is done."""
+    def stepped(self, loss: Any) -> None:
+        """A batch is done. loss: a number, or a tensor on a GPU, and then so are `loss_sum` and `last_loss` until
+        `read`."""
         self.step += 1
-        self.loss_sum += loss
+        self.loss_sum += loss if isinstance(loss, float) else loss.double()
         self.loss_count += 1
         self.last_loss = loss
+
+    def read(self) -> None:
+        """The losses as numbers: on a GPU this waits for the last step."""
+        self.loss_sum, self.last_loss = float(self.loss_sum), float(self.last_loss)
 
     def spent(self, wall: float, data: float, comm: float, wait: float) -> None:
         """Seconds of training; what is neither data nor comm was computing."""

@@ -95,6 +95,8 @@ def summary_of(
         summary["worker_steps"] = [columns["step"][r] for r in workers]
     if len(workers) < size:
         summary["workers"] = workers
+    if any(columns["overflows"]):
+        summary["overflows"] = [columns["overflows"][r] for r in workers]
     if any(columns["skipped"]):
         summary["skipped"] = columns["skipped"]
     if any(columns["staleness"]):

@@ -95,6 +95,10 @@ def test_several_files_the_later_counts(tmp_path: Path) -> None:
         (["--steps", "7"], "epochs", None),
         (["--model", "torch.nn:Linear"], "model", "torch.nn:Linear"),
         (["--momentum", "-0.5", "--optimizer", "MSGD"], "momentum", -0.5),
+        (["--amp", "bf16"], "amp", "bf16"),
+        (["--amp", "null"], "amp", None),
+        (["--channels-last", "--compile"], "channels_last", True),
+        (["--compile", "--lr", "0.5"], "compile", True),
     ],
 )
 def test_ways_to_write_an_option(argv: list[str], name: str, value: object) -> None:
@@ -108,6 +112,14 @@ def test_ways_to_write_an_option(argv: list[str], name: str, value: object) -> N
 def test_period_may_be_anything_that_local_sgd_takes(text: str, value: object) -> None:
     config = parse(["--method", "LocalSGD", "--period", text])
     assert config.method_options == {"period": value}
+
+
+def test_half_precision_that_does_not_go_together() -> None:
+    assert refused("--amp", "fp8") == ["amp: expected one of bf16, fp16 or null, found 'fp8'"]
+    norm = ["--method", "LocalSGD", "--until_grad_norm", "2", "--amp"]
+    (told,) = refused(*norm, "fp16")
+    assert told.startswith("amp, until_grad_norm: ") and told.endswith("take bf16")
+    assert parse([*norm, "bf16"]).amp == "bf16"
 
 
 def test_an_option_that_is_left_out_keeps_the_class_default() -> None:
@@ -341,6 +353,8 @@ def test_resume_takes_the_run_s_configuration(tmp_path: Path) -> None:
     config = parse(["--resume", str(tmp_path), "--steps", "50"])
     assert (config.epochs, config.steps) == (None, 50)
     assert "lr: cannot change when a run is resumed" in refused("--resume", str(tmp_path), "--lr", "1")[0]
+    assert "amp: cannot change" in refused("--resume", str(tmp_path), "--amp", "bf16")[0]
+    assert parse(["--resume", str(tmp_path), "--compile"]).compile
     assert "holds no run to resume" in refused("--resume", str(tmp_path / "nowhere"))[0]
     write(tmp_path, text[: len(text) // 2], "config.yaml")
     (told,) = refused("--resume", str(tmp_path))

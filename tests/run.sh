@@ -158,8 +158,9 @@ cluster() {
 
 # What a run leaves out for time: the tests of jobs, asynchrony and life cycles need not run on every layout.
 emulated_nodes() {
-  local only=$equal
+  local only=$equalities
   without="train asynchronous" cliques 3 2
+  only=$equal
   # one rank a node is also what every run does by messages
   [[ -z $all ]] || without="" paths=tests/mpi/test_tree.py cliques 3 3
   without="train life_cycle" cliques 4 2
@@ -171,7 +172,7 @@ equal=$([[ -n $all || -n $slow ]] || echo "$equalities")
 LIMIT=1200
 [[ -n $slow || " ${parts[*]} " == " cluster " || $(uname) != Linux ]] || device
 beside() { # what has one process, as the unit tests have
-  [[ " ${parts[*]} " != *" mpi "* ]] || without=$([[ -n $all ]] || echo train) all_ranks 1
+  [[ " ${parts[*]} " != *" mpi "* ]] || without=train all_ranks 1
   [[ " ${parts[*]} " == *" unit "* ]] || return 0
   if [[ -z $all ]]; then tasks 2; else tasks 4x2; fi
   [[ $(uname) != Linux ]] || emulated
@@ -201,7 +202,8 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
   [[ $MPI != MPICH ]] || emulated_nodes
   if [[ $(uname) == Linux && $MPI == MPICH ]]; then
     paths=${all:+tests/mpi/test_every_method.py} emulated_ranks 2
-    [[ -z $all ]] || only=simulation paths=tests/mpi/test_every_method.py emulated_ranks 4 2
+    [[ -z $all ]] || only="simulation and (after-step or every-step or jacobi or LocalSGD-period or turns-3)" \
+      paths=tests/mpi/test_every_method.py emulated_ranks 4 2
   fi
   other=MPICH
   [[ $MPI != MPICH ]] || other="Open MPI"

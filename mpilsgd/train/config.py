@@ -67,6 +67,11 @@ class Config:
     shared: bool = _option(
         True, "Method", "exchange parameters through shared memory in a node (false: by messages)"
     )
+    cuda_aware: bool | None = _option(
+        None,
+        "Method",
+        "give MPI the GPUs' memory between nodes (null: where it says that it takes it, and a trial agrees)",
+    )
 
     optimizer: str = _option("SGD", _OPTIMIZER, f"{', '.join(OPTIMIZERS)} or {PATH} (given parameters, lr)")
     lr: float = _option(0.1, _OPTIMIZER, "learning rate")

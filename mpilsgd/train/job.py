@@ -53,7 +53,12 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     if config is None:
         return status
     left = _leave_recordings(config)
-    topology = Topology(group_size=config.group_size, shared=config.shared, across_dtype=config.across_dtype)
+    topology = Topology(
+        group_size=config.group_size,
+        shared=config.shared,
+        across_dtype=config.across_dtype,
+        cuda_aware=config.cuda_aware,
+    )
     _set_threads(config.threads, topology)
     train, test = together(topology, data.load, config.data, config.data_dir, config.augment, config.seed)
     size, rank = topology.world.size, topology.world.rank

@@ -223,5 +223,6 @@ def _ratios(rows: list[Row]) -> str:
             ratio = f"{seconds[theirs] / seconds[ours]:.2f}"
             names = [", ".join(filter(None, one)) for one in (ours, theirs)]
             table.append([*names, ratio, target])
-            figures += [f"{names[0]} {ratio} x {names[1]}"] if target else []
+            told = target or ours == ("LSGD round", DIRECT)
+            figures += [f"{names[0]} {ratio} x {names[1]}"] if told else []
     return columns(table) + "\n\nfigures: " + "; ".join(figures)

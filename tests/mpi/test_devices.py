@@ -90,9 +90,9 @@ def test_the_streams_have_to_be_ordered(name: str, lacks: str, monkeypatch: pyte
     monkeypatch.setattr("mpilsgd.transport.devices.Order", Unmarked)
     wrong = 0
     try:
-        for seed in range(6):
+        for seed in range(12):
             core.emulated.seed(seed)
-            core.emulated.delay(0.03 if seed % 2 == WORLD.rank else 0.0)
+            core.emulated.delay(0.1 if seed % 2 == WORLD.rank else 0.0)
             topo = mpilsgd.Topology()
             with running(BY_NAME[name], TanhNet(), MSGD, LAYOUTS[0], device="cuda", topo=topo) as run:
                 simulated = BY_NAME[name].simulate(TanhNet(), MSGD, LAYOUTS[0])

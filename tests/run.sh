@@ -9,7 +9,7 @@
 #   cluster       MPICH on several hosts with TCP between them (needs root, iproute2 and util-linux), and batch jobs on a
 #                 Slurm that is started for them (needs root, slurm-wlm and munge)
 #   --all         also what is left out for time, as it says little that is new: the tests that are marked `brief` with
-#                 no number of ranks; all tests on emulated nodes; 3 ranks on one node; whole jobs at 4 ranks, and on
+#                 no number of ranks; all tests on emulated nodes; 3 ranks on one node; jobs that are stopped at 4 ranks, whole jobs on
 #                 the second MPI; trees of 5 to 21 ranks; 4 ranks on the second MPI; 4 tasks on two nodes in place of 2;
 #                 every method on the emulated device, also with 4 ranks on two nodes
 #   --slow NAME   instead of these, the long tests whose name contains NAME (as pytest's -k), at MPILSGD_RANKS (4) ranks
@@ -148,7 +148,7 @@ all_ranks() { # all_ranks COUNT...
 
 trees() { # the larger ones; those of more than 5 ranks in lock-step only
   paths=tests/mpi/test_tree.py all_ranks 5
-  paths=tests/mpi/test_tree.py::test_lock_step_equals_the_oracle all_ranks 7 13 21
+  paths=tests/mpi/test_tree.py::test_lock_step_equals_the_oracle all_ranks 7 21
 }
 
 cluster() {
@@ -195,8 +195,7 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
   all_ranks 2
   if [[ -n $all ]]; then
     without="train asynchronous life_cycle" only=$equalities all_ranks 3
-    paths="tests/mpi/test_train*.py tests/mpi/test_asynchronous*.py tests/mpi/test_jobs.py tests/mpi/test_life_cycle.py" \
-      all_ranks 4
+    paths="tests/mpi/test_train_signals.py tests/mpi/test_asynchronous*.py tests/mpi/test_life_cycle.py" all_ranks 4
     trees
   fi
   [[ $MPI != MPICH ]] || emulated_nodes

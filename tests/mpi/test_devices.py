@@ -84,8 +84,13 @@ class Unmarked(Order):
 def test_the_streams_have_to_be_ordered(name: str, lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the events between streams the results are others: so the emulation's streams are late indeed.
 
-    What is late are kernels, not torch's operations: the workers take their steps by the kernel of MSGD.
+    What is late are kernels, not torch's operations: the workers take their steps by the kernel of MSGD. And the host must
+    not wait for the stream before it meets, as it does for a loss that lies on the device.
     """
+
+    def losses(rank: int, t: int) -> float:
+        return float((rank + t) % 3)
+
     monkeypatch.setattr(Unmarked, "lacks", lacks)
     monkeypatch.setattr("mpilsgd.transport.devices.Order", Unmarked)
     wrong = 0
@@ -94,8 +99,10 @@ def test_the_streams_have_to_be_ordered(name: str, lacks: str, monkeypatch: pyte
             core.emulated.seed(seed)
             core.emulated.delay(0.1 if seed % 2 == WORLD.rank else 0.0)
             topo = mpilsgd.Topology()
-            with running(BY_NAME[name], TanhNet(), MSGD, LAYOUTS[0], device="cuda", topo=topo) as run:
-                simulated = BY_NAME[name].simulate(TanhNet(), MSGD, LAYOUTS[0])
+            with running(
+                BY_NAME[name], TanhNet(), MSGD, LAYOUTS[0], device="cuda", topo=topo, losses=losses
+            ) as run:
+                simulated = BY_NAME[name].simulate(TanhNet(), MSGD, LAYOUTS[0], losses=losses)
                 wrong += any(WORLD.allgather(compare(run, simulated, 6, 1e-12)))
                 run.topo.free()
             if wrong:

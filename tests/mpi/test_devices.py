@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,19 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from harness import CORE, LAYOUTS, MESSAGES, TOLERANCE, WORLD, Case, check_together, compare, place, running
+from harness import (
+    CORE,
+    LAYOUTS,
+    MESSAGES,
+    TOLERANCE,
+    WORLD,
+    Case,
+    check_together,
+    compare,
+    distance,
+    place,
+    running,
+)
 from method_cases import BY_NAME, MSGD, SGD
 from problems import LeastSquares, TanhNet
 
@@ -84,8 +97,9 @@ class Unmarked(Order):
 def test_the_streams_have_to_be_ordered(name: str, lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the events between streams the results are others: so the emulation's streams are late indeed.
 
-    What is late are kernels, not torch's operations: the workers take their steps by the kernel of MSGD. And the host must
-    not wait for the stream before it meets, as it does for a loss that lies on the device.
+    What is late are kernels, not torch's operations: the workers take their steps by the kernel of MSGD. And no host may
+    wait for its stream too early: not before it meets, as it does for a loss that lies on the device, and not while the
+    other one looks at the result.
     """
 
     def losses(rank: int, t: int) -> float:
@@ -97,14 +111,20 @@ def test_the_streams_have_to_be_ordered(name: str, lacks: str, monkeypatch: pyte
     try:
         for seed in range(12):
             core.emulated.seed(seed)
-            core.emulated.delay(0.1 if seed % 2 == WORLD.rank else 0.0)
+            late = seed % 2 == WORLD.rank
+            core.emulated.delay(0.1 if late else 0.0)
             topo = mpilsgd.Topology()
             with running(
                 BY_NAME[name], TanhNet(), MSGD, LAYOUTS[0], device="cuda", topo=topo, losses=losses
             ) as run:
                 simulated = BY_NAME[name].simulate(TanhNet(), MSGD, LAYOUTS[0], losses=losses)
-                wrong += any(WORLD.allgather(compare(run, simulated, 6, 1e-12)))
-                run.topo.free()
+                for _ in range(6):
+                    run.step()
+                    simulated.step()
+                    time.sleep(0.02 * late)
+                    wrong += distance(run.x(), simulated.x[run.rank]) > 1e-12
+            wrong = sum(WORLD.allgather(wrong))
+            topo.free()
             if wrong:
                 break
     finally:

@@ -93,13 +93,13 @@ class Unmarked(Order):
 @pytest.mark.processes
 @pytest.mark.brief(2)
 @pytest.mark.parametrize("lacks", ["before", "after"])
-@pytest.mark.parametrize("name", TOGETHER[:3])
+@pytest.mark.parametrize("name", ["LSGD-after-step", "EASGD-gauss-seidel", "LocalSGD-period"])
 def test_the_streams_have_to_be_ordered(name: str, lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the events between streams the results are others: so the emulation's streams are late indeed.
 
-    What is late are kernels, not torch's operations: the workers take their steps by the kernel of MSGD. And no host may
-    wait for its stream too early: not before it meets, as it does for a loss that lies on the device, and not while the
-    other one looks at the result.
+    What is late are kernels, not torch's operations: the workers take their steps by the kernel of MSGD, and exchange
+    after them. And no host may wait for its stream too early: not before it meets, as it does for a loss that lies on the
+    device, and not while the other one looks at the result.
     """
 
     def losses(rank: int, t: int) -> float:

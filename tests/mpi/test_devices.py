@@ -28,7 +28,7 @@ from method_cases import BY_NAME, MSGD, SGD
 from problems import LeastSquares, TanhNet
 
 import mpilsgd
-from mpilsgd import devices
+from mpilsgd import devices, kernels
 from mpilsgd.comm import inquiry
 from mpilsgd.extension import core, device_of
 from mpilsgd.transport import Fabric, SharedMemoryWarning, probe
@@ -93,13 +93,11 @@ class Unmarked(Order):
 @pytest.mark.processes
 @pytest.mark.brief(2)
 @pytest.mark.parametrize("lacks", ["before", "after"])
-@pytest.mark.parametrize("name", ["LSGD-after-step", "EASGD-gauss-seidel", "LocalSGD-period"])
-def test_the_streams_have_to_be_ordered(name: str, lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_streams_have_to_be_ordered(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the events between streams the results are others: so the emulation's streams are late indeed.
 
-    What is late are kernels, not torch's operations: the workers take their steps by the kernel of MSGD, and exchange
-    after them. And no host may wait for its stream too early: not before it meets, as it does for a loss that lies on the
-    device, and not while the other one looks at the result.
+    What is late are kernels, not torch's operations: the workers take their steps by the kernel of MSGD. And the
+    host must not wait for its stream before it meets, as it does for a loss that lies on the device.
     """
 
     def losses(rank: int, t: int) -> float:
@@ -114,10 +112,9 @@ def test_the_streams_have_to_be_ordered(name: str, lacks: str, monkeypatch: pyte
             late = seed % 2 == WORLD.rank
             core.emulated.delay(0.1 if late else 0.0)
             topo = mpilsgd.Topology()
-            with running(
-                BY_NAME[name], TanhNet(), MSGD, LAYOUTS[0], device="cuda", topo=topo, losses=losses
-            ) as run:
-                simulated = BY_NAME[name].simulate(TanhNet(), MSGD, LAYOUTS[0], losses=losses)
+            case = BY_NAME["LSGD-after-step"]
+            with running(case, TanhNet(), MSGD, LAYOUTS[0], device="cuda", topo=topo, losses=losses) as run:
+                simulated = case.simulate(TanhNet(), MSGD, LAYOUTS[0], losses=losses)
                 for _ in range(6):
                     run.step()
                     simulated.step()
@@ -130,6 +127,39 @@ def test_the_streams_have_to_be_ordered(name: str, lacks: str, monkeypatch: pyte
     finally:
         core.emulated.delay(1e-4)
     assert wrong
+
+
+@only_emulated
+@pytest.mark.processes
+@pytest.mark.brief(2)
+@pytest.mark.parametrize("lacks", ["", "before", "after"])
+def test_a_kernel_sees_what_the_other_stream_was_given_before(
+    lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1's kernel is late; rank 0's reads what it writes, if the events are there."""
+    monkeypatch.setattr(Unmarked, "lacks", lacks)
+    topo = mpilsgd.Topology()
+    window = DeviceWindow(topo.node, place("cuda"), torch.float32, 64)
+    order, seen = Unmarked(topo.node, place("cuda"), []), []
+    ones, out = torch.ones(64, device=place("cuda")), torch.zeros(64, device=place("cuda"))
+    core.emulated.delay(0.2 * WORLD.rank)
+    for k in range(1, 7):
+        if WORLD.rank == 1:
+            kernels.triad(window.mine, ones, ones, float(k))
+        order.before(False)
+        topo.node.Barrier()
+        order.after(False)
+        if WORLD.rank == 0:
+            kernels.total(out, [window.views[1]])
+            seen.append(float(out[0]) == k + 1)
+        topo.node.Barrier()
+    core.emulated.delay(1e-4)
+    devices.finish(place("cuda"))
+    topo.node.Barrier()
+    order.free()
+    window.free()
+    assert WORLD.rank or all(seen) == (not lacks), seen
+    topo.free()
 
 
 @pytest.mark.parametrize("aware", [True, False])

@@ -7,26 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpilsgd.extension import core, device_of
-
-HOST = torch.device("cpu")
-
-
-def place_of(x: Tensor) -> torch.device:
-    """Where x lies. An emulated device, as tests have it, is a numbered "cpu"; the host's memory has no number."""
-    index = device_of(x)
-    if index >= 0:
-        return torch.device(x.device.type, index)
-    return HOST if x.is_cpu else x.device
+from mpilsgd.extension import core, stream_of
 
 
 def on_host(place: torch.device) -> bool:
     return place.type == "cpu" and place.index is None
-
-
-def stream_of(place: torch.device) -> int:
-    """The stream to which torch gives its work there."""
-    return torch.cuda.current_stream(place).cuda_stream if place.type == "cuda" else 0
 
 
 def identity(place: torch.device) -> bytes:

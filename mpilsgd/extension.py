@@ -37,6 +37,7 @@ class FallbackWarning(UserWarning):
 # A build for tests has device memory that torch takes for the host's; else None (csrc/emulated).
 emulated: Any = getattr(core, "emulated", None)
 emulated_stream = 0  # the default one
+HOST = torch.device("cpu")
 
 
 def device_of(x: Tensor) -> int:
@@ -46,10 +47,17 @@ def device_of(x: Tensor) -> int:
     return x.device.index if x.is_cuda else -1
 
 
-def place_of(x: Tensor) -> str:
-    """The same for a message: "cpu", "cuda:0"."""
+def place_of(x: Tensor) -> torch.device:
+    """Where x lies. An emulated device is a numbered "cpu"; the host's memory has no number."""
     index = device_of(x)
-    return str(x.device) if index < 0 else f"cuda:{index}"
+    if index >= 0:
+        return torch.device(x.device.type, index)
+    return HOST if x.is_cpu else x.device
+
+
+def stream_of(place: torch.device) -> int:
+    """The stream to which torch gives its work there."""
+    return torch.cuda.current_stream(place).cuda_stream if place.type == "cuda" else emulated_stream
 
 
 def backend(x: Tensor) -> str:
@@ -79,8 +87,7 @@ def where_to_run(x: Tensor, stats: bool, seed: int = 0) -> Any:
     if x.is_cpu and (emulated is None or device_of(x) < 0):
         return core.Where(DTYPES[x.dtype], x.numel(), -1, torch.get_num_threads(), stats, seed)
     if core.cuda and (x.is_cuda or x.is_cpu):
-        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else emulated_stream
-        return core.Where(DTYPES[x.dtype], x.numel(), device_of(x), stream, stats, seed)
+        return core.Where(DTYPES[x.dtype], x.numel(), device_of(x), stream_of(x.device), stats, seed)
     hint = (
         "build it with -C cmake.define.MPILSGD_CUDA=ON" if x.is_cuda else "there are kernels for cpu and cuda"
     )

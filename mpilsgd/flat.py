@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpilsgd import forks
-from mpilsgd.devices import place_of
+from mpilsgd.extension import place_of
 from mpilsgd.layout import Place, Plan, digest, find_modules, float_buffers, padded
 from mpilsgd.names import without_collector
 from mpilsgd.pieces import Vectors, clear_gaps, grad_keeper, piece, seats

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from mpilsgd import bound, kernels
-from mpilsgd.devices import place_of
 from mpilsgd.exchange.rows import Rows, checked
 from mpilsgd.exchange.vectors import NOTHING, Span, Vector, accumulation_dtype, allot
+from mpilsgd.extension import place_of
 from mpilsgd.transport import Level, Stream
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import torch
 
 from mpilsgd import kernels
 from mpilsgd.comm import Edge, Inbox, Links, clock, pause, wait_until
-from mpilsgd.devices import place_of
 from mpilsgd.exchange.base import Exchange
 from mpilsgd.exchange.edge_messages import Messages
 from mpilsgd.exchange.rows import CENTER
 from mpilsgd.exchange.vectors import Span, Vector, load, save
+from mpilsgd.extension import place_of
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpilsgd import bound
-from mpilsgd.devices import place_of
 from mpilsgd.exchange import leaving
 from mpilsgd.exchange.behind import BEHIND
 from mpilsgd.exchange.clocks import TwoPeriods
@@ -22,6 +21,7 @@ from mpilsgd.exchange.rules import check_verbs
 from mpilsgd.exchange.together import Together
 from mpilsgd.exchange.vectors import Span, accumulation_dtype
 from mpilsgd.exchange.wrapped import Members, wrap_problem
+from mpilsgd.extension import place_of
 from mpilsgd.flat import FlatParameters, find_modules, float_buffers
 from mpilsgd.layout import Plan
 from mpilsgd.optimizers.wrapped import described

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpilsgd.devices import place_of
+from mpilsgd.extension import place_of
 from mpilsgd.flat import FlatParameters
 
 

@@ -21,7 +21,7 @@ _AHEAD = 200_000  # cycles, 0.1 ms
 def place(name: str, rank: int = 0) -> torch.device | None:
     """For "cuda" the GPU of the node's rank `rank`, or an emulated one; None: there is none."""
     if name == "cpu":
-        return devices.HOST
+        return extension.HOST
     if torch.cuda.is_available():
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)

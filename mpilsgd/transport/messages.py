@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpilsgd.comm import Channel
-from mpilsgd.devices import HOST
+from mpilsgd.extension import HOST
 
 
 class Private:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from mpilsgd import blocks
-from mpilsgd.devices import HOST, finish, place_of
-from mpilsgd.extension import device_of
+from mpilsgd.devices import finish
+from mpilsgd.extension import HOST, device_of, place_of
 
 BITS = {"int8": 8, "int4": 4}  # by the name of the type
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpilsgd import devices, extension
+from mpilsgd import extension
 from mpilsgd.comm import inquiry
 from mpilsgd.train import bench, bench_device, bench_kernels, info, table
 
@@ -94,12 +94,12 @@ def test_calls_take_turns_over_the_sets() -> None:
     for one in (a, b, a, b, b):
         one()
     assert order == [0, 11, 0, 11, 10]
-    assert bench_device.how_many_sets(devices.HOST, 4) == 1
+    assert bench_device.how_many_sets(extension.HOST, 4) == 1
 
 
 def test_copies_go_from_each_set_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_device, "on_host", lambda place: False)
-    sets = [bench_device.vectors(devices.HOST, torch.float32, 200) for _ in range(3)]
+    sets = [bench_device.vectors(extension.HOST, torch.float32, 200) for _ in range(3)]
     assert sets[0][1].data_ptr() - sets[0][0].data_ptr() == 1024
     copies, before = bench_device.copies(sets, 512), [four[1].clone() for four in sets]
     copies[2]()
@@ -140,7 +140,7 @@ def test_a_size_that_is_none(size: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_repetitions_are_interleaved_there_and_back() -> None:
     order: list[str] = []
     calls = [lambda: order.append("a"), lambda: order.append("b")]
-    bench_kernels._interleaved(calls, 3, bench_device.clock_of(devices.HOST))
+    bench_kernels._interleaved(calls, 3, bench_device.clock_of(extension.HOST))
     assert "".join(order) == "abbaab"
 
 

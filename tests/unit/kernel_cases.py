@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 R, Q, M, WD, LR = 0.3, 0.07, 0.9, 0.01, 0.05  # rates that no type represents exactly
 
+SPECIAL = [float("nan"), float("inf"), float("-inf")]
 Vectors = dict[str, torch.Tensor]
 Arrays = dict[str, np.ndarray]
 
@@ -214,3 +215,13 @@ def clone(v: Vectors) -> Vectors:
 
 def wide(v: Vectors) -> Arrays:
     return {key: t.to(accumulation(t.dtype)).numpy().copy() for key, t in v.items()}
+
+
+def not_finite(dtype: torch.dtype, n: int, places: list[int]) -> Iterator[tuple[str, Vectors]]:
+    """Vectors of which each in turn, then all hold NaN and infinities at these places."""
+    for key in ("x", "l", "o", "g", "v", "c", "t", "p0", "p2", "all"):
+        vectors = make(dtype, n, 3)
+        for victim in [key] if key != "all" else list(vectors):
+            for i, place in enumerate(places):
+                vectors[victim][place] = SPECIAL[i]
+        yield key, vectors

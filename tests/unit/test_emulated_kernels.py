@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from emulated_memory import to_device, to_host, wait
-from kernel_cases import CASES, WITH_STATS, Vectors, clone, make, np_stored, peers_of, wide
-from test_kernels import DTYPES, SPECIAL, assert_moved, assert_same
+from kernel_cases import CASES, WITH_STATS, Vectors, clone, make, not_finite, np_stored, peers_of, wide
+from test_kernels import DTYPES, assert_moved, assert_same
 
 from mpilsgd import extension, kernels, reference
 
@@ -91,11 +91,7 @@ def test_many_peers(dtype: torch.dtype, name: str) -> None:
 def test_values_not_finite(dtype: torch.dtype, name: str) -> None:
     call, _ = CASES[name]
     for n, places in ((1, [0]), (1003, [17, 512, 1002])):
-        for key in ("x", "l", "o", "g", "v", "c", "t", "p0", "p2", "all"):
-            vectors = make(dtype, n, 3)
-            for victim in [key] if key != "all" else list(vectors):
-                for i, place in enumerate(places):
-                    vectors[victim][place] = SPECIAL[i]
+        for key, vectors in not_finite(dtype, n, places):
             by_torch = clone(vectors)
             moved = on_device(call, vectors, True)
             wanted = call(reference, by_torch, True)

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_cases import CASES, WITH_STATS, Vectors, clone, make, np_stored, wide
+from kernel_cases import CASES, SPECIAL, WITH_STATS, Vectors, clone, make, not_finite, np_stored, wide
 
 from mpilsgd import kernels, reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LENGTHS = [0, 1, 7, 64, 1000, 100003]
-SPECIAL = [float("nan"), float("inf"), float("-inf")]
 ISAS = kernels._core.instruction_sets()
 
 
@@ -116,11 +115,7 @@ def test_values_not_finite(isa: str, dtype: torch.dtype, name: str) -> None:
     """Each vector in turn holds NaN and infinities, in the SIMD part, the tail and a second tile."""
     call, _ = CASES[name]
     for n, places in ((1, [0]), (100, [0, 33, 99]), (5003, [17, 2049, 5002])):
-        for key in ("x", "l", "o", "g", "v", "c", "t", "p0", "p2", "all"):
-            vectors = make(dtype, n, 3)
-            for victim in [key] if key != "all" else list(vectors):
-                for i, place in enumerate(places):
-                    vectors[victim][place] = SPECIAL[i]
+        for key, vectors in not_finite(dtype, n, places):
             by_torch = clone(vectors)
             moved, wanted = call(kernels, vectors, True), call(reference, by_torch, True)
             assert_same(vectors, by_torch, f"{name} n={n} not finite in {key}")

@@ -1,4 +1,4 @@
-"""The command line: `mpilsgd train`, `report`, `info`, `bench`."""
+"""The command line: `mpilsgd train`, `report`, `info`, `bench`, `plan`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ COMMANDS = {
     "report": "draw figures of one or several run directories",
     "info": "show MPI, ranks, shared memory, CUDA and the extension as they are here",
     "bench": "measure the kernels, or the exchange between ranks",
+    "plan": "say what exchanges will cost on a cluster, and which periods keep them cheap",
 }
+_MODULES = {"plan": "mpilsgd.plan.command"}  # others: mpilsgd.train.COMMAND
 # What launchers call the rank, for messages that must appear once before MPI is there
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mpilsgd.train import job
 
         return job.main(rest)
-    module = importlib.import_module(f"mpilsgd.train.{command}")
+    module = importlib.import_module(_MODULES.get(command, f"mpilsgd.train.{command}"))
     parser = argparse.ArgumentParser(prog=f"mpilsgd {command}")
     module.add_arguments(parser)
     with _told_once():

@@ -16,7 +16,10 @@ from mpilsgd.comm.mpi import MPI
 
 _PIECE = 1 << 22  # bytes a message at most: those of a chunk follow each other, and MPI's counts are C ints
 _CHUNK = 1 << 24  # bytes that are received before they are used, while the next ones come
-_SMALLEST, _PIECES = 1 << 16, 16  # bytes a message at least; messages of a short vector
+_SMALLEST, _PIECES = (
+    1 << 16,
+    16,
+)  # bytes a message at least; messages of a vector for each rank that passes it on
 
 
 class Channel:
@@ -73,6 +76,12 @@ def slices(a: int, b: int, parts: int, wire: Any) -> list[tuple[int, int]]:
     return [(min(a + k * share, b), min(a + (k + 1) * share, b)) for k in range(parts)]
 
 
+def piece(nbytes: int, ranks: int) -> int:
+    """Bytes a message of a vector that goes along a chain: all those that pass it on delay it by a sixteenth in all, or
+    each by a short message."""
+    return min(max(-(-nbytes // (_PIECES * max(ranks - 2, 1))), _SMALLEST), _PIECE)
+
+
 def pass_along(
     heads: MPI.Comm,
     vector: torch.Tensor,
@@ -90,7 +99,7 @@ def pass_along(
     """
     n, place = heads.size, (heads.rank - home) % heads.size
     before, after = (heads.rank - 1) % n, (heads.rank + 1) % n
-    size = wire.most(min(max(-(-wire.nbytes(vector.numel()) // _PIECES), _SMALLEST), _PIECE))
+    size = wire.most(piece(wire.nbytes(vector.numel()), n))
     direct, at = wire.direct(vector, mapped), wire.nbytes
     travels = vector.view(torch.uint8) if direct else wire.staging(vector, at(vector.numel()))
     wire.settle(travels)

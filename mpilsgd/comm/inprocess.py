@@ -47,6 +47,11 @@ def in_process(
             f"in_process() makes the workers itself, and this program is {who} already: start it without mpiexec, or "
             "call the worker function itself, once on every rank"
         )
+    return run_tasks(worker, workers, seed, nodes, patience)
+
+
+def run_tasks(worker: Callable[[], _T], workers: int, seed: int, nodes: int, patience: float) -> list[_T]:
+    """The same within a program that is a rank, beside what that does: nothing of MPI is touched."""
     baton, world = Baton(seed), tasks.Members(range(workers))
     cut = [k * nodes // workers for k in range(workers)]
     ranks = [TaskRank(baton, world, r, cut[r]) for r in range(workers)]

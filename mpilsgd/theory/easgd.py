@@ -185,6 +185,9 @@ def averaged_center_covariance(hessian: ArrayLike, noise: ArrayLike, workers: Ar
 
 
 def _sum(z: Array, t: Array) -> Array:
-    """z + z^2 + ... + z^(t-1)."""
-    ratio = np.where(z == 1, 2.0, z)  # any value that divides: replaced below
-    return np.where(z == 1, t - 1, (ratio - ratio**t) / (1 - ratio))
+    """z + z^2 + ... + z^(t-1); near z = 1 by way of the logarithm, where the quotient would cancel."""
+    near = np.abs(z - 1) < 0.1
+    log = np.log1p(np.where(near, z - 1, -0.5))
+    by_log = np.where(log == 0, t - 1, z * np.expm1((t - 1) * log) / np.expm1(np.where(log == 0, 1.0, log)))
+    away = np.where(near, 0.5, z)
+    return np.where(near, by_log, (away - away**t) / (1 - away))

@@ -56,7 +56,7 @@ def best_moving_rate(
 
     Errata: the thesis prints the first case for all beta < eta_h (at beta = 0.9, eta_h = 1.5 its -0.0762 has radius
     0.4238, the best -0.1633 has 0.3367) and 0 for all beta > eta_h, which fails for beta + eta_h > 2, where the
-    negative 1 - beta dominates (at beta = 1.68, eta_h = 1.19 radius 0.68, the best -0.041 has 0.417).
+    negative 1 - beta dominates (at beta = 1.7, eta_h = 1.2 radius 0.7; the best, -0.0434, has 0.4283).
 
     ValueError: an argument outside its range. Source: thesis (5.17), (5.19) and after.
     """

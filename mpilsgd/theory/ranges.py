@@ -26,10 +26,10 @@ def need(condition: str, holds: ArrayLike, **values: ArrayLike) -> None:
     raise ValueError(f"needs {condition}, not {shown}")
 
 
-def whole_workers(workers: int, least: int = 1) -> int:
+def whole_workers(workers: int) -> int:
     """A number of workers that sets the size of a matrix: one int, not an array."""
-    if isinstance(workers, bool) or not isinstance(workers, int | np.integer) or workers < least:
-        raise ValueError(f"needs workers, one whole number >= {least}, not {workers!r}")
+    if isinstance(workers, bool) or not isinstance(workers, int | np.integer) or workers < 1:
+        raise ValueError(f"needs workers, one whole number >= 1, not {workers!r}")
     return int(workers)
 
 
@@ -44,6 +44,8 @@ def spectral_radius(matrices: ArrayLike) -> Array:
 
     A linear update is stable where it is below 1. Lemma 3.1.4 and section 3.3 of the thesis write it ||M||_2; the
     spectral radius is meant.
+
+    ValueError: no square matrices in the last two axes.
     """
     (m,) = floats(matrices)
     need("square matrices in the last two axes", m.ndim >= 2 and m.shape[-1] == m.shape[-2], axes=m.ndim)

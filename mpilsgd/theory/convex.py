@@ -64,30 +64,27 @@ def convex_eigenvalues(
     return np.stack(found, axis=-1)
 
 
-def convex_lr_edge(
-    moving_rate: ArrayLike, center_rate: ArrayLike, *, convexity: ArrayLike, smoothness: ArrayLike
-) -> Array:
+def convex_lr_edge(moving_rate: ArrayLike, *, convexity: ArrayLike, smoothness: ArrayLike) -> Array:
     """The learning rate below which the bound of Theorem 3.2.1 holds, its matrix is positive and it contracts.
 
-        min of (1 - alpha) / (2 mu L / (mu + L) + 2 L (1 - 2 sqrt(mu L) / (mu + L))),
-               (mu + L) / (mu L) (1 - alpha / (2 - beta)),  2 (1 - alpha) / (mu + L)
+        (1 - alpha) / (2 mu L / (mu + L) + 2 L (1 - 2 sqrt(mu L) / (mu + L)))
 
-    Arguments (they broadcast): as in `convex_matrix`, and `center_rate` > 0.
+    Arguments (they broadcast): `moving_rate`, `convexity`, `smoothness` as in `convex_matrix`.
+
+    Erratum, found here: the text's other condition, eta < (mu + L) / (mu L) (1 - alpha / (2 - beta)), follows from this
+    one for beta <= 1, and so does that of the theorem; only contraction needs beta > 0 besides.
 
     ValueError: an argument outside its range. Source: thesis 3.2, after Theorem 3.2.1.
     """
-    alpha, beta, mu, big = floats(moving_rate, center_rate, convexity, smoothness)
-    need("center_rate > 0", beta > 0, center_rate=beta)
-    g1, g2, alpha, beta = _rates(0.0, alpha, beta, mu, big, each=1.0)
-    positive = (1 - alpha) / (g1 + g2)
-    contracts = 2 / g1 * (1 - alpha / (2 - beta))
-    return np.minimum(np.minimum(positive, contracts), 2 * (1 - alpha) / (mu + big))
+    alpha, mu, big = floats(moving_rate, convexity, smoothness)
+    g1, g2 = _per_lr(mu, big)
+    need("0 <= moving_rate < 1", (alpha >= 0) & (alpha < 1), moving_rate=alpha)
+    return (1 - alpha) / (g1 + g2)
 
 
 def convex_limit(
     lr: ArrayLike,
     moving_rate: ArrayLike,
-    center_rate: ArrayLike,
     workers: ArrayLike,
     *,
     convexity: ArrayLike,
@@ -99,40 +96,37 @@ def convex_limit(
         a = c = (alpha / p + g1 / p + g2) / (g1 (alpha + g1 + g2)) eta^2 sigma^2
         b     = (alpha / p + g1 + g2) / (g1 (alpha + g1 + g2)) eta^2 sigma^2
 
-    Arguments (they broadcast): `workers` p >= 1; `sigma` >= 0; the others as in `convex_matrix`, with `lr` > 0,
-    `center_rate` > 0 and `lr` below `convex_lr_edge`.
+    Every center rate in (0, 1] has the same.
+
+    Arguments (they broadcast): `workers` p >= 1; `sigma` >= 0; the others as in `convex_matrix`, with `lr` > 0 and below
+    `convex_lr_edge`.
 
     ValueError: an argument outside its range. Source: thesis 3.2, after Theorem 3.2.1.
     """
-    lr, alpha, beta, p, mu, big, sigma = floats(
-        lr, moving_rate, center_rate, workers, convexity, smoothness, sigma
-    )
+    lr, alpha, p, mu, big, sigma = floats(lr, moving_rate, workers, convexity, smoothness, sigma)
     need("workers >= 1", p >= 1, workers=p)
     need("sigma >= 0", sigma >= 0, sigma=sigma)
-    edge = convex_lr_edge(alpha, beta, convexity=mu, smoothness=big)
+    edge = convex_lr_edge(alpha, convexity=mu, smoothness=big)
     need("0 < lr < convex_lr_edge(...)", (lr > 0) & (lr < edge), lr=lr, edge=edge)
-    g1, g2, alpha, beta = _rates(lr, alpha, beta, mu, big)
+    g1, g2 = (lr * g for g in _per_lr(mu, big))
     scale = (lr * sigma) ** 2 / (g1 * (alpha + g1 + g2))
     return ((alpha + g1) / p + g2) * scale, (alpha / p + g1 + g2) * scale
 
 
 def _rates(
-    lr: ArrayLike,
-    moving_rate: ArrayLike,
-    center_rate: ArrayLike,
-    convexity: ArrayLike,
-    smoothness: ArrayLike,
-    each: float | None = None,
+    lr: ArrayLike, moving_rate: ArrayLike, center_rate: ArrayLike, convexity: ArrayLike, smoothness: ArrayLike
 ) -> tuple[Array, Array, Array, Array]:
-    """g1, g2 (those of `lr`, or of a learning rate of `each`), alpha, beta, all checked."""
+    """g1, g2, alpha, beta, all checked."""
     lr, alpha, beta, mu, big = floats(lr, moving_rate, center_rate, convexity, smoothness)
-    need("0 < convexity <= smoothness", (mu > 0) & (mu <= big), convexity=mu, smoothness=big)
+    g1, g2 = _per_lr(mu, big)
     need("0 <= moving_rate < 1", (alpha >= 0) & (alpha < 1), moving_rate=alpha)
     need("0 <= center_rate <= 1", (beta >= 0) & (beta <= 1), center_rate=beta)
     edge = 2 * (1 - alpha) / (mu + big)
     inside = (lr >= 0) & (lr <= edge)
     need("0 <= lr <= 2 (1 - moving_rate) / (convexity + smoothness)", inside, lr=lr, edge=edge)
-    eta = lr if each is None else each
-    g1 = 2 * eta * mu * big / (mu + big)
-    g2 = 2 * eta * big * (1 - 2 * np.sqrt(mu * big) / (mu + big))
-    return g1, g2, alpha, beta
+    return lr * g1, lr * g2, alpha, beta
+
+
+def _per_lr(mu: Array, big: Array) -> tuple[Array, Array]:
+    need("0 < convexity <= smoothness", (mu > 0) & (mu <= big), convexity=mu, smoothness=big)
+    return 2 * mu * big / (mu + big), 2 * big * (1 - 2 * np.sqrt(mu * big) / (mu + big))

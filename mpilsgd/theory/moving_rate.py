@@ -47,10 +47,11 @@ def best_moving_rate(
         beta <= eta_h, sqrt(beta eta_h) >= (2 + beta) / 3:  |z_1| = |z_2| = |z_3|,
                                                             (eta_h - 1 + alpha)^2 = (1 - eta_h)(1 - beta) - alpha
         beta >= eta_h, beta + eta_h <= 2:                   0
-        beta >= eta_h, beta + eta_h >= 2:                   negative, the least radius of the candidates below
+        beta >= eta_h, beta + eta_h >= 2:                   the first, or z_1 = -z_2 with z_2 real,
+                                          (2 - beta - eta_h - alpha)(2 - 2 eta_h - 2 alpha) = alpha beta
 
-    Each |z_i| is monotone in alpha between these points, so the least maximum is at one of them: the double root,
-    z_1 = 0, z_1 = z_2, z_2 = -z_3, z_1 = -z_2, |z_1| = |z_2| with z_2 complex. All are tried.
+    Each |z_i| is monotone in alpha between its zero, the double root and the crossings of two of them, so the least
+    maximum is at one of these. The four above are all that ever win, and all four are tried.
 
     Arguments (they broadcast): `lr` eta > 0; `center_rate` beta > 0; `workers` p >= 1; `curvature` h > 0.
 
@@ -67,18 +68,15 @@ def best_moving_rate(
     need("center_rate > 0", b > 0, center_rate=b)
     e, b, p = np.broadcast_arrays(lr * h, b, p)
     double = -((np.sqrt(b) - np.sqrt(e)) ** 2)
-    # z_1 = -z_2: (2 - beta - alpha - eta_h)(2 - 2 alpha - 2 eta_h) = alpha beta
-    opposite = _real_roots(2.0 + 0 * e, 4 * e + b - 6, 2 * (1 - e) * (2 - b - e))
-    # |z_1|^2 = z_2 z_3 with z_2, z_3 a complex pair
-    equal = _real_roots(1.0 + 0 * e, 2 * e - 1, (e - 1) * (e - b))
-    candidates = np.stack([double, 0 * e, 1 - e, 2 - b - e, *opposite, *equal], axis=-1)
+    opposite = _root(2.0, 4 * e + b - 6, 2 * (1 - e) * (2 - b - e), -1)
+    equal = _root(1.0, 2 * e - 1, (e - 1) * (e - b), 1)
+    candidates = np.stack([double, 0 * e, opposite, equal], axis=-1)
     radius = easgd_radius(e[..., None], candidates, b[..., None], p[..., None])
     best = np.argmin(radius, axis=-1)[..., None]
     several = np.take_along_axis(candidates, best, axis=-1)[..., 0]
     return np.where(p > 1, several, double)
 
 
-def _real_roots(a: Array, b: Array, c: Array) -> tuple[Array, Array]:
-    """The roots of a z^2 + b z + c; the vertex, a harmless candidate, where they are complex."""
-    root = np.sqrt(np.maximum(b * b - 4 * a * c, 0.0))
-    return (-b + root) / (2 * a), (-b - root) / (2 * a)
+def _root(a: float, b: Array, c: Array, sign: int) -> Array:
+    """A root of a z^2 + b z + c; the vertex, a harmless candidate, where there is no real one."""
+    return (-b + sign * np.sqrt(np.maximum(b * b - 4 * a * c, 0.0))) / (2 * a)

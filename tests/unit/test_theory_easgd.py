@@ -142,7 +142,7 @@ def test_theorem_3_2_1_bounds_a_simulation() -> None:
 def test_theorem_3_2_1_eigenvalues_limit_and_edge() -> None:
     moving, rate = np.array([0.05, 0.3, 0.6]), np.array([[0.2], [0.9]])
     shape = {"convexity": 0.5, "smoothness": 2.0}
-    edge = theory.convex_lr_edge(moving, rate, **shape)
+    edge = theory.convex_lr_edge(moving, **shape)
     lr = 0.7 * edge
     m = theory.convex_matrix(lr, moving, rate, **shape)
     found = np.sort(np.linalg.eigvals(m).real, axis=-1)
@@ -152,9 +152,12 @@ def test_theorem_3_2_1_eigenvalues_limit_and_edge() -> None:
     assert (theory.spectral_radius(m) < 1).all() and (m >= 0).all()
     noise = (lr * 1.5)[..., None] ** 2 * np.array([1 / 8, 1, 0])
     fixed = np.linalg.solve(np.eye(3) - m, noise[..., None])[..., 0]
-    mean, each = theory.convex_limit(lr, moving, rate, 8, **shape, sigma=1.5)
-    np.testing.assert_allclose(fixed, np.stack([mean, each, mean], -1), rtol=1e-10)
-    # mu = L: the two conditions of the text
-    alpha, beta, big = 0.2, 0.5, 3.0
-    edge_equal = theory.convex_lr_edge(alpha, beta, convexity=big, smoothness=big)
-    assert edge_equal == pytest.approx(min((1 - alpha) / big, 2 / big * (1 - alpha / (2 - beta))))
+    mean, each = theory.convex_limit(lr, moving, 8, **shape, sigma=1.5)
+    np.testing.assert_allclose(fixed, [np.stack([mean, each, mean], -1)] * 2, rtol=1e-10)
+    # at the edge the first eigenvalue is 0; the other conditions are met there, for every mu and L
+    mu, alpha, beta = np.linspace(0.01, 3, 40), 0.3, np.linspace(0.05, 1, 20)[:, None]
+    edge = theory.convex_lr_edge(alpha, convexity=mu, smoothness=3.0)
+    values = theory.convex_eigenvalues(edge, alpha, beta, convexity=mu, smoothness=3.0)
+    np.testing.assert_allclose(values[..., 0], 0, atol=1e-12)
+    assert (values[..., 1] < 1).all() and (values[..., 2] > -1).all()
+    assert (edge <= 2 * (1 - alpha) / (mu + 3.0) * (1 + 1e-12)).all()

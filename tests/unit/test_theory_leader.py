@@ -131,9 +131,9 @@ def test_angle_improves_is_the_comparison_of_two_angles() -> None:
 
 def test_theorem_6_at_least_half_of_the_leaders_improve_at_a_small_pull() -> None:
     rng = np.random.default_rng(2)
-    for x in rng.standard_normal((4, 3)):
+    points = rng.standard_normal((4, 3))
+    for x, share in zip(points, theory.small_pull_share(points, HESSIAN), strict=True):
         z = leaders(x, HESSIAN, 20_000)
-        share = theory.small_pull_share(x, HESSIAN)
         found = theory.angle_improves(x, z, 1e-7, HESSIAN).mean()
         assert 0.5 <= share <= 1
         assert abs(found - share) < 4 * np.sqrt(0.25 / 20_000)

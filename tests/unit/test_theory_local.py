@@ -59,6 +59,7 @@ def test_local_sgd_stays_below_its_bound_and_its_deviation() -> None:
     )
     assert (mu / 2 * mean**2).mean() < sum(terms)
     assert max(d for d, _ in apart) > 0
+    assert theory.local_sgd_deviation(0.1, 5, gradient=6.0) == pytest.approx(36)
     for deviation, lr in apart:
         assert deviation <= theory.local_sgd_deviation(lr, period, gradient=gradient)
 

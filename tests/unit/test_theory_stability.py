@@ -143,6 +143,7 @@ def test_the_best_moving_rate_beats_a_grid() -> None:
         on_grid = theory.easgd_radius(lr, grid, rate, workers).min(axis=0)
         assert (radius <= on_grid + 1e-7).all() and (radius > on_grid - 0.06).all()
     np.testing.assert_allclose(theory.best_moving_rate(lr, rate, 1), -((np.sqrt(rate) - np.sqrt(lr)) ** 2))
+    np.testing.assert_allclose(theory.best_moving_rate(lr / 0.7, rate, 2, 0.7), best, atol=1e-12)
 
 
 def test_the_best_moving_rate_of_the_erratum() -> None:

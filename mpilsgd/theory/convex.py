@@ -98,8 +98,8 @@ def convex_limit(
 
     Every center rate in (0, 1] has the same.
 
-    Arguments (they broadcast): `workers` p >= 1; `sigma` >= 0; the others as in `convex_matrix`, with `lr` > 0 and below
-    `convex_lr_edge`.
+    Arguments (they broadcast): `workers` p >= 1; `sigma` >= 0; the others as in `convex_matrix`, with `lr` > 0 and
+    below `convex_lr_edge`.
 
     ValueError: an argument outside its range. Source: thesis 3.2, after Theorem 3.2.1.
     """

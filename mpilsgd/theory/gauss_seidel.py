@@ -71,7 +71,7 @@ def gauss_seidel_moving_rates(
     need("lr > 0", eta > 0, lr=eta)
     need("center_rate > 0", b > 0, center_rate=b)
     low, high = _where(beyond=b * eta / 2 - 1, slope=(1 - eta) * (1 - b))
-    apart = _where(beyond=-1.0 + 0 * b, slope=1 - eta)
+    apart = _where(beyond=np.full(b.shape, -np.inf), slope=1 - eta)
     low = np.where(p > 1, np.maximum(low, apart[0]), low)
     high = np.where(p > 1, np.minimum(high, apart[1]), high)
     return _interval(1 - high, 1 - low)

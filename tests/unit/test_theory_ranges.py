@@ -248,6 +248,25 @@ def test_every_function_with_a_range_says_so() -> None:
         assert "ValueError: " in doc or "Arguments, errors: " in doc, name
 
 
+def test_the_units_are_those_of_the_thesis() -> None:
+    """A unit curvature and unit noise, a standard normal input (5.2), Nesterov's momentum, and no more."""
+    usual = {
+        "curvature": 1.0,
+        "sigma": 1.0,
+        "shape": 0.5,
+        "rate": 0.5,
+        "nesterov": True,
+        "center_start": 1.0,
+        "workers_start": 1.0,
+    }
+    elsewhere = {"nu": 0.0, "batch": 1, "shift": None, "workers": 1, "loss_sigma": 0.0, "conditioning": 1.0}
+    for name in theory.__all__:
+        for parameter in inspect.signature(getattr(theory, name)).parameters.values():
+            if parameter.default is parameter.empty or (name, parameter.name) == ("leader_step", "sigma"):
+                continue
+            assert parameter.default == (usual | elsewhere)[parameter.name], (name, parameter.name)
+
+
 def test_the_refusal_shows_the_first_value_and_nan_is_outside() -> None:
     with pytest.raises(ValueError, match=r"needs 0 < decay < 1, not decay = 1\.5"):
         theory.linear_decay_sum(3, [0.5, 1.5, 2.5])

@@ -123,9 +123,8 @@ def gamma_easgd_lr_edge(
 ) -> Array:
     """The learning rate below which EASGD is stable as the number of workers grows, alpha fixed.
 
-        the least of omega / lambda (2 - alpha - beta) / (1 - beta),
-                     omega / lambda (4 - 2 alpha - 2 beta) / (2 - beta),
-                     omega / (lambda + 1) (1 - alpha + sqrt(lambda^2 + lambda (2 alpha - alpha^2)) / lambda)
+        the lesser of omega / lambda (4 - 2 alpha - 2 beta) / (2 - beta),
+                      omega / (lambda + 1) (1 - alpha + sqrt(lambda^2 + lambda (2 alpha - alpha^2)) / lambda)
 
     With alpha = 0 (the limit of alpha = beta / p) it is SGD's 2 omega / (lambda + 1). For lambda < 1 the widest is
     omega / sqrt(lambda), at alpha = 1 - sqrt(lambda).
@@ -139,10 +138,9 @@ def gamma_easgd_lr_edge(
     a, b = floats(moving_rate, center_rate)
     need("0 <= moving_rate < 1", (a >= 0) & (a < 1), moving_rate=a)
     need("0 < center_rate < 1", (b > 0) & (b < 1), center_rate=b)
-    mean = (2 - a - b) / (1 - b) * om / lam
     pair = (4 - 2 * a - 2 * b) / (2 - b) * om / lam
     single = om / (lam + 1) * (1 - a + np.sqrt(lam**2 + lam * a * (2 - a)) / lam)
-    return np.minimum(np.minimum(mean, pair), single)
+    return np.minimum(pair, single)
 
 
 def _input(workers: ArrayLike, shape: ArrayLike, rate: ArrayLike) -> list[Array]:

@@ -76,7 +76,7 @@ def slices(a: int, b: int, parts: int, wire: Any) -> list[tuple[int, int]]:
     return [(min(a + k * share, b), min(a + (k + 1) * share, b)) for k in range(parts)]
 
 
-def piece(nbytes: int, ranks: int) -> int:
+def piece_bytes(nbytes: int, ranks: int) -> int:
     """Bytes a message of a vector that goes along a chain: all those that pass it on delay it by a sixteenth in all, or
     each by a short message."""
     return min(max(-(-nbytes // (_PIECES * max(ranks - 2, 1))), _SMALLEST), _PIECE)
@@ -99,7 +99,7 @@ def pass_along(
     """
     n, place = heads.size, (heads.rank - home) % heads.size
     before, after = (heads.rank - 1) % n, (heads.rank + 1) % n
-    size = wire.most(piece(wire.nbytes(vector.numel()), n))
+    size = wire.most(piece_bytes(wire.nbytes(vector.numel()), n))
     direct, at = wire.direct(vector, mapped), wire.nbytes
     travels = vector.view(torch.uint8) if direct else wire.staging(vector, at(vector.numel()))
     wire.settle(travels)

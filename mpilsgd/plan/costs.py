@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 import torch
 
-from mpilsgd.comm.channel import _CHUNK, piece
+from mpilsgd.comm.channel import _CHUNK, piece_bytes
 from mpilsgd.comm.coded import _VISITS
 from mpilsgd.comm.topology import ACROSS
 from mpilsgd.exchange.vectors import accumulation_dtype
@@ -139,7 +139,7 @@ def _verb(verb: Verb, sizes: Sizes, ranks: int, several: bool) -> tuple[float, f
 
 def _chain(nbytes: float, machine: Machine) -> float:
     steps = machine.nodes - 1
-    delay = min(piece(int(nbytes), machine.nodes), nbytes) / machine.bandwidth
+    delay = min(piece_bytes(int(nbytes), machine.nodes), nbytes) / machine.bandwidth
     return nbytes / machine.bandwidth + (steps - 1) * delay + steps * machine.latency
 
 

@@ -223,6 +223,8 @@ Found start(const Msgd& op, const Desk& on) {
                          static_cast<const T*>(op.leader),
                          static_cast<const T*>(op.other),
                          rates,
+                         op.lr_at,
+                         op.lr_is_double,
                          A(op.rate),
                          A(op.other_rate)};
   return launch(body, op, all_aligned(op.x, op.grad, op.velocity, op.leader, op.other), on);

@@ -27,6 +27,7 @@ from mpilsgd.blocks import decode, encode
 from mpilsgd.extension import (
     FallbackWarning,
     backend,
+    device_of,
     instruction_set,
     moved,
     pointer,
@@ -179,7 +180,7 @@ def msgd(
     x: Tensor,
     grad: Tensor,
     velocity: Tensor | None,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     nesterov: bool = True,
     weight_decay: float = 0.0,
@@ -196,11 +197,12 @@ def msgd(
     (x - other). Nesterov: what is stored in x is the look-ahead y = x + momentum v, before (with v) and after
     (with v'); leaders are iterates. Heavy ball and momentum 0: it is the iterate x itself.
 
-    velocity: v; may be None with momentum 0. lr: the learning rate. With stats: the distance that x (as
-    stored) moved.
+    velocity: v; may be None with momentum 0. lr: the learning rate, or a number that lies where x does (float32 or
+    float64) and is read when the kernel runs. With stats: the distance that x (as stored) moved.
     """
     need.match(x, grad=grad, velocity=velocity, leader=leader, other=other)
-    need.number(lr=lr, momentum=momentum, weight_decay=weight_decay, rate=rate, other_rate=other_rate)
+    need.number(momentum=momentum, weight_decay=weight_decay, rate=rate, other_rate=other_rate)
+    need.rate("lr", lr, x)
     need.has_velocity(velocity, momentum)
     where = where_to_run(x, stats)
     if where is None:
@@ -209,7 +211,9 @@ def msgd(
         )
     own = (x.data_ptr(), grad.data_ptr(), pointer(velocity))
     pulls = (pointer(leader), rate, pointer(other), other_rate)
-    return moved(_core.msgd(where, *own, lr, momentum, nesterov, weight_decay, *pulls))
+    at = lr.data_ptr() if isinstance(lr, Tensor) and device_of(lr) >= 0 else 0
+    rates = (0.0 if at else float(lr), momentum, nesterov, weight_decay)
+    return moved(_core.msgd(where, *own, *rates, *pulls, at, bool(at) and lr.dtype is torch.float64))
 
 
 def iterate(x: Tensor, velocity: Tensor, momentum: float, sign: float) -> None:

@@ -20,9 +20,9 @@ class BehindSteps(BehindAll):
     _keep = 0.0
 
     def _begin(self) -> bool:
-        self._began = self.m.t
-        self.copy_x()
-        return self.m.is_fit()
+        self._began, fit = self.m.t, self.m.is_fit()
+        self.copy_x()  # nobody waits for that
+        return fit
 
     def _round(self, rows: Rows) -> None:
         self._part = 0, 1

@@ -111,9 +111,9 @@ class Mark:
 class Side:
     """A stream beside those that the steps are given to, for a thread's work; hosts wait for none.
 
-    On a GPU of the lowest priority, so that the steps' kernels go first. What is made on one stream and used on the
-    other must not be freed before `awaited`: torch's allocator gives memory again in the order of the stream on which
-    it was made.
+    On a GPU of the lowest priority there is, torch's usual one: steps in a stream of a higher one go first. What is
+    made on one stream and used on the other must not be freed before `awaited`: torch's allocator gives memory again in
+    the order of the stream on which it was made.
     """
 
     def __init__(self, place: torch.device):

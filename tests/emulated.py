@@ -132,6 +132,8 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        if name in ("__reduce_ex__", "__deepcopy__") and there(args[0]):
+            drain()  # its bytes are read
         if args and there(args[0]) and name in ("cpu", "numpy", "tolist", "to"):
             targets = [*args[1:], kwargs.get("device"), kwargs.get("other")]
             if name == "cpu" or (name == "to" and _to_host(targets)):

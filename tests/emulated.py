@@ -41,8 +41,6 @@ def _block(nbytes: int) -> tuple[Block, Any]:
     nbytes = -(-nbytes // 512) * 512
     key = emulated_current.stream, nbytes
     block = _free[key].pop() if _free[key] else Block(key)
-    drain()  # what has been done to it before, by the stream
-    ctypes.memset(block.address, 0xFF, nbytes)
     memory = (ctypes.c_ubyte * nbytes).from_address(block.address)
     memory._gives_back = _GivesBack(block)  # type: ignore[attr-defined]
     return block, memory
@@ -81,7 +79,11 @@ def _copy(x: torch.Tensor, values: bool) -> torch.Tensor:
     _, memory = _block(span * x.element_size())
     flat = torch.frombuffer(memory, dtype=torch.uint8, count=span * x.element_size()).view(x.dtype)
     copy = flat.as_strided(dense.shape, dense.stride())
-    return copy.copy_(dense) if values else copy
+    if values:
+        drain()  # what has been done to it before, by the stream
+        return copy.copy_(dense)
+    core.emulated.copy_later(flat.data_ptr(), 0, span * x.element_size(), emulated_current.stream)
+    return copy
 
 
 def _is_device(given: Any) -> bool:

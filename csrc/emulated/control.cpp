@@ -43,7 +43,13 @@ bool capturing(std::uintptr_t stream) {
 void copy_later(std::uintptr_t to, std::uintptr_t from, std::size_t bytes, std::uintptr_t stream) {
   const StreamPtr one = stream_of(reinterpret_cast<cudaStream_t>(stream));
   if (!one || has_forked()) return;
-  one->push([=] { std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); });
+  one->push([=] {
+    if (from) {
+      std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
+    } else {
+      std::memset(reinterpret_cast<void*>(to), 0xFF, bytes);
+    }
+  });
 }
 
 void seed(std::uint64_t number) {

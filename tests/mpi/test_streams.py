@@ -182,3 +182,15 @@ def test_the_last_ones_turn_is_seen_whoever_comes_next() -> None:
         end = sum(WORLD.allgather(run.x())) + run.center()
         core.emulated.delay(1e-4)
     assert distance(end, start) < 1e-12
+
+
+def test_the_centre_asks_for_no_room_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node whose /dev/shm is full has it on its devices all the same."""
+    monkeypatch.setattr("mpilsgd.transport.sharing.free_shared_memory", lambda: 0)
+    topo = mpilsgd.Topology()
+    with running(
+        BY_NAME["Downpour-turns-momentum"], TanhNet(), MSGD, LAYOUT, device="cuda", topo=topo
+    ) as run:
+        islands, hosted = run.opt.fabric.world.n_islands, run.opt.r.hosted(1000, 1000)
+    topo.free()
+    assert (islands, hosted) == (1, 0.0)

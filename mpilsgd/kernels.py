@@ -4,9 +4,8 @@ Every function works in place on 1-D contiguous tensors of one dtype (float32, f
 one device and one length, 0 included; bad arguments raise ValueError. Half types are computed in float32 and
 rounded once, at the store; a `total` over peers has the type of the arithmetic (float32 for the half types).
 Pulls and elastic moves, often smaller than half the distance of two half values, are rounded up or down by
-chance, with the exact value as the mean: by the value and `seed` alone, so each round should have another one.
-No temporary vectors are made; the CPU uses torch.get_num_threads() threads; CUDA work goes to torch's current
-stream.
+chance, with the exact value as the mean: by the value and `seed` alone, so each round should have another one. No
+temporary vectors are made; the CPU uses torch.get_num_threads() threads; CUDA work goes to torch's current stream.
 
 Values that are not finite do not spread, element by element: such a leader's value pulls nothing, such a
 peer's value adds nothing to a centre or total and is not moved, and a mean is over the finite ones.
@@ -197,8 +196,8 @@ def msgd(
     (x - other). Nesterov: what is stored in x is the look-ahead y = x + momentum v, before (with v) and after
     (with v'); leaders are iterates. Heavy ball and momentum 0: it is the iterate x itself.
 
-    velocity: v; may be None with momentum 0. lr: the learning rate, or a number that lies where x does (float32 or
-    float64) and is read when the kernel runs. With stats: the distance that x (as stored) moved.
+    velocity: v; may be None with momentum 0. lr: the learning rate; a tensor of it, float32 or float64, is read where x
+    lies when the kernel runs. With stats: the distance that x (as stored) moved.
     """
     need.match(x, grad=grad, velocity=velocity, leader=leader, other=other)
     need.number(momentum=momentum, weight_decay=weight_decay, rate=rate, other_rate=other_rate)
@@ -211,9 +210,10 @@ def msgd(
         )
     own = (x.data_ptr(), grad.data_ptr(), pointer(velocity))
     pulls = (pointer(leader), rate, pointer(other), other_rate)
-    at = lr.data_ptr() if isinstance(lr, Tensor) and device_of(lr) >= 0 else 0
-    rates = (0.0 if at else float(lr), momentum, nesterov, weight_decay)
-    return moved(_core.msgd(where, *own, *rates, *pulls, at, bool(at) and lr.dtype is torch.float64))
+    there = lr if isinstance(lr, Tensor) and device_of(lr) >= 0 else None
+    rates = (float(lr) if there is None else 0.0, momentum, nesterov, weight_decay)
+    at = (pointer(there), there is not None and there.dtype is torch.float64)
+    return moved(_core.msgd(where, *own, *rates, *pulls, *at))
 
 
 def iterate(x: Tensor, velocity: Tensor, momentum: float, sign: float) -> None:

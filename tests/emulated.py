@@ -134,7 +134,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        if name in ("__reduce_ex__", "__deepcopy__") and there(args[0]):
+        if name == "__deepcopy__" and there(args[0]):
             drain()  # its bytes are read
         if args and there(args[0]) and name in ("cpu", "numpy", "tolist", "to"):
             targets = [*args[1:], kwargs.get("device"), kwargs.get("other")]
@@ -177,6 +177,19 @@ def _to_device(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     if not there(out):
         return placed(out.detach()).requires_grad_(out.requires_grad and not out.grad_fn)
     return out.clone() if kwargs.get("copy") and out is tensor else out
+
+
+_pickled = torch.Tensor._reduce_ex_internal
+
+
+def _pickle(x: torch.Tensor, protocol: Any) -> Any:
+    if there(x):
+        drain()  # as above; torch does not ask modes first
+    return _pickled(x, protocol)
+
+
+if getattr(core, "emulated", None) is not None:
+    torch.Tensor._reduce_ex_internal = _pickle  # type: ignore[method-assign]
 
 
 class Emulation:

@@ -8,6 +8,7 @@ import time
 from typing import Any, TextIO
 
 from mpilsgd.train.config import Config
+from mpilsgd.train.scored import text
 from mpilsgd.train.stragglers import parse_slow
 
 _LIVE_PERIOD = 0.2  # seconds between changes of the live line
@@ -132,6 +133,8 @@ def closing(summary: dict[str, Any], directory: str) -> str:
         lines.append(
             ("messages left out", f"{told}   (rank: how many of those due; those before were not taken yet)")
         )
+    if "forecast" in summary:
+        lines.append(("forecast / measured", text(summary["forecast"])))
     lines.append(("run directory", directory))
     width = max(len(name) for name, _ in lines)
     return "\n" + "\n".join(f"{name:{width}}  {text}" for name, text in lines)

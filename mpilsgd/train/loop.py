@@ -28,6 +28,7 @@ from mpilsgd.train.progress import Progress, mean
 from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.sampling import Sampler, other_random_numbers
 from mpilsgd.train.schedule import Schedule
+from mpilsgd.train.scored import scored
 from mpilsgd.train.stopping import Signals, Stop, stop_of
 from mpilsgd.train.stragglers import parse_slow
 from mpilsgd.train.summary import measured, metrics_line, summary_of
@@ -262,6 +263,9 @@ class Trainer:
         everything = {**dataclasses.asdict(self.opt.metrics), **dataclasses.asdict(self.progress)}
         rows = self.topology.allgather({**everything, "error": own.error, "peak": peak})
         summary = summary_of(rows, self.config, self.topology, self.opt, self.sampler.batches, result)
+        told = scored(self.topology, self.opt, rows)
+        if told is not None:
+            summary["forecast"] = told
         on_first(self.topology, self.directory.summarize, summary, status=FAILED)
         return summary
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mpilsgd.train.run_reader import Run, RunError, read_runs
+from mpilsgd.train.scored import text
 from mpilsgd.train.table import columns, count, duration, in_bytes, percent
 
 
@@ -56,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"mpilsgd report: the folder for the figures cannot be made: {error}", file=sys.stderr)
         return 2
     print(table(runs))
+    told = [f"{one.name}: {text(pairs)}" for one in runs if (pairs := _forecast(one))]
+    if told:
+        print("\n".join(["", "forecast by the machine and the settings / measured:", *told]))
     for one in runs:
         if one.leaders:
             print("\n" + leads_text(one))
@@ -110,6 +114,21 @@ def table(runs: Sequence[Run]) -> str:
         for row, one in zip(rows[1:], runs, strict=True):
             row += [_waiting(one), _staleness(one)]
     return columns(rows)
+
+
+def _forecast(one: Run) -> dict[str, list[float]]:
+    """By name what was forecast and what was measured."""
+    found = one.summary.get("forecast")
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {
+        key: pair
+        for key, pair in pairs
+        if isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair))
+    }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def leads_text(one: Run) -> str:

@@ -55,6 +55,16 @@ def test_every_method_learns_digits(method: str, folder: Path, capsys: pytest.Ca
         assert [line["step"] for line in elections] == list(range(5, steps + 1, 5))
         assert sum(summary["leads"]) == sum(len(line["leaders"]) for line in elections)
         assert last["leader"] in range(WORLD.size)
+    assert (
+        ("forecast / measured" in told)
+        == (WORLD.rank == 0 and WORLD.size > 1)
+        == ("forecast" in summary and not WORLD.rank)
+    )
+    for key in ("bytes_group", "bytes_across") if WORLD.size > 1 else ():
+        if method != "EASGDTree":  # which leaves messages out
+            foreseen, counted = summary["forecast"][key]
+            # rounds that the last steps did not come to
+            assert foreseen == pytest.approx(counted, rel=0.15, abs=1)
 
 
 def test_the_centre_is_saved_as_evaluated(folder: Path) -> None:

@@ -1,0 +1,78 @@
+"""The forecast that a run is given at its end, beside what was measured: how far `mpilsgd plan` can be trusted here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mpilsgd.comm import Topology
+from mpilsgd.devices import on_host
+from mpilsgd.methods import Method
+from mpilsgd.plan import Forecast, Machine, Seen, Sizes, costs, forecast, look, measure
+from mpilsgd.train.table import in_bytes, in_ms
+
+_SECONDS = 0.1  # to measure for
+
+
+def scored(topology: Topology, opt: Method, rows: Sequence[dict[str, Any]]) -> dict[str, list[float]] | None:
+    """By name what is forecast from the machine as it is now and the steps' own seconds, and what the run measured.
+
+    step_s: seconds of a step, all included; round_s: of an exchange without waiting for others; bytes_group,
+    bytes_across: of the whole run. None where ranks do not talk, or compute on GPUs. rows: of every rank its progress
+    and metrics. Collective.
+    """
+    computing = [row for row in rows if row["step"]]
+    rounds = sum(row["rounds"] for row in rows)
+    if topology.world.size == 1 or not rounds or not computing or not on_host(opt.device):
+        return None
+    sizes = Sizes(opt.n, topology.across_dtype)
+    machine = measure(topology, sizes.stored(), _SECONDS)
+    if topology.world.rank:
+        return None
+    settings = {name: getattr(opt, name) for name in opt.fields}
+    if settings.get("score") is not None:
+        settings["score"] = lambda: 0.0  # the user's own may do anything
+    try:
+        seen = look(type(opt), settings, min(machine.nodes, 2))
+    except Exception:  # of a rule that goes by what it finds in a real run
+        return None
+    steps = sum(row["step"] for row in computing) / len(computing)
+    alone = sum(row["compute"] + row["data"] for row in computing) / sum(row["step"] for row in computing)
+    found = forecast(seen, sizes, machine, alone)
+    told = {
+        "step_s": [found.step_s, sum(row["wall"] for row in computing) / steps / len(computing)],
+        "bytes_group": [found.group * steps, sum(row["bytes_group"] for row in rows)],
+        "bytes_across": [found.across * steps, sum(row["bytes_across"] for row in rows)],
+    }
+    if seen.kind != "edges":  # whose rounds are messages
+        spent = sum(row["comm"] - row["wait"] for row in rows)
+        told["round_s"] = [_round(seen, sizes, machine, found), spent / rounds]
+    return told
+
+
+def _round(seen: Seen, sizes: Sizes, machine: Machine, found: Forecast) -> float:
+    """Of the kinds of exchange the mean."""
+    each = costs(seen, sizes, machine)
+    often = sum(1 / cost.every for cost in each)
+    return sum(cost.seconds / cost.every for cost in each) / often if often else math.nan
+
+
+def text(told: dict[str, list[float]]) -> str:
+    """For a reader."""
+    ms = [
+        f"{in_ms(a)} / {in_ms(b)} ms a {what}"
+        for what in ("step", "round")
+        for a, b in _of(told, f"{what}_s")
+    ]
+    read = [
+        f"{in_bytes(a)} / {in_bytes(b)} {where}"
+        for key, where in (("bytes_group", "in groups"), ("bytes_across", "across"))
+        for a, b in _of(told, key)
+        if a or b
+    ]
+    return ", ".join(ms + read)
+
+
+def _of(told: dict[str, list[float]], key: str) -> list[list[float]]:
+    return [told[key]] if key in told else []

@@ -21,11 +21,12 @@ DEGREES = (2, 4, 8, 16, 32)
 class Advice:
     """A method with the settings that keep its exchanges under a share of the time.
 
-    name: as a table has it; settings: its periods and the like; seen: its exchanges with them; found: what a step costs
-    then. The last two are None where no setting does it.
+    name: as a table has it; method: its class; settings: its periods and the like; seen: its exchanges with them; found:
+    what a step costs then. The last two are None where no setting does it.
     """
 
     name: str
+    method: type[Method]
     settings: dict[str, Any]
     seen: Seen | None = None
     found: Forecast | None = None
@@ -83,12 +84,12 @@ def _one_period(
 ) -> Advice:
     seen = look(method, settings, min(machine.nodes, 2))
     if "period" not in settings:  # it talks at every step
-        return Advice(name, settings, seen, forecast(seen, sizes, machine, step_s))
+        return Advice(name, method, settings, seen, forecast(seen, sizes, machine, step_s))
     factor = least_factor(seen, sizes, machine, step_s, share)
     if factor is None:
-        return Advice(name, settings)
+        return Advice(name, method, settings)
     seen = longer(seen, factor)
-    return Advice(name, _times(settings, factor), seen, forecast(seen, sizes, machine, step_s))
+    return Advice(name, method, _times(settings, factor), seen, forecast(seen, sizes, machine, step_s))
 
 
 def _times(settings: Mapping[str, Any], factor: int) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def at(
 ) -> Advice:
     """A method with given settings."""
     seen = look(method, settings, min(machine.nodes, 2))
-    return Advice(name, dict(settings), seen, forecast(seen, sizes, machine, step_s))
+    return Advice(name, method, dict(settings), seen, forecast(seen, sizes, machine, step_s))
 
 
 def _two_periods(
@@ -126,18 +127,18 @@ def _two_periods(
 
     period = least_factor(rounds(1, math.inf), sizes, machine, step_s, share / 2)
     if period is None:
-        return Advice(name, settings)
+        return Advice(name, LSGD, settings)
     multiple = least(lambda m: forecast(rounds(period, m), sizes, machine, step_s).share <= share)
     if multiple is None:
-        return Advice(name, settings)
+        return Advice(name, LSGD, settings)
     found = rounds(period, multiple)
     settings = {**settings, "period": period, "global_period": period * multiple}
-    return Advice(name, settings, found, forecast(found, sizes, machine, step_s))
+    return Advice(name, LSGD, settings, found, forecast(found, sizes, machine, step_s))
 
 
 def _tree(name: str, sizes: Sizes, machine: Machine, step_s: float, share: float) -> Advice:
     """The degree and scheme with the most gradients a second."""
-    best = Advice(name, {})
+    best = Advice(name, EASGDTree, {})
     for degree in DEGREES:
         for scheme in ({"period": 1, "upper_period": 10}, {"up_period": 1, "down_period": 10}):
             settings: dict[str, Any] = {"degree": degree, **scheme}
@@ -157,9 +158,9 @@ def _scaled(
     seen = look(EASGDTree, settings, 1)
     factor = least_factor(seen, sizes, machine, step_s, share)
     if factor is None:
-        return Advice(name, settings)
+        return Advice(name, EASGDTree, settings)
     seen = longer(seen, factor)
-    return Advice(name, _times(settings, factor), seen, forecast(seen, sizes, machine, step_s))
+    return Advice(name, EASGDTree, _times(settings, factor), seen, forecast(seen, sizes, machine, step_s))
 
 
 def _speed(found: Forecast) -> float:

@@ -81,6 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="'METHOD KEY=VALUE ...'",
         help="settings of yours, as they are; may be given several times",
     )
+    theory = parser.add_argument_group("rates, for warnings of what theory finds unstable")
+    theory.add_argument("--lr", type=_rate, metavar="R", help="learning rate of a worker")
+    theory.add_argument(
+        "--curvature", type=_rate, metavar="H", help="largest curvature (eigenvalue of the Hessian)"
+    )
+    theory.add_argument(
+        "--momentum", type=float, default=0.0, metavar="D", help="of each worker (default: 0)"
+    )
     add("--picture", metavar="FILE", help="draw the time of a step over the number of nodes into this file")
 
 
@@ -122,10 +130,27 @@ def _plan(args: argparse.Namespace, here: Machine | None) -> None:
             "one worker at a time uses a shard" if one.found.limit == "turns" else "the nodes' links are full"
         )
         print(f"{one.name}: held up, as {why}")
+    for line in _warnings(args, found, machine):
+        print(f"warning: {line}")
     if args.picture:
         from mpilsgd.plan.picture import draw
 
         print(f"picture: {draw(found, sizes, machine, args.step_s, Path(args.picture))}")
+
+
+def _warnings(args: argparse.Namespace, found: Sequence[Advice], machine: Machine) -> list[str]:
+    if args.lr is None and args.curvature is None:
+        return []
+    if args.lr is None or args.curvature is None:
+        raise ValueError("--lr and --curvature go together")
+    from mpilsgd.plan.stability import problems
+
+    told = []
+    for one in found:
+        computing = machine.size if one.found is None else one.found.workers
+        wrong = problems(one.method, one.settings, computing, args.lr * args.curvature, args.momentum)
+        told += [f"{one.name}: {problem}" for problem in wrong]
+    return told
 
 
 def _machine(args: argparse.Namespace, here: Machine | None) -> tuple[Machine, str]:

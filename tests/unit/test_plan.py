@@ -12,6 +12,7 @@ import torch
 from mpilsgd import methods
 from mpilsgd.comm import Topology, in_process
 from mpilsgd.plan import Machine, Sizes, advice, command, costs, forecast, least_factor, look
+from mpilsgd.plan.stability import problems
 
 N, WARM, STEPS = 4_000, 4, 12
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -198,3 +199,32 @@ def test_the_command_says_what_is_wrong(
     status, _, error = _command(capsys, "--parameters", "1e6", "--step_s", "0.1", *wrong)
     assert status == 2
     assert told in error
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "workers", "eta", "told"),
+    [
+        (methods.Downpour, {}, 16, 0.13, "below 2/16"),
+        (methods.Downpour, {}, 16, 0.12, None),
+        (
+            methods.EASGD,
+            {"form": "gauss-seidel", "moving_rate": 0.9, "center_rate": 16.0},
+            16,
+            0.1,
+            "stable from",
+        ),
+        (methods.EASGD, {}, 4, 0.5, None),
+        (methods.EASGD, {"moving_rate": 1.9}, 4, 0.5, "Jacobi form diverges"),
+        (methods.EASGD, {"asynchronous": True, "moving_rate": 0.99}, 4, 0.5, "up to moving_rate=0.8571"),
+        (methods.ADMM, {"rho": 2.5}, 3, 0.001, "grows by 1.000974"),
+        (methods.ADMM, {"rho": 0.1}, 1, 0.1, None),
+        (methods.LSGD, {"pull": 0.9}, 4, 1.2, "must be below 2"),
+        (methods.EASGDTree, {"degree": 4, "moving_rate": 0.5}, 8, 0.1, "5 neighbours"),
+        (methods.LocalSGD, {}, 4, 2.5, "momentum SGD alone diverges"),
+    ],
+)
+def test_rates_that_theory_finds_unstable_are_named(
+    method: Any, settings: dict[str, Any], workers: int, eta: float, told: str | None
+) -> None:
+    found = problems(method, settings, workers, eta)
+    assert (told in found[0] and len(found) == 1) if told else found == []

@@ -21,8 +21,8 @@ DEGREES = (2, 4, 8, 16, 32)
 class Advice:
     """A method with the settings that keep its exchanges under a share of the time.
 
-    name: as a table has it; method: its class; settings: its periods and the like; seen: its exchanges with them; found:
-    what a step costs then. The last two are None where no setting does it.
+    name: as a table has it; method: its class; settings: its periods and the like; seen: its exchanges with them;
+    found: what a step costs then. The last two are None where no setting does it.
     """
 
     name: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -57,8 +58,6 @@ class Clock(Baton):
         self._deaths = sorted((seconds, rank) for rank, seconds in deaths.items())
         self._notice = notice
         self._moments: list[float] = []
-        for seconds, _ in self._deaths:
-            self._moment(seconds)
         self._looked_far: set[Task] = set()
 
     def _moment(self, end: float) -> float:
@@ -77,26 +76,24 @@ class Clock(Baton):
         begun: Callable[[], float] | None = None,
     ) -> None:
         start, task = self.now, here.task
-        super().wait(true, what, alarm)
-        came = self.now
-        if task in self._looked_far:  # it has looked from another node, and learns of it a round trip later
-            self._looked_far.discard(task)
-            super().wait(None, None, self.now + 2 * self.links.network.latency)
-        if not task.serves:
-            since = came if begun is None else min(max(start, begun()), came)
-            self._of(task).waiting += since - start
-            self._of(task).communication += self.now - since
+        came = math.inf
+        try:
+            super().wait(true, what, alarm)
+            came = self.now if begun is None else min(max(start, begun()), self.now)
+            if task in self._looked_far:  # it has looked from another node, and learns of it a round trip later
+                self._looked_far.discard(task)
+                super().wait(None, None, self.now + 2 * self.links.network.latency)
+        finally:
+            end = self._end(task)
+            self._spend("waiting", task, start, min(came, end))
+            self._spend("communication", task, came, end)
 
     def give_way(self) -> None:
         self.reach(0.0)
 
     def reach(self, end: float) -> None:
-        if self._choosing:
-            return
-        start = self.now
-        super().wait(None, None, max(end, start + _TICK))
-        if not here.task.serves:
-            self._of(here.task).communication += self.now - start
+        if not self._choosing:
+            self._take("communication", max(end, self.now + _TICK))
 
     def reads(self, nbytes: int) -> None:
         if nbytes:
@@ -104,8 +101,24 @@ class Clock(Baton):
 
     def computes(self, seconds: float) -> None:
         """So long."""
-        super().wait(None, None, self.now + seconds)
-        self._of(here.task).compute += seconds
+        self._take("compute", self.now + seconds)
+
+    def _take(self, name: str, end: float) -> None:
+        start, task = self.now, here.task
+        try:
+            super().wait(None, None, end)
+        finally:
+            self._spend(name, task, start, self._end(task))
+
+    def _end(self, task: Task) -> float:
+        """The time, or that of its death."""
+        return min(self.now, self.dead.get(task.rank.number, math.inf))  # type: ignore[attr-defined]
+
+    def _spend(self, name: str, task: Task, start: float, end: float) -> None:
+        """Counts what the first task of a rank does; its helpers work behind it."""
+        spent = self.spent[task.rank.number]  # type: ignore[attr-defined]
+        if end > start and not task.serves:
+            setattr(spent, name, getattr(spent, name) + end - start)
 
     def seconds(self) -> float:
         return self.now
@@ -114,28 +127,29 @@ class Clock(Baton):
         super().take(task)
         task.rank.since = time.thread_time()  # type: ignore[attr-defined]
 
-    def _of(self, task: Task) -> Spent:
-        return self.spent[task.rank.number]  # type: ignore[attr-defined]
-
     # Who goes on
 
     def _choose(self, task: Task) -> Task:
         self._choosing = True
         try:
-            while self.failure is None:
+            while True:
                 self.passed += 1
                 self._bury()
+                if self.failure is not None:
+                    return task
                 chosen = self._first()
                 if chosen is not None:
                     return chosen
                 self._move_on()
         finally:
             self._choosing = False
-        return task
+
+    def _living(self) -> list[Task]:
+        return [one for one in self.tasks if one.rank.number not in self.dead]  # type: ignore[attr-defined]
 
     def _first(self) -> Task | None:
         """One of those who can go on now."""
-        living = [one for one in self.tasks if one.rank.number not in self.dead]  # type: ignore[attr-defined]
+        living = self._living()
         first = self.random.randrange(len(living)) if living else 0
         for one in living[first:] + living[:first]:
             self.links.looked_far = False
@@ -149,20 +163,25 @@ class Clock(Baton):
         """To the next time at which anybody may go on."""
         while self._moments and self._moments[0] <= self.now:
             heapq.heappop(self._moments)
-        coming = [one.alarm for one in self.tasks if one.alarm is not None and one.alarm > self.now]
-        if coming or self._moments:
-            self.now = min(coming + self._moments[:1])
+        coming = [one.alarm for one in self._living() if one.alarm is not None and one.alarm > self.now]
+        coming += self._moments[:1]
+        if coming:
+            self.now = min(*coming, self._next_death())
         else:
             self.failure = self._died() if self.dead else self._deadlock()
 
     # The dead
 
+    def _next_death(self) -> float:
+        """When a rank dies, or a death is noticed."""
+        dies = self._deaths[0][0] if self._deaths else math.inf
+        return min([dies, *(seconds + self._notice for seconds in self.dead.values())])
+
     def _bury(self) -> None:
         while self._deaths and self._deaths[0][0] <= self.now:
             seconds, rank = self._deaths.pop(0)
             self.dead[rank] = seconds
-            self._moment(seconds + self._notice)
-        if self.dead and self.now >= min(self.dead.values()) + self._notice:
+        if self.failure is None and any(self.now >= seconds + self._notice for seconds in self.dead.values()):
             self.failure = self._died()
 
     def _died(self) -> Died:

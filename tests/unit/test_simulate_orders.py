@@ -56,12 +56,12 @@ def with_deaths(name: str, seeds: range) -> None:
 
 @by_method
 def test_what_every_order_keeps(name: str) -> None:
-    in_many_orders(name, range(12))
+    in_many_orders(name, range(5))
 
 
 @by_method
 def test_a_death_ends_the_run(name: str) -> None:
-    with_deaths(name, range(12))
+    with_deaths(name, range(5))
 
 
 @pytest.mark.slow
@@ -105,7 +105,10 @@ def test_the_others_go_on_until_it_is_noticed() -> None:
     with pytest.raises(Died, match=r"rank 2 died at 0\.105 s, and the job ended at 0\.505 s") as died:
         simulate(worker, P, deaths={2: 0.105}, notice=0.4, compute=0.01, network=FREE)
     assert [told.count(rank) for rank in range(P)] == [50, 50, 10]
-    assert died.value.simulated.seconds == pytest.approx([0.505, 0.505, 0.105])
+    found = died.value.simulated
+    assert found.seconds == pytest.approx([0.505, 0.505, 0.105])
+    totals = np.add(np.add(found.compute, found.communication), found.waiting)
+    assert totals == pytest.approx(np.array(found.seconds))
 
 
 def test_who_dies_in_its_turn_keeps_it() -> None:
@@ -117,9 +120,10 @@ def test_who_dies_in_its_turn_keeps_it() -> None:
         for _ in range(100):
             w.step(np.ones(1000))
 
-    with pytest.raises(Died) as died:
-        simulate(worker, P, deaths={0: 40.0}, notice=1e6, compute=0.001, network=network)
-    assert died.value.ended < 1e3
+    for rank in range(P):
+        with pytest.raises(Died) as died:
+            simulate(worker, P, deaths={rank: 4.0}, notice=1e6, compute=0.001, network=network)
+        assert 4.0 <= died.value.ended < 30.0
 
 
 def test_deaths_after_the_end_do_nothing() -> None:

@@ -115,7 +115,9 @@ def _simulated(clock: Clock, ranks: list[SimulatedRank]) -> Simulated[Any]:
     return Simulated(
         [rank.result for rank in ranks],
         [seconds for seconds, _ in ends],
-        *([getattr(of, field.name) for of in spent] for field in dataclasses.fields(Spent)),
+        [of.compute for of in spent],
+        [of.communication for of in spent],
+        [of.waiting for of in spent],
         list(clock.links.sent),
         list(clock.links.received),
     )

@@ -80,7 +80,7 @@ class Clock(Baton):
         try:
             super().wait(true, what, alarm)
             came = self.now if begun is None else min(max(start, begun()), self.now)
-            if task in self._looked_far:  # it has looked from another node, and learns of it a round trip later
+            if task in self._looked_far:  # from another node: it learns of it a round trip later
                 self._looked_far.discard(task)
                 super().wait(None, None, self.now + 2 * self.links.network.latency)
         finally:

@@ -145,15 +145,15 @@ def _run(own: argparse.Namespace, config: Config) -> int:
     deaths = _deaths(own.die)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    sets = data.load(config.data, config.data_dir, config.augment, config.seed)
+    train_set, test_set = data.load(config.data, config.data_dir, config.augment, config.seed)
     if config.channels_last:
-        refuse_channels_last(config, sets[0])
-        sets = ChannelsLast(sets[0]), ChannelsLast(sets[1])  # type: ignore[assignment]
+        refuse_channels_last(config, train_set)
+        train_set, test_set = ChannelsLast(train_set), ChannelsLast(test_set)
     directory = RunDirectory(config.output)
     directory.claim(config.text(), config.overwrite)
     cluster = {"nodes": own.nodes, "compute": own.compute, **dataclasses.asdict(network)}
     found = simulate(
-        lambda: train(config, *sets, directory, cluster),
+        lambda: train(config, train_set, test_set, directory, cluster),
         own.workers,
         seed=config.seed,
         nodes=own.nodes,
@@ -173,7 +173,9 @@ def _told(found: Simulated[Any], directory: str) -> str:
     seconds = (
         f"on this cluster  {duration(max(found.seconds))} from the start to the end, evaluations for nothing"
     )
-    return f"{closing(found.results[0], directory)}\n\n{seconds}\nlinks of the nodes  {links}\n\n{found}"
+    return (
+        f"{closing(found.results[0] or {}, directory)}\n\n{seconds}\nlinks of the nodes  {links}\n\n{found}"
+    )
 
 
 def train(

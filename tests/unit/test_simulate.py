@@ -1,195 +1,29 @@
-"""Workers under a virtual clock: what things cost, who waits for whom, and that results are the real ones."""
+"""Workers under a virtual clock: who waits for whom, and that results are the real ones."""
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from simulated import FREE, SLOW, SYNCHRONOUS, near, step_seconds, trains
 from test_in_process import TURNS, Worker
 
+import mpilsgd
 from mpilsgd import (
-    ADMM,
     EASGD,
     LSGD,
-    AllreduceSGD,
-    DiLoCo,
-    Downpour,
-    EASGDTree,
     LocalSGD,
     in_process,
     simulate,
 )
-from mpilsgd.comm import MPI
-from mpilsgd.simulation import Network, clock, lognormal, stragglers
-
-FREE = Network(math.inf, 0.0, math.inf, 0.0)
-SLOW = Network(bandwidth=1e6, latency=1e-3, memory=1e7, local_latency=1e-5)
-MB = 1_000_000
-near = pytest.approx
-
-
-def step_seconds(rank: int, step: int, random: Any) -> float:
-    return random.uniform(0.001, 0.02)  # type: ignore[no-any-return]
-
-
-def timed(do: Any) -> Any:
-    """What it takes each rank, from when all are there."""
-
-    def worker() -> float:
-        MPI.COMM_WORLD.Barrier()
-        start = clock()
-        do(MPI.COMM_WORLD)
-        return clock() - start
-
-    return worker
-
-
-def sends(pairs: dict[int, int], nbytes: int = MB, tag: int = 3, synchronous: bool = False) -> Any:
-    def do(comm: Any) -> None:
-        if comm.rank in pairs:
-            send = comm.Issend if synchronous else comm.Isend
-            send(np.zeros(nbytes, np.uint8), pairs[comm.rank], tag).Wait()
-        for source in (r for r, dest in pairs.items() if dest == comm.rank):
-            comm.Recv(np.empty(nbytes, np.uint8), source, tag)
-
-    return timed(do)
-
-
-# What communication costs
-
-
-@pytest.mark.parametrize("synchronous", [False, True])
-def test_a_message_takes_latency_and_bytes_over_bandwidth(synchronous: bool) -> None:
-    found = simulate(sends({0: 1}, synchronous=synchronous), 2, nodes=2, network=SLOW)
-    assert found.results == near([1.001 if synchronous else 1.0, 1.001])
-    assert (found.sent, found.received) == ([MB + 8, 8], [8, MB + 8]) or found.sent[0] == MB
-    assert found.communication[1] >= 1.001 and found.waiting[1] < 0.01
-
-
-def test_the_ranks_of_a_node_share_its_link() -> None:
-    """Two out of one node, or into one; but one each way at once go side by side."""
-    out = simulate(sends({0: 2, 1: 3}), 4, nodes=2, network=SLOW)
-    assert sorted(out.results[2:]) == near([1.001, 2.001])
-    into = simulate(sends({0: 2, 1: 2}), 3, nodes=3, network=SLOW)
-    assert into.results[2] == near(2.001)
-    both = simulate(sends({0: 1, 1: 0}), 2, nodes=2, network=SLOW)
-    assert both.results == near([1.001, 1.001])
-
-
-def test_a_packet_waits_for_no_others() -> None:
-    def do(comm: Any) -> None:
-        if comm.rank == 0:
-            comm.Isend(np.zeros(MB, np.uint8), 1, 1)
-            comm.Isend(np.zeros(1000, np.uint8), 1, 2)
-        else:
-            comm.Recv(np.empty(1000, np.uint8), 0, 2)
-
-    assert simulate(timed(do), 2, nodes=2, network=SLOW).results[1] == near(0.002)
-
-
-def test_messages_and_reads_in_a_node() -> None:
-    found = simulate(sends({0: 1}), 2, network=SLOW)
-    assert found.results[1] == near(0.1 + 1e-5) and sum(found.sent) == 0
-
-    def reads(comm: Any) -> None:
-        from mpilsgd.comm import reads
-
-        reads(MB)
-
-    shared = Network(memory=1e7, shared_memory=True)
-    assert simulate(timed(reads), 2, network=SLOW).results == near([0.1, 0.1])
-    assert sorted(simulate(timed(reads), 2, network=shared).results) == near([0.1, 0.2])
-
-
-def test_a_one_sided_operation_takes_a_round_trip() -> None:
-    def do(comm: Any) -> None:
-        win = MPI.Win.Create(np.zeros(MB, np.uint8), 1, comm=comm)
-        comm.Barrier()
-        start = clock()
-        if comm.rank == 0:
-            win.Get(np.empty(MB, np.uint8), 1, [0, MB, MPI.BYTE])
-            win.Flush(1)
-            assert clock() - start == near(1.002)
-            win.Fetch_and_op(np.ones(1, np.int64), np.ones(1, np.int64), 1, 0, MPI.SUM)
-            win.Flush(1)
-            assert clock() - start == near(1.002 + 0.002 + 16e-6)
-
-    simulate(timed(do), 2, nodes=2, network=SLOW)
-
-
-def test_who_looks_from_afar_learns_a_round_trip_later() -> None:
-    """Of a word on another node, for which it looks again and again."""
-    from mpilsgd.comm import wait_until
-
-    def do(comm: Any) -> None:
-        win, word = MPI.Win.Create(np.zeros(8, np.uint8), 1, comm=comm), np.zeros(1, np.int64)
-        comm.Barrier()
-        start = clock()
-        if comm.rank == 1:
-            here_computes(1.0)
-            win.Fetch_and_op(np.ones(1, np.int64), word, 1, 0, MPI.SUM)
-            return
-
-        def true() -> bool:
-            win.Fetch_and_op(word, word, 1, 0, MPI.NO_OP)
-            return bool(word[0])
-
-        wait_until(true)
-        assert clock() - start == near(1.002)
-
-    simulate(timed(do), 2, nodes=2, network=SLOW)
-
-
-def here_computes(seconds: float) -> None:
-    from mpilsgd.comm import here
-
-    here.task.baton.computes(seconds)
-
-
-@pytest.mark.parametrize(
-    ("name", "seconds"),
-    [
-        ("barrier", 2e-3),  # of 4 nodes: 2 doublings
-        ("allgather", 2e-3 + 3 * 0.1),  # all but the own 100 kB come
-        ("bcast", 2e-3 + 0.1),
-        ("allreduce", 4e-3 + 2 * 0.75 * 0.1),
-    ],
-)
-def test_collective_operations(name: str, seconds: float) -> None:
-    own = np.zeros(MB // 10, np.uint8)
-
-    def do(comm: Any) -> None:
-        if name == "barrier":
-            comm.Barrier()
-        elif name == "allgather":
-            comm.Allgather(own, np.empty(4 * own.size, np.uint8))
-        elif name == "bcast":
-            comm.Bcast(own.copy())
-        else:
-            comm.Allreduce(own, own.copy(), MPI.SUM)
-
-    found = simulate(timed(do), 4, nodes=4, network=SLOW).results
-    assert max(found) == near(seconds, rel=1e-2)
-
+from mpilsgd.simulation import Network, lognormal, stragglers
 
 # Who waits for whom
-
-
-def trains(method: Any, steps: int = 8, size: int = 5, **options: Any) -> Any:
-    """Gives where every worker ended, and its method's metrics; `steps` are those of each, or of all together."""
-
-    def worker() -> Any:
-        w = Worker(method, options, np.linspace(-1, 1, size), init="same")
-        begun, total = clock(), steps * len(w.opt.workers)
-        while not w.opt.reached(total):
-            w.step(np.sin(w.x() + w.world.rank), loss=float(np.square(w.x() + w.world.rank).sum()))
-        return w.x().tobytes(), clock() - begun, w.opt.metrics, w.opt.t
-
-    return worker
 
 
 def test_a_round_waits_for_the_straggler() -> None:
@@ -235,20 +69,6 @@ def test_two_that_wait_for_a_turn_take_it_one_after_the_other() -> None:
 
 # Results
 
-SYNCHRONOUS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "AllreduceSGD": (AllreduceSGD, {}),
-    "LocalSGD": (LocalSGD, {"period": 3}),
-    "DiLoCo": (DiLoCo, {"period": 3}),
-    "DiLoCo-overlap": (DiLoCo, {"period": 6, "fragments": 2, "overlap": 2}),
-    "LSGD": (LSGD, {"period": 2, "global_period": 4, "pull": 0.3}),
-    "LSGD-every-step": (LSGD, {"period": 2, "when": "every_step"}),
-    "EASGD": (EASGD, {"period": 2}),
-    "EASGD-overlap": (EASGD, {"period": 2, "overlap": True}),
-    "EASGD-gauss-seidel": (EASGD, {"period": 2, "form": "gauss-seidel"}),
-    "Downpour": (Downpour, {"period": 2, "asynchronous": False}),
-    "ADMM": (ADMM, {"rho": 0.5}),
-    "EASGDTree": (EASGDTree, {"degree": 2, "period": 1, "upper_period": 2, "order": "lock-step"}),
-}
 ASYNCHRONOUS: dict[str, tuple[Any, dict[str, Any]]] = {
     "EASGD-turns": (EASGD, {**TURNS, "order": "round-robin"}),
     "LSGD-turns": (LSGD, {"asynchronous": True, "period": 2, "order": "round-robin"}),
@@ -321,3 +141,10 @@ def test_measured_seconds_are_those_of_the_worker() -> None:
     found = simulate(worker, 2, compute="measured", network=FREE)
     assert 0 < 2 * found.compute[0] < found.compute[1] < 5.0
     assert found.waiting[0] > found.waiting[1]
+
+
+def test_methods_know_nothing_of_simulation() -> None:
+    package = Path(mpilsgd.__file__).parent
+    for folder in ("comm", "transport", "exchange", "methods", "optimizers"):
+        for file in (package / folder).glob("*.py"):
+            assert not re.search(r"(from|import) mpilsgd\.simulation", file.read_text()), file

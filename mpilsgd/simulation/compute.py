@@ -38,11 +38,12 @@ def stragglers(factors: Mapping[int, float] | Callable[[int, int], float], of: A
 
 def seconds_of(compute: Any, rank: int, step: int, random: Random, measured: float) -> float:
     """Of the gradient of a rank's step. measured: what it took here."""
-    if isinstance(compute, Stragglers):
-        return compute.factor(rank, step) * seconds_of(compute.of, rank, step, random, measured)
+    factor = 1.0
+    while isinstance(compute, Stragglers):
+        factor, compute = factor * compute.factor(rank, step), compute.of
     if compute == MEASURED:
-        return measured
-    seconds = float(compute(rank, step, random) if callable(compute) else compute)
+        return factor * measured
+    seconds = factor * float(compute(rank, step, random) if callable(compute) else compute)
     if not 0 <= seconds < math.inf:
         raise ValueError(
             f"compute gives {seconds} seconds for step {step} of rank {rank}: it must be at least 0"

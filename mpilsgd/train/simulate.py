@@ -27,7 +27,7 @@ from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.sampling import Sampler, derived_seed
 from mpilsgd.train.stopping import AtEvents, Signals
 from mpilsgd.train.stragglers import Slowdown, parse_slow
-from mpilsgd.train.together import BAD_INPUT, FAILED, Stopped
+from mpilsgd.train.together import BAD_INPUT, FAILED, Stopped, on_first
 
 _UNIT = {"k": 1e3, "M": 1e6, "G": 1e9, "": 1.0}
 
@@ -59,40 +59,39 @@ def _parser() -> argparse.ArgumentParser:
         prog="mpilsgd simulate",
         usage="mpilsgd simulate [CONFIG.yaml] [--workers N] [--nodes N] [--option value ...]",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Trains as `mpiexec -n WORKERS mpilsgd train` would, with all workers in this one process and "
         "without MPI. What is computed is real; time is not: it passes as it would on the cluster that the options "
         "below describe. The run directory is that of `mpilsgd train`, with the cluster's seconds, and `mpilsgd "
-        "report` draws it. The same options give the same run.",
+        "report` draws it. The same options give the same run. Defaults are in [brackets].",
         epilog="All options of `mpilsgd train` may follow (--method, --lr, --steps, --slow, --output, ...; see "
         "`mpilsgd train --help`), but --resume, and the workers compute on the CPU. --slow 2:3 makes rank 2 "
         "three times as slow. Example: mpilsgd simulate --workers 8 --nodes 4 --bandwidth 125M --method EASGD "
         "--asynchronous --period 10 --epochs 5",
     )
     add = parser.add_argument
-    add("--workers", type=int, default=4, metavar="N", help="ranks")
-    add("--nodes", type=int, default=1, metavar="N", help="they lie on so many nodes, in blocks")
+    add("--workers", type=int, default=4, metavar="N", help="ranks [4]")
+    add("--nodes", type=int, default=1, metavar="N", help="they lie on so many nodes, in blocks [1]")
     add(
         "--bandwidth",
         type=_bytes,
         default=1.25e9,
         metavar="B",
-        help="bytes a second of a node's link: 125M, 1.25G",
+        help="bytes a second of a node's link, each way: 125M [1.25G]",
     )
-    add("--latency", type=float, default=2e-5, metavar="S", help="seconds from node to node")
+    add("--latency", type=float, default=2e-5, metavar="S", help="seconds from node to node [2e-5]")
     add(
         "--memory",
         type=_bytes,
         default=1e10,
         metavar="B",
-        help="bytes a second at which a rank reads on its node",
+        help="bytes a second at which a rank reads on its node [10G]",
     )
     add(
         "--compute",
         default="0.01",
         metavar="S",
         help="seconds of a step: a number; MEAN:SIGMA, drawn anew for each (log-normal); or measured: what it takes "
-        "here, which is never twice the same",
+        "here, which is never twice the same [0.01]",
     )
     add(
         "--die",
@@ -150,7 +149,6 @@ def _run(own: argparse.Namespace, config: Config) -> int:
         refuse_channels_last(config, train_set)
         train_set, test_set = ChannelsLast(train_set), ChannelsLast(test_set)
     directory = RunDirectory(config.output)
-    directory.claim(config.text(), config.overwrite)
     cluster = {"nodes": own.nodes, "compute": own.compute, **dataclasses.asdict(network)}
     found = simulate(
         lambda: train(config, train_set, test_set, directory, cluster),
@@ -167,15 +165,16 @@ def _run(own: argparse.Namespace, config: Config) -> int:
 
 
 def _told(found: Simulated[Any], directory: str) -> str:
-    links = ", ".join(
-        f"{size(out)} out, {size(into)} in" for out, into in zip(found.sent, found.received, strict=True)
-    )
-    seconds = (
-        f"on this cluster  {duration(max(found.seconds))} from the start to the end, evaluations for nothing"
-    )
-    return (
-        f"{closing(found.results[0] or {}, directory)}\n\n{seconds}\nlinks of the nodes  {links}\n\n{found}"
-    )
+    busiest = f"{size(max(found.sent))} out, {size(max(found.received))} in"
+    lines = [
+        closing(found.results[0] or {}, directory),
+        "",
+        f"on this cluster  {duration(max(found.seconds))} from start to end; evaluations take no time",
+        f"busiest link     {busiest}",
+        "",
+        str(found),
+    ]
+    return "\n".join(lines)
 
 
 def train(
@@ -188,6 +187,7 @@ def train(
     opt = make_method(config, topology, optimizers.build(config, model.parameters()), model)
     seat = opt.workers.index(rank) if opt.computes else 0
     sampler = Sampler(config.sampling, len(train_set), config.batch_size, seat, len(opt.workers), config.seed)
+    on_first(topology, directory.claim, config.text(), config.overwrite)
     torch.manual_seed(derived_seed(config.seed, "dropout", rank))
     total = config.steps if config.steps is not None else (config.epochs or 0) * sampler.batches
     display = Display(rank, total, sampler.batches)
@@ -219,4 +219,5 @@ class _Trainer(Trainer):
         self._sealed = name
 
     def _summary(self, summary: dict[str, Any]) -> dict[str, Any]:
-        return {**summary, "simulated": self.cluster}
+        peak = [nbytes // self.size for nbytes in summary["peak_memory"]]  # of one process
+        return {**summary, "peak_memory": peak, "simulated": self.cluster}

@@ -75,6 +75,14 @@ def test_what_goes_wrong_is_told(
 ) -> None:
     assert main(["simulate", *QUICK, "--output", str(tmp_path / "run"), *options]) == status
     assert match in capsys.readouterr().err
+    assert (tmp_path / "run").exists() == (status == 1)
+
+
+def test_a_run_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "run")
+    assert main(["simulate", *QUICK, "--output", str(tmp_path / "run")]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    run(tmp_path / "run", "--overwrite")
 
 
 def test_the_seconds_of_a_step() -> None:

@@ -25,7 +25,8 @@ class Simulated(Generic[_T]):
     Attributes:
         results: what each worker returned, None of one that has not.
         seconds: when it did (or where its clock stood in the end): compute + communication + waiting.
-        compute: in gradients; communication: while its bytes moved; waiting: for others.
+        compute: in gradients; communication: while its bytes moved (of what goes on behind its steps, only the
+            wait for it, as waiting); waiting: for others.
         sent, received: bytes over the link of each node.
     """
 

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <stdexcept>
+#include <string>
 
 #include "cuda_blocks.cuh"
 #include "cuda_bodies.cuh"
@@ -55,6 +57,7 @@ class Desk {
  public:
   Desk(const Operation& op, int n_peers, const Stream& on) : on_(on), n_peers_(n_peers) {
     if (op.n == 0 || (!op.stats && n_peers <= kInlinePeers)) return;
+    refuse_capture(op.stats);
     workspace_ = workspace_of(on);
     lock_ = std::unique_lock<std::mutex>(workspace_->mutex);
     fit(*workspace_, on, n_peers);
@@ -95,6 +98,20 @@ class Desk {
 
  private:
   cudaStream_t stream() const { return static_cast<cudaStream_t>(on_.stream); }
+
+  // What needs a workspace cannot come again when a graph is replayed: nobody would wait for the result's
+  // ticket again, the peers' addresses were read from memory that is gone, and a workspace that grows frees
+  // the one that the graph knows.
+  void refuse_capture(bool stats) const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check_cuda(cudaStreamIsCapturing(stream(), &status), "cudaStreamIsCapturing");
+    if (status == cudaStreamCaptureStatusNone) return;
+    throw std::runtime_error(
+        stats ? std::string("mpilsgd: CUDA: statistics of a kernel cannot be captured in a graph, as the "
+                            "host waits for them")
+              : "mpilsgd: CUDA: a kernel over more than " + std::to_string(kInlinePeers) +
+                    " peers cannot be captured in a graph, as their addresses come from the host");
+  }
 
   Stream on_;
   int n_peers_;
@@ -206,6 +223,8 @@ Found start(const Msgd& op, const Desk& on) {
                          static_cast<const T*>(op.leader),
                          static_cast<const T*>(op.other),
                          rates,
+                         op.lr_at,
+                         op.lr_is_double,
                          A(op.rate),
                          A(op.other_rate)};
   return launch(body, op, all_aligned(op.x, op.grad, op.velocity, op.leader, op.other), on);

@@ -207,11 +207,22 @@ struct MsgdBody {
   T* velocity;  // may be null, and so may the leaders
   const T *leader, *other;
   MsgdRates<A> rates;
+  const void* lr_at;  // null: the rate is in `rates`
+  bool lr_is_double;
   A rate, other_rate;
+
+  // All threads read the same few bytes, which stay in the cache.
+  __device__ MsgdRates<A> current() const {
+    MsgdRates<A> now = rates;
+    if (lr_at)
+      now.lr = lr_is_double ? A(*static_cast<const double*>(lr_at)) : A(*static_cast<const float*>(lr_at));
+    return now;
+  }
 
   template <int W, bool kStats>
   __device__ void run(std::int64_t at, Note<kStats>& note) const {
     A value[W], before[W], g[W], v[W], pulled_to[W], and_to[W];
+    const MsgdRates<A> now = current();
     load<W>(x + at, value);
     load<W>(grad + at, g);
     zero(v);
@@ -221,8 +232,8 @@ struct MsgdBody {
 #pragma unroll
     for (int k = 0; k < W; ++k) {
       before[k] = value[k];
-      const A next = msgd_velocity(value[k], g[k], v[k], rates);
-      const A iterate = from_look_ahead(value[k], v[k], rates.look);
+      const A next = msgd_velocity(value[k], g[k], v[k], now);
+      const A iterate = from_look_ahead(value[k], v[k], now.look);
       A moved = iterate + next;
       if (leader) {
         note.source(pulled_to[k]);
@@ -232,7 +243,7 @@ struct MsgdBody {
         note.source(and_to[k]);
         moved = moved - other_rate * pull_term(iterate, and_to[k]);
       }
-      value[k] = to_look_ahead(moved, next, rates.look);
+      value[k] = to_look_ahead(moved, next, now.look);
       v[k] = next;
     }
     store<W>(x + at, value);

@@ -72,6 +72,9 @@ struct Msgd : Operation {
   const void* other = nullptr;  // may be null; both may
   double lr = 0, momentum = 0, weight_decay = 0, rate = 0, other_rate = 0;
   bool nesterov = true;
+  // CUDA: where the device finds the learning rate when the kernel runs, a float or a double; null: it is lr.
+  const void* lr_at = nullptr;
+  bool lr_is_double = false;
 };
 
 struct Iterate : Operation {

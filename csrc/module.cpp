@@ -171,12 +171,14 @@ py::object average(const Where& where, const Addresses& peers) {
 
 py::object msgd(const Where& where, Address x, Address grad, Address velocity, double lr, double momentum,
                 bool nesterov, double weight_decay, Address leader, double rate, Address other,
-                double other_rate) {
+                double other_rate, Address lr_at, bool lr_is_double) {
   mpilsgd::Msgd op;
   op.x = at(x);
   op.grad = at(grad);
   op.velocity = at(velocity);
   op.lr = lr;
+  op.lr_at = at(lr_at);
+  op.lr_is_double = lr_is_double;
   op.momentum = momentum;
   op.nesterov = nesterov;
   op.weight_decay = weight_decay;

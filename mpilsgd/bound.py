@@ -31,6 +31,12 @@ class Bound:
             return self._plain(stats, seed)
         return moved(self._run(where, *self._arguments))
 
+    def begin(self) -> Callable[[], Moved | None]:
+        """Runs it, and gives what waits for its statistics: on a device they come when the stream has come so far."""
+        where = where_to_run(self._like, True)
+        found = self._plain(True, 0) if where is None else self._run(where, *self._arguments)
+        return lambda: found if isinstance(found, Moved) else moved(found)
+
 
 def pull(
     x: Tensor | Sequence[Tensor],

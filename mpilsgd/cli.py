@@ -1,4 +1,4 @@
-"""The command line: `mpilsgd train`, `simulate`, `report`, `info`, `bench`."""
+"""The command line: `mpilsgd train`, `simulate`, `report`, `info`, `bench`, `plan`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ COMMANDS = {
     "report": "draw figures of one or several run directories",
     "info": "show MPI, ranks, shared memory, CUDA and the extension as they are here",
     "bench": "measure the kernels, or the exchange between ranks",
+    "plan": "say what exchanges will cost on a cluster, and which periods keep them cheap",
 }
+_MODULES = {"plan": "mpilsgd.plan.command"}  # others: mpilsgd.train.COMMAND
 # What launchers call the rank, for messages that must appear once before MPI is there
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
@@ -25,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     with _told_once():
         command, rest = _command(arguments)
-    module = importlib.import_module(f"mpilsgd.train.{'job' if command == 'train' else command}")
+    modules = {"train": "mpilsgd.train.job", **_MODULES}
+    module = importlib.import_module(modules.get(command, f"mpilsgd.train.{command}"))
     if command in ("train", "simulate"):
         return int(module.main(rest))
     parser = argparse.ArgumentParser(prog=f"mpilsgd {command}")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpilsgd.extension import core, stream_of
+from mpilsgd.extension import core, emulated, emulated_current, stream_of
 
 
 def on_host(place: torch.device) -> bool:
     return place.type == "cpu" and place.index is None
+
+
+def capturing(place: torch.device) -> bool:
+    """Whether the current stream's work goes into a CUDA graph, and is not done yet."""
+    if place.type == "cuda":
+        return torch.cuda.is_current_stream_capturing()
+    return emulated is not None and not on_host(place) and bool(emulated.capturing(stream_of(place)))
 
 
 def identity(place: torch.device) -> bytes:
@@ -97,6 +106,66 @@ class Mark:
     def awaited(self) -> None:
         """What the current stream is given from now on comes after it."""
         self._event.wait(stream_of(self._place))
+
+
+class Side:
+    """A stream beside those that the steps are given to, for a thread's work; hosts wait for none.
+
+    On a GPU of the lowest priority there is, torch's usual one: steps in a stream of a higher one go first. What is
+    made on one stream and used on the other must not be freed before `awaited`: torch's allocator gives memory again in
+    the order of the stream on which it was made.
+    """
+
+    def __init__(self, place: torch.device):
+        self._place, self._stream = place, None
+        if place.type == "cuda":
+            self._stream = torch.cuda.Stream(place, priority=0)  # others are negative
+        else:
+            self.address = core.device.new_stream(place.index)
+            self._given, self._done = (core.device.Event(place.index, False) for _ in range(2))
+
+    def follows(self) -> None:
+        """What it is given from now on comes after what the current stream was given."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._place))
+        else:
+            self._given.record(stream_of(self._place))
+            self._given.wait(self.address)
+
+    def awaited(self) -> None:
+        """What the current stream is given from now on comes after what it was given."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._place).wait_stream(self._stream)
+        else:
+            self._done.record(self.address)
+            self._done.wait(stream_of(self._place))
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Of this thread, inside."""
+        if self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                yield
+            return
+        emulated_current.stream = self.address
+        try:
+            yield
+        finally:
+            emulated_current.stream = 0
+
+    def free(self) -> None:
+        """When its work is done. Torch keeps its streams."""
+        if self._stream is None:
+            core.device.drop_stream(self._place.index, self.address)
+
+
+def side(place: torch.device) -> Side | None:
+    """None where work has no streams."""
+    return (
+        Side(place)
+        if place.type == "cuda" or (core is not None and core.cuda and not on_host(place))
+        else None
+    )
 
 
 def finish(place: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,15 @@ class FallbackWarning(UserWarning):
 
 # A build for tests has device memory that torch takes for the host's; else None (csrc/emulated).
 emulated: Any = getattr(core, "emulated", None)
-emulated_stream = 0  # the default one
+
+
+class _Current(threading.local):
+    """A thread's."""
+
+    stream = 0  # the default one
+
+
+emulated_current = _Current()
 HOST = torch.device("cpu")
 
 
@@ -57,7 +66,7 @@ def place_of(x: Tensor) -> torch.device:
 
 def stream_of(place: torch.device) -> int:
     """The stream to which torch gives its work there."""
-    return torch.cuda.current_stream(place).cuda_stream if place.type == "cuda" else emulated_stream
+    return torch.cuda.current_stream(place).cuda_stream if place.type == "cuda" else emulated_current.stream
 
 
 def backend(x: Tensor) -> str:

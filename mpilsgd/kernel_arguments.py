@@ -110,6 +110,17 @@ def has_velocity(velocity: Tensor | None, momentum: float) -> None:
         raise ValueError(f"momentum {momentum} needs a velocity, which is None")
 
 
+def rate(name: str, value: float | Tensor, x: Tensor) -> None:
+    """A finite number, or a tensor of one that lies where x does; of that nothing is read."""
+    if not isinstance(value, Tensor):
+        number(**{name: value})
+    elif value.dim() or value.dtype not in (torch.float32, torch.float64) or _elsewhere(value, x):
+        raise ValueError(
+            f"{name} must be a number, or a tensor of one (float32 or float64, 0-dim) on {place_of(x)}, got "
+            f"{value.dtype} of shape {tuple(value.shape)} on {place_of(value)}"
+        )
+
+
 def number(**values: float) -> None:
     for name, value in values.items():
         if not math.isfinite(value):

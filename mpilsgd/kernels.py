@@ -4,9 +4,8 @@ Every function works in place on 1-D contiguous tensors of one dtype (float32, f
 one device and one length, 0 included; bad arguments raise ValueError. Half types are computed in float32 and
 rounded once, at the store; a `total` over peers has the type of the arithmetic (float32 for the half types).
 Pulls and elastic moves, often smaller than half the distance of two half values, are rounded up or down by
-chance, with the exact value as the mean: by the value and `seed` alone, so each round should have another one.
-No temporary vectors are made; the CPU uses torch.get_num_threads() threads; CUDA work goes to torch's current
-stream.
+chance, with the exact value as the mean: by the value and `seed` alone, so each round should have another one. No
+temporary vectors are made; the CPU uses torch.get_num_threads() threads; CUDA work goes to torch's current stream.
 
 Values that are not finite do not spread, element by element: such a leader's value pulls nothing, such a
 peer's value adds nothing to a centre or total and is not moved, and a mean is over the finite ones.
@@ -27,6 +26,7 @@ from mpilsgd.blocks import decode, encode
 from mpilsgd.extension import (
     FallbackWarning,
     backend,
+    device_of,
     instruction_set,
     moved,
     pointer,
@@ -179,7 +179,7 @@ def msgd(
     x: Tensor,
     grad: Tensor,
     velocity: Tensor | None,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     nesterov: bool = True,
     weight_decay: float = 0.0,
@@ -196,11 +196,12 @@ def msgd(
     (x - other). Nesterov: what is stored in x is the look-ahead y = x + momentum v, before (with v) and after
     (with v'); leaders are iterates. Heavy ball and momentum 0: it is the iterate x itself.
 
-    velocity: v; may be None with momentum 0. lr: the learning rate. With stats: the distance that x (as
-    stored) moved.
+    velocity: v; may be None with momentum 0. lr: the learning rate; a tensor of it, float32 or float64, is read where x
+    lies when the kernel runs. With stats: the distance that x (as stored) moved.
     """
     need.match(x, grad=grad, velocity=velocity, leader=leader, other=other)
-    need.number(lr=lr, momentum=momentum, weight_decay=weight_decay, rate=rate, other_rate=other_rate)
+    need.number(momentum=momentum, weight_decay=weight_decay, rate=rate, other_rate=other_rate)
+    need.rate("lr", lr, x)
     need.has_velocity(velocity, momentum)
     where = where_to_run(x, stats)
     if where is None:
@@ -209,7 +210,10 @@ def msgd(
         )
     own = (x.data_ptr(), grad.data_ptr(), pointer(velocity))
     pulls = (pointer(leader), rate, pointer(other), other_rate)
-    return moved(_core.msgd(where, *own, lr, momentum, nesterov, weight_decay, *pulls))
+    there = lr if isinstance(lr, Tensor) and device_of(lr) >= 0 else None
+    rates = (float(lr) if there is None else 0.0, momentum, nesterov, weight_decay)
+    at = (pointer(there), there is not None and there.dtype is torch.float64)
+    return moved(_core.msgd(where, *own, *rates, *pulls, *at))
 
 
 def iterate(x: Tensor, velocity: Tensor, momentum: float, sign: float) -> None:

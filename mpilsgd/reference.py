@@ -185,7 +185,7 @@ def msgd(
     x: Tensor,
     grad: Tensor,
     velocity: Tensor | None,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     nesterov: bool = True,
     weight_decay: float = 0.0,

@@ -9,10 +9,10 @@
 #   cluster       MPICH on several hosts with TCP between them (needs root, iproute2 and util-linux), and batch jobs on a
 #                 Slurm that is started for them (needs root, slurm-wlm and munge)
 #   --all         also what is left out for time, as it says little that is new: the tests that are marked `brief` with
-#                 no number of ranks; all tests with 4 ranks on two emulated nodes; 3 ranks on one node; runs that are
-#                 stopped, asynchrony and life cycles at 4 ranks; whole jobs on the second MPI, and 4 ranks there; trees
-#                 of 5 to 21 ranks; 4 tasks on two nodes in place of 2; every method on the emulated device, some of
-#                 them with 4 ranks on two nodes
+#                 no number of ranks; what goes by nodes with 4 ranks on two emulated ones; 3 ranks on one node; runs
+#                 that are stopped, asynchrony and life cycles at 4 ranks; asynchrony and faults on the second MPI;
+#                 trees of 5 to 21 ranks; 4 tasks on two nodes in place of 2; every method on the emulated device, some
+#                 of them with 4 ranks on two nodes
 #   --slow NAME   instead of these, the long tests whose name contains NAME (as pytest's -k), at MPILSGD_RANKS (4) ranks
 #
 # The last line is "N passed, N failed, N skipped" over all runs; the status is not 0 if any test failed, hung, died or
@@ -110,7 +110,7 @@ emulated() { # its kernels
 }
 
 emulated_ranks() { # emulated_ranks RANKS [NODES]: methods whose vectors lie there
-  local select_tests=(-m "gpu and not slow") paths="tests/mpi/test_devices.py $paths"
+  local select_tests=(-m "gpu and not slow") paths="tests/mpi/test_devices.py tests/mpi/test_launches.py tests/mpi/test_streams.py $paths"
   export MPILSGD_TEST_CORE
   MPILSGD_TEST_CORE=$(echo "$VENV"/emulated/mpilsgd/_core*.so)
   [[ -z ${2:-} ]] || export MPIR_CVAR_NUM_CLIQUES=$2 MPIR_CVAR_CLIQUES_BY_BLOCK=1
@@ -164,9 +164,11 @@ emulated_nodes() {
   only=$equal
   # one rank a node is also what every run does by messages
   [[ -z $all ]] || without="" paths=tests/mpi/test_tree.py cliques 3 3
-  without="train life_cycle" cliques 4 2
+  without="train life_cycle $alike" cliques 4 2
 }
 without="" paths=tests/mpi only=""
+# what one MPI, and two ranks, show as well as any others
+alike="jobs optimizers real_inputs arguments info_bench heartbeat identities adding_a_method life_cycle"
 equalities="simulation or oracle or uninterrupted or replay"
 equal=$([[ -n $all || -n $slow ]] || echo "$equalities")
 
@@ -210,10 +212,7 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
   if find_mpi "$other"; then
     say "now $MPI, started by $MPIEXEC"
     export MPILSGD_MPIEXEC=$MPIEXEC
-    # what any MPI would do alike has been tested on the first one
-    alike="optimizers real_inputs arguments info_bench heartbeat identities adding_a_method life_cycle"
-    without="$alike $([[ -n $all ]] || echo jobs train)" only=$equal all_ranks 2
-    [[ -z $all ]] || without="$alike train asynchronous" only=$equalities all_ranks 4
+    without="$alike train" only=$equal all_ranks 2
     [[ $MPI != MPICH ]] || emulated_nodes
   else
     say "$other: none here and none to be had, so not tested"

@@ -29,6 +29,12 @@ void bind_emulated(py::module_& core) {
       },
       py::arg("stream") = 0,
       "Waits for a stream, or for the default streams of all devices; is not counted.");
+  m.def("capture", &emulated::capture, py::arg("stream"), py::arg("on"),
+        "A stream is capturing a graph from now on, or no longer.");
+  m.def("capturing", &emulated::capturing, py::arg("stream"));
+  m.def("copy_later", &emulated::copy_later, py::arg("to"), py::arg("source"), py::arg("nbytes"),
+        py::arg("stream"),
+        "A copy between vectors of the device by a stream, as torch makes it; is not counted.");
   m.def("seed", &emulated::seed, py::arg("number"), "Of delays and of the order of blocks and threads.");
   m.def("delay", &emulated::set_delay, py::arg("seconds"),
         "Work starts so much later at most, unless somebody waits for it.");

@@ -1,6 +1,8 @@
 // What tests ask of the stand-in: see control.h.
 #include "control.h"
 
+#include <cstring>
+
 #include "state.h"
 
 namespace mpilsgd::emulated {
@@ -27,6 +29,27 @@ int drain(std::uintptr_t stream) {
     if (one && state().sticky[one->device]) error = state().sticky[one->device];
   }
   return error;
+}
+
+void capture(std::uintptr_t stream, bool on) {
+  if (const StreamPtr one = stream_of(reinterpret_cast<cudaStream_t>(stream))) one->capturing = on;
+}
+
+bool capturing(std::uintptr_t stream) {
+  const StreamPtr one = stream_of(reinterpret_cast<cudaStream_t>(stream));
+  return one && one->capturing;
+}
+
+void copy_later(std::uintptr_t to, std::uintptr_t from, std::size_t bytes, std::uintptr_t stream) {
+  const StreamPtr one = stream_of(reinterpret_cast<cudaStream_t>(stream));
+  if (!one || has_forked()) return;
+  one->push([=] {
+    if (from) {
+      std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
+    } else {
+      std::memset(reinterpret_cast<void*>(to), 0xFF, bytes);
+    }
+  });
 }
 
 void seed(std::uint64_t number) {
@@ -66,6 +89,10 @@ void clear() {
   s.delay = State().delay;
   s.why.clear();
   for (cudaError_t& error : s.sticky) error = cudaSuccess;
+  for (const StreamPtr& one : s.defaults) {
+    if (one) one->capturing = false;
+  }
+  for (const auto& [_, one] : s.streams) one->capturing = false;
 }
 
 }  // namespace mpilsgd::emulated

@@ -2,6 +2,7 @@
 // ends.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -29,6 +30,7 @@ struct CUstream_st {
   std::deque<Work> queue;
   std::uint64_t queued = 0, done = 0, urgent = 0;  // work up to number `urgent` runs without delay
   bool closing = false;
+  std::atomic<bool> capturing{false};
 
   explicit CUstream_st(int device) : device(device) {}
   std::uint64_t push(std::function<void()> run);  // returns the work's number

@@ -142,14 +142,24 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (auto error = begin(__func__)) return error;
   const StreamPtr one = stream_of(stream);
   if (!one) return failed(cudaErrorInvalidResourceHandle);
+  if (one->capturing) return failed(cudaErrorStreamCaptureUnsupported);
   one->wait();
   return broken(one->device) ? failed(cudaErrorLaunchFailure) : cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  if (auto error = begin(__func__)) return error;
+  const StreamPtr one = stream_of(stream);
+  if (!one) return failed(cudaErrorInvalidResourceHandle);
+  *status = one->capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   if (auto error = begin(__func__)) return error;
   const StreamPtr one = stream_of(stream);
   if (!one) return failed(cudaErrorInvalidResourceHandle);
+  if (one->capturing) return failed(cudaErrorStreamCaptureUnsupported);
   const bool idle = one->idle();
   if (broken(one->device)) return failed(cudaErrorLaunchFailure);
   return idle ? cudaSuccess : failed(cudaErrorNotReady);

@@ -6,7 +6,7 @@ An *island* is a set of ranks that see each other's vectors: a node, or a single
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,10 @@ from mpilsgd.comm.mpi import MPI
 
 _PIECE = 1 << 22  # bytes a message at most: those of a chunk follow each other, and MPI's counts are C ints
 _CHUNK = 1 << 24  # bytes that are received before they are used, while the next ones come
-_SMALLEST, _PIECES = 1 << 16, 16  # bytes a message at least; messages of a short vector
+_SMALLEST, _PIECES = (
+    1 << 16,
+    16,
+)  # bytes a message at least; messages of a vector for each rank that passes it on
 
 
 class Channel:
@@ -73,6 +76,35 @@ def slices(a: int, b: int, parts: int, wire: Any) -> list[tuple[int, int]]:
     return [(min(a + k * share, b), min(a + (k + 1) * share, b)) for k in range(parts)]
 
 
+def piece_bytes(nbytes: int, ranks: int) -> int:
+    """Bytes a message of a vector that goes along a chain: all those that pass it on delay it by a sixteenth in all, or
+    each by a short message."""
+    return min(max(-(-nbytes // (_PIECES * max(ranks - 2, 1))), _SMALLEST), _PIECE)
+
+
+class Posted:
+    """Requests that are under way. Inside, whatever happens, they are done before what they read and write may go."""
+
+    def __init__(self) -> None:
+        self._all: list[MPI.Request] = []
+
+    def add(self, request: MPI.Request) -> MPI.Request:
+        self._all.append(request)
+        return request
+
+    def __enter__(self) -> Posted:
+        return self
+
+    def __exit__(self, error: Any, *_: Any) -> None:
+        if error is not None:
+            MPI.Request.Waitall(self._all)
+
+    def forget(self, requests: Iterable[MPI.Request]) -> None:
+        """They are done."""
+        done = {id(request) for request in requests}
+        self._all = [request for request in self._all if id(request) not in done]
+
+
 def pass_along(
     heads: MPI.Comm,
     vector: torch.Tensor,
@@ -90,7 +122,7 @@ def pass_along(
     """
     n, place = heads.size, (heads.rank - home) % heads.size
     before, after = (heads.rank - 1) % n, (heads.rank + 1) % n
-    size = wire.most(min(max(-(-wire.nbytes(vector.numel()) // _PIECES), _SMALLEST), _PIECE))
+    size = wire.most(piece_bytes(wire.nbytes(vector.numel()), n))
     direct, at = wire.direct(vector, mapped), wire.nbytes
     travels = vector.view(torch.uint8) if direct else wire.staging(vector, at(vector.numel()))
     wire.settle(travels)
@@ -156,8 +188,13 @@ def sums(
         before, after = (
             [(me + step * j) % n for j in range(1, n)] for step in (-1, 1)
         )  # not all to one at once
-        coming = [heads.Irecv(memory_of(received[k], wire.reaches), k) for k in before]
-        return coming + [heads.Isend(memory_of(sent[k], wire.reaches), k) for k in after]
+        coming = [posted.add(heads.Irecv(memory_of(received[k], wire.reaches), k)) for k in before]
+        return coming + [posted.add(heads.Isend(memory_of(sent[k], wire.reaches), k)) for k in after]
+
+    def finish(requests: list[MPI.Request]) -> None:
+        for request in requests:
+            wait(request)
+        posted.forget(requests)
 
     def scatter(a: int, b: int) -> tuple[Any, ...]:
         every = slices(a, b, heads.size, wire)
@@ -170,8 +207,7 @@ def sums(
 
     def gather(requests: list[MPI.Request], a: int, b: int, *of: Any) -> tuple[Any, ...]:
         sent, received, every = of
-        for request in requests:
-            wait(request)
+        finish(requests)
         low, high = every[me]
         own = vector[low:high].clone()
         if wire.coded and change.base is not None:
@@ -183,8 +219,7 @@ def sums(
         return exchange([sent[me]] * heads.size, sent), a, b, sent, every
 
     def use(requests: list[MPI.Request], a: int, b: int, sent: Any, every: Any) -> tuple[int, int]:
-        for request in requests:
-            wait(request)
+        finish(requests)
         for (low, high), codes in zip(every, sent, strict=True):
             more = kept(low, high, "count")
             follow = change is not None and change.follow
@@ -192,12 +227,13 @@ def sums(
         return a, b
 
     scattered = gathered = None
-    for part in itertools.chain(parts, (None, None)):
-        ready, ahead = gathered, None if part is None else scatter(*part)
-        gathered = None if scattered is None else gather(*scattered)
-        scattered = ahead
-        if ready is not None:
-            yield use(*ready)
+    with Posted() as posted:
+        for part in itertools.chain(parts, (None, None)):
+            ready, ahead = gathered, None if part is None else scatter(*part)
+            gathered = None if scattered is None else gather(*scattered)
+            scattered = ahead
+            if ready is not None:
+                yield use(*ready)
 
 
 def memory_of(vector: torch.Tensor, on_device: bool) -> Any:

@@ -38,6 +38,11 @@ def in_process(
         RuntimeError: where mpiexec started this program as one of several ranks.
     """
     refuse(problem_of(worker, workers, seed, nodes, patience), "in_process")
+    return run_tasks(worker, workers, seed, nodes, patience)
+
+
+def run_tasks(worker: Callable[[], _T], workers: int, seed: int, nodes: int, patience: float) -> list[_T]:
+    """The same within a program that is a rank, beside what that does: nothing of MPI is touched."""
     baton, world = Baton(seed), tasks.Members(range(workers))
     ranks = [TaskRank(baton, world, r, node) for r, node in enumerate(node_of(workers, nodes))]
 

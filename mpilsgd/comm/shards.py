@@ -38,13 +38,16 @@ class Shards:
     in its turn, so that an exchange is atomic a shard. Window rules: in a turn nobody else touches the shard through
     any window, and both kinds are synchronised (`Win.Sync`, `Flush`) before the turn is passed on.
 
+    On devices that reach each other the only shard lies in their memory, where kernels work on it in the order of the
+    turns. Several shards lie in the host's: one-sided operations of MPI do not take devices' memory.
+
     Where vectors travel between islands in a narrower type, shards are kept in it; what rounding takes from a worker's
     change is added to its next one (error feedback), so that nothing is lost for good. In few bits they are `Coded`.
 
     Args:
         sizes: elements of each dtype of the workers' vectors; kinds: for each name, the type its vectors have for a
             worker's dtype.
-        device: where the workers compute; the shards lie in the host's memory.
+        device: where the workers compute.
 
     Collective: creation, `collect`, `free`.
     """
@@ -68,6 +71,9 @@ class Shards:
         self.kinds = kinds
         self.residuals: dict[tuple[str, torch.dtype, Any], torch.Tensor] = {}  # by the shard, too
         self._coded: dict[tuple[str, torch.dtype], Coded] = {}
+        self._on_host = fabric.on_host
+        hosted = self._on_host or level.n_islands > 1
+        self._order = None if hosted or level.size == 1 else fabric.place.turns(level.channel)
         for name, of in kinds.items():
             self.own[name], self._fetched[name] = {}, {}
             for d, kind in of.items():
@@ -80,7 +86,7 @@ class Shards:
                         self.residuals[name, d, k] = torch.zeros(spans[d][1] - spans[d][0], dtype=kind)
                     kind = wire.travels
                 a, b = self._spans[level.channel.island][d]
-                window = self.own[name][d] = fabric.place.common(level.channel, kind, b - a, host=True)
+                window = self.own[name][d] = fabric.place.common(level.channel, kind, b - a, host=hosted)
                 if level.n_islands > 1:
                     memory = window.mine if level.local_ranks[0] == level.rank else torch.empty(0, dtype=kind)
                     exposed = memory.view(torch.uint8).numpy() if memory.numel() else MPI.BOTTOM
@@ -88,8 +94,7 @@ class Shards:
                     longest = max(stop - start for start, stop in (s[d] for s in self._spans))
                     self._fetched[name][d] = torch.empty(longest, dtype=kind)
         # whether a turn's work is done on copies, new ones each time
-        self._on_host = fabric.on_host
-        self.copies = not self._on_host or bool(self.residuals)
+        self.copies = (hosted and not self._on_host) or bool(self.residuals)
         self.waited = 0.0  # seconds, in all turns so far
         self._fetched_bytes = 0
 
@@ -130,10 +135,16 @@ class Shards:
             ticket, waited = self.turns.take(k, None if tickets is None else tickets[k], round_robin)
             self.waited += waited
             try:
+                if self._order is not None:
+                    self._order.begins()
                 yield self._open(k, ticket)
                 self._close(k)
             finally:
-                self.turns.pass_on(k, ticket, round_robin)
+                try:
+                    if self._order is not None:
+                        self._order.ends()
+                finally:
+                    self.turns.pass_on(k, ticket, round_robin)
 
     def _open(self, k: int, ticket: int) -> Shard:
         here = k == self._level.channel.island

@@ -14,7 +14,7 @@ import torch
 from mpilsgd.comm.channel import Channel
 from mpilsgd.comm.mpi import MPI, here
 
-_ACROSS: dict[Any, torch.dtype | str] = {
+ACROSS: dict[Any, torch.dtype | str] = {
     torch.bfloat16: torch.bfloat16,
     "bfloat16": torch.bfloat16,
     torch.int8: "int8",
@@ -84,10 +84,10 @@ class Topology:
         try:
             self.agree(_version_error(self.allgather(_versions())))
             self.agree(_group_size_error(group_size, self.node.size))
-            known = across_dtype is None or across_dtype in list(_ACROSS)
+            known = across_dtype is None or across_dtype in list(ACROSS)
             told = "across_dtype must be bfloat16, int8, int4 or None"
             self.agree(None if known else f"{told}, not {across_dtype!r}")
-            self.across_dtype = None if across_dtype is None else _ACROSS[across_dtype]
+            self.across_dtype = None if across_dtype is None else ACROSS[across_dtype]
             known = cuda_aware is None or isinstance(cuda_aware, bool)
             self.agree(None if known else f"cuda_aware must be None, True or False, not {cuda_aware!r}")
             self.cuda_aware = cuda_aware

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mpilsgd.comm.mpi import MPI, here
+from mpilsgd.devices import side
 
 _SLEEP = 2e-5, 1e-3  # seconds between two looks: at first, at last
 
@@ -100,13 +101,15 @@ def start_thread(work: Callable[[], None], name: str) -> threading.Thread:
 
 
 class Background:
-    """A thread that does what it is given, one after the other, without gradients, on the CUDA stream of who gives it.
+    """A thread that does what it is given, one after the other, without gradients. A process that ends does not wait
+    for it.
 
-    A process that ends does not wait for it.
+    Its kernels go to a stream of its own, after those that were given to the stream of who gives the work; who needs
+    them calls `join`.
     """
 
     def __init__(self, name: str, device: torch.device):
-        self._device = device
+        self._side = side(device)
         self._ended = False
         self._todo: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = queue.SimpleQueue()
         self._thread = start_thread(self._work, name)
@@ -133,17 +136,25 @@ class Background:
 
     def submit(self, do: Callable[[Any], None], given: Any) -> Future[None]:
         future: Future[None] = Future()
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        if self._side is not None:
+            self._side.follows()
 
         def work() -> None:
-            with torch.no_grad(), contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            with torch.no_grad(), contextlib.nullcontext() if self._side is None else self._side.current():
                 do(given)
 
         self._todo.put((future, work))
         return future
+
+    def join(self) -> None:
+        """What the current stream is given from now on comes after the kernels of what is done."""
+        if self._side is not None:
+            self._side.awaited()
 
     def end(self) -> None:
         """After what it was given. Joined: a daemon that the interpreter's end kills in C++ would abort the process."""
         self._todo.put(None)
         _give_way_until(lambda: self._ended)
         self._thread.join()
+        if self._side is not None:
+            self._side.free()

@@ -88,6 +88,11 @@ class Exchange:
         """Whether this worker's clock asks for an exchange now."""
         return bool(self.m.clock.due(self.m.t))
 
+    def comes(self) -> bool:
+        """Whether the coming step brings an exchange, or may bring one."""
+        clock = self.m.clock
+        return clock.looks or clock.by_total or bool(clock.due(self.m.t + (not clock.first)))
+
     def run(self) -> None:
         """The exchange that is due."""
 

@@ -48,6 +48,8 @@ class Behind(Exchange):
         finally:
             if self._exchanging.done():  # and not this wait interrupted
                 self._exchanging = None
+                assert self._thread is not None
+                self._thread.join()
         waited = seconds() - start
         m.metrics.t_comm += waited
         m.metrics.t_wait += waited
@@ -182,8 +184,9 @@ class BehindInTurn(Behind, InTurn):
     def _visit_behind(self, _: Any) -> None:
         self.visit(timed=False)
         for d, sent in self._sent.items():
-            self._moved[d] = self.x[d].mine.to(accumulation_dtype(d)).sub_(sent)
-        self._sent = {}
+            moved = self.x[d].mine.to(accumulation_dtype(d))
+            kernels.iterate(moved, sent.to(moved.dtype), 1.0, -1.0)
+            self._moved[d] = moved
 
     def land(self) -> None:
         if self._pending:
@@ -191,7 +194,7 @@ class BehindInTurn(Behind, InTurn):
 
     def _end(self) -> None:
         self.settle()
-        self._pending = False
+        self._pending, self._sent = False, {}  # not sooner: the thread's stream reads it until then
         for d, copy in self.x.items():
             x = self.m.x[d].mine[: self.m.n[d]]
             if self.fit:

@@ -202,6 +202,10 @@ class Edges(Exchange):
             self._pass(node, sends=False)
         node.t += 1
 
+    def comes(self) -> bool:
+        """With every step, by what has come on the edges."""
+        return True
+
     @torch.no_grad()
     def stepped(self) -> None:
         now, m = clock(), self.m

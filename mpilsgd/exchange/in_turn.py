@@ -27,6 +27,9 @@ class InTurn(Verbs):
     _shard: Shard
 
     def hosted(self, nbytes: int, wide: int) -> float:
+        """The shards of several islands; an only one lies where x does."""
+        if self.m.topology.node.size == self.m.p:
+            return 0.0
         shards = [v for v in self.m.vectors.values() if v.per == "all"]
         return sum(wide if v.wide else nbytes for v in shards) / self.m.topology.node.size
 

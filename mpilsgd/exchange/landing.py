@@ -20,9 +20,9 @@ class BehindSteps(BehindAll):
     _keep = 0.0
 
     def _begin(self) -> bool:
-        self._began = self.m.t
-        self.copy_x()
-        return self.m.is_fit()
+        self._began, fit = self.m.t, self.m.is_fit()
+        self.copy_x()  # nobody waits for that
+        return fit
 
     def _round(self, rows: Rows) -> None:
         self._part = 0, 1
@@ -57,12 +57,18 @@ class BehindSteps(BehindAll):
             self._began = None
             self.m.flat.touched()
 
+    def _lands_at(self, t: int) -> bool:
+        return self._began is not None and t >= self._began + self.m.overlap
+
+    def comes(self) -> bool:
+        return self._lands_at(self.m.t + 1) or super().comes()
+
     def _take_centre(self) -> None:
         self._began = None
         super()._take_centre()
 
     def stepped(self) -> None:
-        if self._began is not None and self.m.t >= self._began + self.m.overlap:
+        if self._lands_at(self.m.t):
             with torch.no_grad(), self.m.iterates():
                 self.land()
         super().stepped()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 
 from mpilsgd.comm import Refused, Topology, here, inquiry
+from mpilsgd.devices import capturing
 from mpilsgd.exchange import centre, leaving, setup, state
 from mpilsgd.exchange.base import Exchange, without_grad
 from mpilsgd.exchange.clocks import Every
@@ -151,6 +152,8 @@ class Method(Worker):
     def _one_step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
         if self._lent or not self._open:
             self._refuse()
+        if capturing(self.device) and self.r.comes():
+            self._refuse_capture()
         self._members.check(self.optimizer)
         clock, r, rounds = self.clock, self.r, self.metrics.rounds
         if not self._computes:
@@ -200,6 +203,12 @@ class Method(Worker):
         self._refuse_if_closed()
         raise RuntimeError(
             "step() inside center(): the parameters there are the centre, and go back afterwards"
+        )
+
+    def _refuse_capture(self) -> NoReturn:
+        raise RuntimeError(
+            f"a round of {type(self).__name__} cannot be captured in a CUDA graph, as the workers meet on the host: "
+            "capture steps that bring none"
         )
 
     def _refuse_if_closed(self) -> None:

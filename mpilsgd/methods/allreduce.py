@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from mpilsgd import kernels
+from mpilsgd import bound, kernels
 from mpilsgd.exchange import ROUND, Diverged, Every, Method, forget, number
+from mpilsgd.extension import DTYPES, device_of
 
 _SUSPECT, _MISSING = 1, 2  # a loss that is not finite; parameters without a gradient
 
@@ -43,11 +45,11 @@ class AllreduceSGD(Method):
     def observe(self, loss: Any) -> None:
         self.flat.reseat()
         self.missing = self.flat.fill_missing_grads()
-        self.suspect = loss is not None and not math.isfinite(float(loss))
+        self.fine = _finite(loss)
 
     def measure(self) -> float:
-        told = getattr(self, "missing", None), getattr(self, "suspect", False)
-        return (_SUSPECT if told[1] else 0) + (_MISSING if told[0] or self.behind else 0)
+        missing, fine = getattr(self, "missing", None), getattr(self, "fine", _without_loss)
+        return (0 if fine() else _SUSPECT) + (_MISSING if missing or self.behind else 0)
 
     def exchange(self, r: Any) -> None:
         active = np.array(r.rows.purpose) == ROUND
@@ -90,3 +92,24 @@ class AllreduceSGD(Method):
         had = r.level.table([float(id(p) not in absent) for p in self.flat.parameters]).any(axis=0)
         for p, present in zip(self.flat.parameters, had, strict=True):
             p.grad = self.flat.view(p, self.flat.grads) if present else None
+
+
+def _without_loss() -> bool:
+    return True
+
+
+def _finite(loss: Any) -> Callable[[], bool]:
+    """Whether a loss is finite. On a device it is looked at when the stream has come there, as the gradients after it
+    are, for which the host waits anyway."""
+    if loss is None:
+        return _without_loss
+    if not torch.is_tensor(loss) or loss.numel() != 1 or loss.dtype not in DTYPES or device_of(loss) < 0:
+        fine = math.isfinite(float(loss))
+        return lambda: fine
+    found = bound.check(loss.detach().reshape(1)).begin()
+
+    def wait() -> bool:
+        moved = found()
+        return moved is not None and moved.finite
+
+    return wait

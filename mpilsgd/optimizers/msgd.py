@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mpilsgd import kernels
+from mpilsgd.devices import on_host
+from mpilsgd.extension import place_of
 from mpilsgd.flat import FlatParameters, touched
 from mpilsgd.optimizers.runs import Row, companions, lines, pull_settings
 
@@ -31,13 +33,16 @@ class MSGD(Optimizer):
 
     Args:
         params: tensors or parameter groups, as for every torch optimizer.
-        lr: η >= 0.
+        lr: η >= 0; a number, or a tensor of one.
         momentum: δ in (-1, 1), default 0; the best one can be negative (thesis 5.1.2).
         nesterov: the look-ahead form, default True.
         weight_decay: w >= 0, default 0: g + w x, with x where the gradient is taken.
+        capturable: default False. True: lr may be a tensor of one number on the parameters' device (float32 or
+            float64). The kernel reads it there, so that a step in a CUDA graph goes by what a scheduler has written
+            into it since; the host reads nothing. What is not finite there is not noticed.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value out of its range; an lr on a device without `capturable`.
 
     Source: Zhang's thesis, 2.3 and 5.1.2 (5.4).
     """
@@ -46,16 +51,24 @@ class MSGD(Optimizer):
     _inside = 0  # how many iterate() or hold() are open
 
     def __init__(
-        self, params: Any, lr: float, momentum: float = 0.0, nesterov: bool = True, weight_decay: float = 0.0
+        self,
+        params: Any,
+        lr: float | Tensor,
+        momentum: float = 0.0,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        *,
+        capturable: bool = False,
     ) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        given = _rate(lr, capturable)
+        for name, value in (("lr", 0.0 if torch.is_tensor(given) else given), ("weight_decay", weight_decay)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be finite and not negative")
         if not -1 < momentum < 1:
             raise ValueError(f"momentum is {momentum}; it must lie between -1 and 1, ends excluded")
         # lookahead: the coefficient of v in what the parameters hold now, x + lookahead * v
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "lookahead": 0.0})
+        super().__init__(params, {**defaults, "capturable": capturable, "lookahead": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, pulls: Pulls | None = None) -> Any:
@@ -76,7 +89,8 @@ class MSGD(Optimizer):
         self._look(_ahead)
         for group in self.param_groups:
             moving = [(p, p.grad.detach()) for p in group["params"] if p.grad is not None]
-            lr, momentum, decay = float(group["lr"]), float(group["momentum"]), float(group["weight_decay"])
+            lr, momentum = _rate(group["lr"], group["capturable"]), float(group["momentum"])
+            decay = float(group["weight_decay"])
             rows: list[Row] = [(p, (self.state[p].get("velocity"),), grad) for p, grad in moving]
             for p, x, (velocity,), grad in lines(rows, merge=pulls is None):
                 settings = pull_settings(p, pulls(p)) if pulls is not None else {}
@@ -132,6 +146,7 @@ class MSGD(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("lookahead", 0.0)
+            group.setdefault("capturable", False)
 
     def _make_velocities(self) -> None:
         """With the first gradient for all of a flat vector, so that they lie in one piece as it does."""
@@ -153,6 +168,18 @@ class MSGD(Optimizer):
                     kernels.iterate(x, velocity, abs(change), int(math.copysign(1, change)))
                 touched(moving)
             group["lookahead"] = ahead(group)
+
+
+def _rate(lr: Any, capturable: bool) -> float | Tensor:
+    """A number, unless it lies on a device and may stay there."""
+    if not torch.is_tensor(lr) or on_host(place_of(lr)):
+        return float(lr)
+    if not capturable:
+        raise ValueError(
+            f"lr is a tensor on {place_of(lr)}, where reading it would keep the host waiting in every step: give a "
+            "number, or MSGD(..., capturable=True)"
+        )
+    return lr.detach()
 
 
 def _ahead(group: dict[str, Any]) -> float:

@@ -54,6 +54,9 @@ class DeviceWindow:
                 address = self._mapped[-1].address
             self.views.append(devices.vector(self._place, address, dtype, numel))
 
+    def sync(self) -> None:
+        """Streams are ordered by their marks."""
+
     def free(self) -> None:
         """Nobody's stream may have anything to do with it any more."""
         self.views, self.mine = [], torch.empty(0)
@@ -76,7 +79,7 @@ class DeviceWindows:
     def __init__(self, island: Channel, place: torch.device):
         self._island, self._place = island, place
         self._windows: list[Any] = []
-        self._orders: list[Order] = []
+        self._orders: list[Any] = []
 
     def vector(self, dtype: torch.dtype, numel: int, host: bool = False) -> Any:
         return self._keep(self._island.local, dtype, numel, host)
@@ -95,6 +98,10 @@ class DeviceWindows:
         self._orders.append(Order(level.local, self._place, self._windows))
         return self._orders[-1]
 
+    def turns(self, level: Channel) -> TurnOrder:
+        self._orders.append(TurnOrder(level.local, self._place, 1))
+        return self._orders[-1]
+
     def free(self) -> None:
         together(self._island.local, lambda: devices.finish_all(self._place))
         for order in self._orders:
@@ -104,7 +111,48 @@ class DeviceWindows:
         self._windows, self._orders = [], []
 
 
-class Order:
+class Marks:
+    """So many marks of every rank of an island, for which the others' streams can wait. Collective, as is `free`."""
+
+    def __init__(self, local: Any, place: torch.device, count: int):
+        self._local = local
+        self._own: list[devices.Mark] = []
+        self._others: list[list[devices.Mark]] = [[] for _ in range(count)]
+        told = together(local, lambda: self._leave(place))
+        together(local, lambda: self._meet(place, told))
+
+    def _leave(self, place: torch.device) -> list[bytes]:
+        self._own = [devices.Mark(place) for _ in self._others]
+        return [mark.handle() for mark in self._own]
+
+    def _meet(self, place: torch.device, told: list[list[bytes]]) -> None:
+        for rank, handles in enumerate(told):
+            for k, handle in enumerate(handles) if rank != self._local.rank else ():
+                self._others[k].append(devices.Mark.of(place, handle))
+
+    def free(self) -> None:
+        self._others = [[] for _ in self._others]
+        self._local.Barrier()  # let go everywhere
+        self._own = []
+
+
+class TurnOrder(Marks):
+    """What a rank's stream does in its turn comes after what the others' streams did in theirs; no host waits.
+
+    One mark a rank is enough. A stream waits for a mark as it is when it is told to, whatever becomes of it later; and
+    a mark is moved in its owner's turn alone, when nobody else asks. All others' are asked for: the last one's comes
+    after those before it, but who that was is not known where turns are free.
+    """
+
+    def begins(self) -> None:
+        for mark in self._others[0]:
+            mark.awaited()
+
+    def ends(self) -> None:
+        self._own[0].here()
+
+
+class Order(Marks):
     """What the streams of a level's ranks on an island do before a meeting comes before what they do after it.
 
     Each rank leaves a mark in its stream before the meeting, and all streams wait for the others' marks after it; no
@@ -114,20 +162,8 @@ class Order:
     """
 
     def __init__(self, local: Any, place: torch.device, windows: list[Any]):
-        self._local, self._windows, self._turn = local, windows, 0
-        self._own: list[devices.Mark] = []
-        self._others: list[list[devices.Mark]] = [[], []]
-        told = together(local, lambda: self._leave(place))
-        together(local, lambda: self._meet(place, told))
-
-    def _leave(self, place: torch.device) -> list[bytes]:
-        self._own = [devices.Mark(place) for _ in range(2)]
-        return [mark.handle() for mark in self._own]
-
-    def _meet(self, place: torch.device, told: list[list[bytes]]) -> None:
-        for rank, handles in enumerate(told):
-            for k, handle in enumerate(handles) if rank != self._local.rank else ():
-                self._others[k].append(devices.Mark.of(place, handle))
+        super().__init__(local, place, 2)
+        self._windows, self._turn = windows, 0
 
     def before(self, through_mpi: bool) -> None:
         self._own[self._turn].here()
@@ -143,11 +179,6 @@ class Order:
         for window in self._windows if through_mpi else ():
             if isinstance(window, Window):
                 window.sync()
-
-    def free(self) -> None:
-        self._others = [[], []]
-        self._local.Barrier()  # let go everywhere
-        self._own = []
 
 
 def together(comm: Any, do: Callable[[], _T]) -> list[_T]:

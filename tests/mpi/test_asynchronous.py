@@ -46,6 +46,7 @@ from mpilsgd import ADMM, EASGD, LSGD, AllreduceSGD, Downpour, LocalSGD
 from mpilsgd.comm import MPI
 
 pytestmark = pytest.mark.mpi
+by_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 # In turns
 
@@ -73,12 +74,18 @@ def test_staleness_in_turns(case: Case, layout: Layout) -> None:
 
 def kick(run: Run, gradient: Vector) -> None:
     (parameter,) = run.model.parameters()
-    parameter.grad = torch.from_numpy(gradient.copy())
+    parameter.grad = torch.from_numpy(gradient.copy()).to(parameter)
     run.opt.step(loss=float(run.rank))
 
 
 def conserve(
-    layout: Layout, exchanges: int, rate: float, gradients: bool, size: int = 8, **options: Any
+    layout: Layout,
+    exchanges: int,
+    rate: float,
+    gradients: bool,
+    size: int = 8,
+    device: str = "cpu",
+    **options: Any,
 ) -> None:
     """Σx + c, less what the workers' own steps add, over exchanges of all ranks on a vector of some values.
 
@@ -87,7 +94,8 @@ def conserve(
     """
     each = -(-exchanges // WORLD.size)
     case = free(EASGD, "", period=1, center_rate=rate * WORLD.size, moving_rate=rate, **options)
-    with running(case, Quadratic(0.0, size=size), Local(lr=0.125), layout, same=False) as run:
+    problem, local = Quadratic(0.0, size=size), Local(lr=0.125)
+    with running(case, problem, local, layout, same=False, device=device) as run:
         before = np.sum(WORLD.allgather(run.x()), axis=0) + run.center()
         # multiples of 1/64, whose sums do not round
         random = np.random.default_rng([23, run.rank])
@@ -115,6 +123,14 @@ def test_easgd_conserves_the_sum_but_for_gradients(overlap: bool, layout: Layout
     conserve(layout, 200, 0.15, True, overlap=overlap)
 
 
+@pytest.mark.gpu
+@pytest.mark.brief(2)
+@by_layout
+def test_easgd_conserves_the_sum_on_devices(layout: Layout) -> None:
+    conserve(layout, 60, 1.0, False, device="cuda")
+    conserve(layout, 60, 0.15, True, device="cuda", overlap=True)
+
+
 @pytest.mark.slow
 @by_layout
 def test_easgd_conserves_the_sum_over_100000_exchanges(layout: Layout) -> None:
@@ -123,10 +139,12 @@ def test_easgd_conserves_the_sum_over_100000_exchanges(layout: Layout) -> None:
 
 @pytest.mark.brief(1, 2, 3)
 @by_transport
+@by_device
 @pytest.mark.parametrize("period", [1, 3])
-def test_downpour_loses_no_gradient(period: int, layout: Layout) -> None:
+def test_downpour_loses_no_gradient(period: int, device: str, layout: Layout) -> None:
     """c + Σ (x − a) = c₀ − η Σ g over all gradients, also of workers in mid-period and with unequal clocks."""
-    with running(free(Downpour, "", period=period), TanhNet(), Local(lr=0.01), layout, same=False) as run:
+    case, local = free(Downpour, "", period=period), Local(lr=0.01)
+    with running(case, TanhNet(), local, layout, same=False, device=device) as run:
         start = run.center()
         pauses = np.random.default_rng(run.rank)
         received, total = run.x(), np.zeros_like(start)
@@ -143,14 +161,14 @@ def test_downpour_loses_no_gradient(period: int, layout: Layout) -> None:
 
 
 @pytest.mark.brief(1, 2, 3)
+@by_device
 @by_layout
-def test_admm_keeps_its_centre(layout: Layout) -> None:
+def test_admm_keeps_its_centre(device: str, layout: Layout) -> None:
     """c is the mean of all x − λ (3.54); each worker's λ follows from its own x alone."""
     eta, rho = 0.5, 2.0
     r = eta * rho
-    with running(
-        free(ADMM, "", rho=rho), Quadratic(0.4, optimum=1.0), Local(lr=eta), layout, same=False
-    ) as run:
+    case, problem, local = free(ADMM, "", rho=rho), Quadratic(0.4, optimum=1.0), Local(lr=eta)
+    with running(case, problem, local, layout, same=False, device=device) as run:
         dual = np.zeros_like(run.x())
         for _ in range(40 + 7 * run.rank):
             x = run.x()

@@ -96,7 +96,7 @@ class Unmarked(Order):
 def test_the_streams_have_to_be_ordered(lacks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the events between streams the results are others: so the emulation's streams are late indeed.
 
-    What is late are kernels, not torch's operations: the workers take their steps by the kernel of MSGD. And the
+    What is late are kernels and copies, not torch's arithmetic: the workers take their steps by the kernel of MSGD. The
     host must not wait for its stream before it meets, as it does for a loss that lies on the device.
     """
 

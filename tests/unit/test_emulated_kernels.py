@@ -175,7 +175,7 @@ def test_a_launch_with_statistics_is_a_launch_and_nothing_else() -> None:
     calls = emulated.log()
     waits = calls.pop("cudaStreamQuery", 0)
     assert calls.pop("cudaLaunchKernelEx") == 10 == len(emulated.launches()) and waits < 100
-    assert set(calls) <= {"cudaGetDevice"}, calls
+    assert set(calls) <= {"cudaGetDevice", "cudaStreamIsCapturing"}, calls
     assert emulated.launches()[0][1:] == (5, 256)  # 1250 packs of 4
 
 
@@ -198,7 +198,7 @@ def test_streams_do_not_mix_their_statistics(monkeypatch: pytest.MonkeyPatch) ->
     pending = []
     for round_ in range(20):
         for i, stream in enumerate(streams):
-            monkeypatch.setattr(extension, "emulated_stream", stream)
+            monkeypatch.setattr(extension.emulated_current, "stream", stream)
             n = 1 + 100 * i + round_
             pending.append((0.25 * n, pulled(n)))
     for squared, (found, *_) in pending:

@@ -143,6 +143,26 @@ def test_runs_are_cut_where_they_must() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_rate_that_is_a_tensor_on_the_host_is_a_number(capturable: bool) -> None:
+    """Which a scheduler changes in place; also for states of before there were such."""
+    rate = torch.tensor(0.5, dtype=torch.float64)
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    one, two = MSGD([p], rate, 0.9, capturable=capturable), MSGD([q], 0.5, 0.9)
+    for optimizer in (one, two):
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for x in (p, q):
+            x.grad = torch.full((3,), 0.25)
+        for _ in range(3):
+            optimizer.step()
+            scheduler.step()
+    assert torch.equal(p, q) and float(rate) == 0.0625
+    state = two.state_dict()
+    del state["param_groups"][0]["capturable"]
+    one.load_state_dict(state)
+    one.step()
+
+
 def test_parameters_without_gradient_are_left_alone() -> None:
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     a.grad = torch.ones(3)

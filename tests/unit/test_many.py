@@ -62,7 +62,7 @@ def real(name: str, objective: Objective, momentum: float, seed: int) -> tuple[A
     ("name", "objective", "momentum"),
     [
         *((name, "quadratic", 0.0) for name in METHODS),
-        *((name, "small network", 0.7) for name in METHODS if name != "Downpour"),
+        *((name, "small network", 0.7) for name in ("EASGD", "EASGD-gauss-seidel", "LocalSGD", "LSGD")),
         *((name, "double well", 0.0) for name in ("LSGD-groups", "EASGD")),
     ],
 )

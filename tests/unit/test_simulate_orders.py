@@ -56,12 +56,12 @@ def with_deaths(name: str, seeds: range) -> None:
 
 @by_method
 def test_what_every_order_keeps(name: str) -> None:
-    in_many_orders(name, range(5))
+    in_many_orders(name, range(3))
 
 
 @by_method
 def test_a_death_ends_the_run(name: str) -> None:
-    with_deaths(name, range(5))
+    with_deaths(name, range(3))
 
 
 @pytest.mark.slow

@@ -1,0 +1,239 @@
+"""`mpilsgd plan`: what exchanges will cost, and which periods keep them cheap."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mpilsgd.comm import Topology
+from mpilsgd.plan.advice import METHODS, Advice, advise, at
+from mpilsgd.plan.costs import Sizes
+from mpilsgd.plan.machine import Machine, measure
+from mpilsgd.train.options import methods
+from mpilsgd.train.table import columns, in_bytes, in_ms
+
+_ASSUMED = Machine((1,))
+_GIVEN = ("bandwidth", "latency", "memory", "meeting")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `mpilsgd plan`."""
+    parser.description = (
+        "Says for each method what a round costs on a cluster, and the shortest periods that keep exchanges under a "
+        "share of the time. Under a launcher with several ranks it first measures the machine for some seconds: "
+        "mpiexec -n 4 mpilsgd plan --parameters 25e6 --step_s 0.2"
+    )
+    add = parser.add_argument
+    add("--parameters", type=_count, required=True, metavar="N", help="values in the model, as 25e6")
+    add(
+        "--step_s",
+        "--step-s",
+        type=_seconds,
+        required=True,
+        metavar="S",
+        help="seconds of a worker's step alone",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "float64", "bfloat16", "float16"),
+        default="float32",
+        help="(default: float32)",
+    )
+    add("--ranks", type=_count, metavar="P", help="ranks to plan for (default: those that are here)")
+    add("--nodes", type=_count, metavar="N", help="nodes on which they lie (default: as here)")
+    network = parser.add_argument_group("the machine, where it is not measured, or is another one")
+    network.add_argument(
+        "--bandwidth", type=_rate, metavar="B", help="bytes a second of a node's link, each way"
+    )
+    network.add_argument(
+        "--latency", type=_seconds, metavar="S", help="seconds of a small message between nodes"
+    )
+    network.add_argument(
+        "--memory", type=_rate, metavar="B", help="bytes a second of a node's memory, all ranks together"
+    )
+    network.add_argument(
+        "--meeting", type=_seconds, metavar="S", help="seconds of a meeting of a node's ranks"
+    )
+    network.add_argument(
+        "--seconds", type=_rate, default=10.0, metavar="S", help="to measure for (default: 10)"
+    )
+    add(
+        "--across_dtype",
+        "--across-dtype",
+        choices=("bfloat16", "int8", "int4"),
+        help="how vectors travel between nodes",
+    )
+    add("--share", type=float, default=0.05, metavar="F", help="of the time, for exchanges (default: 0.05)")
+    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"(default: all) {', '.join(METHODS)}")
+    add(
+        "--try",
+        dest="tried",
+        action="append",
+        default=[],
+        metavar="'METHOD KEY=VALUE ...'",
+        help="settings of yours, as they are; may be given several times",
+    )
+    add("--picture", metavar="FILE", help="draw the time of a step over the number of nodes into this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures where several ranks are; rank 0 plans and prints. Exit status 2: an argument is wrong."""
+    topology = Topology()
+    try:
+        here = None
+        if topology.world.size > 1:
+            here = measure(topology, args.parameters * getattr(torch, args.dtype).itemsize, args.seconds)
+        status = 0
+        if topology.world.rank == 0:
+            try:
+                _plan(args, here)
+            except ValueError as error:
+                print(f"mpilsgd plan: {error}", file=sys.stderr)
+                status = 2
+        return int(topology.broadcast(status))
+    finally:
+        topology.free()
+
+
+def _plan(args: argparse.Namespace, here: Machine | None) -> None:
+    if not 0 < args.share < 1:
+        raise ValueError(f"share must lie between 0 and 1, ends excluded, not {args.share}")
+    machine, told = _machine(args, here)
+    sizes = Sizes({getattr(torch, args.dtype): args.parameters}, args.across_dtype)
+    print(told)
+    found = [_tried(text, sizes, machine, args.step_s) for text in args.tried]
+    found += advise(sizes, machine, args.step_s, args.share, args.methods)
+    print(_table(found, args.step_s))
+    late = [one.name for one in found if one.found is None]
+    if late:
+        print(f"\nno period keeps exchanges under {args.share:.0%} of the time: {', '.join(late)}")
+    held = [one for one in found if one.found is not None and one.found.limit]
+    for one in held:
+        assert one.found is not None
+        why = (
+            "one worker at a time uses a shard" if one.found.limit == "turns" else "the nodes' links are full"
+        )
+        print(f"{one.name}: held up, as {why}")
+    if args.picture:
+        from mpilsgd.plan.picture import draw
+
+        print(f"picture: {draw(found, sizes, machine, args.step_s, Path(args.picture))}")
+
+
+def _machine(args: argparse.Namespace, here: Machine | None) -> tuple[Machine, str]:
+    """That for which to plan, and where its numbers are from."""
+    given = {name: getattr(args, name) for name in _GIVEN if getattr(args, name) is not None}
+    ranks = args.ranks or (here.size if here else 1)
+    nodes = args.nodes or (here.nodes if here and ranks == here.size else 1)
+    base = here or _ASSUMED
+    machine = Machine.of(ranks, nodes)
+    machine = dataclasses.replace(base, ranks=machine.ranks, **given)
+    if here and here.nodes > 1 and not {"bandwidth", "latency"} & given.keys():
+        source = dict.fromkeys(_GIVEN, "measured")
+    else:
+        local = "measured" if here else "assumed"
+        source = {"bandwidth": "assumed", "latency": "assumed", "memory": local, "meeting": local}
+        machine = dataclasses.replace(machine, one_sided=None)
+    source |= dict.fromkeys(given, "given")
+    lines = [f"{ranks} ranks on {nodes} node(s)"]
+    if nodes > 1:
+        lines.append(
+            f"link of a node: {in_bytes(machine.bandwidth)}/s ({source['bandwidth']}), {in_ms(machine.latency)} ms a "
+            f"message ({source['latency']})"
+        )
+        if "assumed" in (source["bandwidth"], source["latency"]):
+            lines.append(
+                "the network is not measured: start this with a launcher on several nodes, or give --bandwidth and "
+                "--latency"
+            )
+    lines.append(
+        f"memory of a node: {in_bytes(machine.memory)}/s ({source['memory']}), {in_ms(machine.meeting)} ms a meeting "
+        f"of its ranks ({source['meeting']})"
+    )
+    return machine, "\n".join(lines) + "\n"
+
+
+def _tried(text: str, sizes: Sizes, machine: Machine, step_s: float) -> Advice:
+    """One that the user wrote: METHOD KEY=VALUE ..."""
+    name, *rest = shlex.split(text) or [""]
+    known = methods()
+    if name not in known:
+        raise ValueError(f"--try {text!r}: there is no method {name!r}; there are {', '.join(known)}")
+    settings = {}
+    for item in rest:
+        key, sign, value = item.partition("=")
+        if not sign:
+            raise ValueError(f"--try {text!r}: {item!r} must be KEY=VALUE")
+        settings[key] = yaml.safe_load(value)
+    try:
+        return at(f"{name} (yours)", known[name], settings, sizes, machine, step_s)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"--try {text!r}: {cause}") from None
+
+
+def _table(found: Sequence[Advice], step_s: float) -> str:
+    rows = [
+        [
+            "method",
+            "settings",
+            "round ms",
+            "step ms",
+            "exchanges %",
+            "a node's link a step",
+            "memory a rank",
+            "grad/s",
+        ]
+    ]
+    for one in found:
+        row = [one.name, _text(one.settings)]
+        if one.found is None:
+            rows.append([*row, *["-"] * 6])
+            continue
+        f = one.found
+        rows.append(
+            [
+                *row,
+                in_ms(f.round_s),
+                in_ms(f.step_s),
+                f"{100 * f.share:.1f}",
+                in_bytes(f.link),
+                in_bytes(f.memory),
+                f"{f.workers / f.step_s:.4g}" if f.step_s else "-",
+            ]
+        )
+    return columns(rows)
+
+
+def _text(settings: dict[str, Any]) -> str:
+    hidden = {"asynchronous", "overlap", "rho", "scheme"}
+    return " ".join(f"{key}={value}" for key, value in settings.items() if key not in hidden) or "-"
+
+
+def _count(text: str) -> int:
+    value = float(text)
+    if value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
+    return int(value)
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a finite number of seconds, at least 0, not {text}")
+    return value

@@ -1,0 +1,127 @@
+"""From the costs of exchanges to seconds a step, the period to take, and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from mpilsgd.plan.costs import Cost, Sizes, costs, workers
+from mpilsgd.plan.machine import Machine
+from mpilsgd.plan.trial import Seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Of a method on a machine.
+
+    Attributes:
+        step_s: seconds of a worker's step, exchanges included, on the mean.
+        comm_s: of these, in exchanges.
+        round_s: seconds of one exchange, where it is due, of the longest kind.
+        group, across: bytes that all ranks together read from others or receive in a step, of their own node and of
+            other nodes.
+        link: bytes a step through the busiest node's link, each way.
+        memory: bytes a rank holds beyond model, gradients and optimizer.
+        workers: ranks that take gradients.
+        limit: what holds the workers up: "" (nothing but themselves), "turns" or "link".
+    """
+
+    step_s: float
+    comm_s: float
+    round_s: float
+    group: float
+    across: float
+    link: float
+    memory: float
+    workers: int
+    limit: str = ""
+
+    @property
+    def share(self) -> float:
+        """Of the time that exchanges take."""
+        return self.comm_s / self.step_s if self.step_s else 0.0
+
+
+def forecast(seen: Seen, sizes: Sizes, machine: Machine, step_s: float) -> Forecast:
+    """What a step costs.
+
+    Args:
+        seen: `look` at the method with its settings.
+        sizes: of what is exchanged; machine: where; step_s: seconds of a worker's gradient and own update, at least 0.
+    """
+    if not (math.isfinite(step_s) and step_s >= 0):
+        raise ValueError(f"step_s must be a finite number of seconds, at least 0, not {step_s!r}")
+    each = costs(seen, sizes, machine)
+    waits = sum(_waited(cost, seen, step_s) / cost.every for cost in each)
+    alone = step_s + waits
+    # what all workers' exchanges together keep busy cannot take longer than the steps between them
+    most = max((cost.busy / cost.every for cost in each), default=0.0)
+    step = max(alone, most)
+    limit = "" if most <= alone else "turns" if seen.kind == "turns" else "link"
+    return Forecast(
+        step,
+        step - step_s,
+        max((cost.seconds for cost in each), default=0.0),
+        sum(cost.group / cost.every for cost in each),
+        sum(cost.across / cost.every for cost in each),
+        sum(cost.link / cost.every for cost in each),
+        _memory(seen, sizes, machine),
+        workers(seen, machine),
+        limit,
+    )
+
+
+def _waited(cost: Cost, seen: Seen, step_s: float) -> float:
+    return max(0.0, cost.seconds - seen.behind * step_s)
+
+
+def _memory(seen: Seen, sizes: Sizes, machine: Machine) -> float:
+    """The parameters themselves lie in the window, not beside it."""
+    per = {"worker": 1.0, "group": 1 / machine.most, "all": 1 / machine.most}
+    total = seen.copies * sizes.stored()
+    for kept in seen.kept:
+        stored, _ = sizes.of(kept)
+        total += stored / machine.size if kept.shard else stored * per[kept.per]
+    if machine.nodes > 1 and seen.kind != "turns":
+        extra = sizes.wide() if sizes.wide() > sizes.stored() else 0.0
+        total += (sizes.stored() + extra) / machine.most
+    return total
+
+
+def longer(seen: Seen, factor: float) -> Seen:
+    """The same with all periods so many times as long."""
+    events = tuple(dataclasses.replace(event, every=event.every * factor) for event in seen.events)
+    tree = seen.tree
+    if tree is not None:
+        stretched = {
+            name: None if value is None else max(1, round(value * factor))
+            for name, value in dataclasses.asdict(tree["periods"]).items()
+            if name != "scheme"
+        }
+        tree = {**tree, "periods": dataclasses.replace(tree["periods"], **stretched)}
+    return dataclasses.replace(seen, events=events, tree=tree)
+
+
+def least_factor(seen: Seen, sizes: Sizes, machine: Machine, step_s: float, share: float) -> int | None:
+    """The least whole number by which to multiply all periods so that exchanges take at most this share of the time.
+
+    share: above 0 and below 1. None: there is none up to a million.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must lie between 0 and 1, ends excluded, not {share!r}")
+    return least(lambda factor: forecast(longer(seen, factor), sizes, machine, step_s).share <= share)
+
+
+def least(fits: Callable[[int], bool], most: int = 1 << 20) -> int | None:
+    """The least whole number from 1 on that fits, where all larger ones do, too; None if there is none up to `most`."""
+    high = 1
+    while not fits(high):
+        high *= 2
+        if high > most:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

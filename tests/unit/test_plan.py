@@ -1,0 +1,200 @@
+"""What exchanges are forecast to cost, against what the methods count, and against sums by hand."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpilsgd import methods
+from mpilsgd.comm import Topology, in_process
+from mpilsgd.plan import Machine, Sizes, advice, command, costs, forecast, least_factor, look
+
+N, WARM, STEPS = 4_000, 4, 12
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "LSGD": (methods.LSGD, {"period": 2, "global_period": 4}),
+    "LSGD, one leader": (methods.LSGD, {"period": 3, "global_pull": 0.0}),
+    "LSGD, every step": (methods.LSGD, {"period": 2, "global_period": 4, "when": "every_step"}),
+    "EASGD": (methods.EASGD, {"period": 2}),
+    "EASGD, Gauss-Seidel": (methods.EASGD, {"period": 2, "form": "gauss-seidel"}),
+    "EASGD overlap": (methods.EASGD, {"period": 2, "overlap": True}),
+    "EASGD asynchronous": (methods.EASGD, {"period": 2, "asynchronous": True}),
+    "EASGD asynchronous, overlap": (methods.EASGD, {"period": 2, "asynchronous": True, "overlap": True}),
+    "LocalSGD": (methods.LocalSGD, {"period": 2}),
+    "LocalSGD at some steps": (methods.LocalSGD, {"period": range(2, 17, 2)}),
+    "AllreduceSGD": (methods.AllreduceSGD, {}),
+    "Downpour": (methods.Downpour, {"period": 2}),
+    "Downpour, momentum, average": (methods.Downpour, {"momentum": 0.5, "average": "running"}),
+    "Downpour synchronous": (methods.Downpour, {"period": 2, "asynchronous": False}),
+    "ADMM": (methods.ADMM, {"rho": 1.0}),
+    "DiLoCo": (methods.DiLoCo, {"period": 4}),
+    "DiLoCo in fragments": (methods.DiLoCo, {"period": 4, "fragments": 2, "mixing": 0.5}),
+    "DiLoCo overlap": (methods.DiLoCo, {"period": 4, "fragments": 2, "overlap": 1}),
+    "DiLoCo asynchronous": (methods.DiLoCo, {"period": 4, "asynchronous": True}),
+    "EASGDTree": (methods.EASGDTree, {"degree": 2, "period": 2, "upper_period": 4, "order": "lock-step"}),
+    "EASGDTree hosted": (
+        methods.EASGDTree,
+        {"degree": 2, "period": 2, "upper_period": 4, "order": "lock-step", "inner": "hosted"},
+    ),
+}
+
+
+def _counted(case: str, workers: int, nodes: int, across: str | None) -> tuple[float, float]:
+    """Bytes a step that all workers of the real method count, in groups and across."""
+    method, settings = CASES[case]
+
+    def worker() -> tuple[int, int]:
+        topology = Topology(across_dtype=across)
+        x = torch.nn.Parameter(torch.zeros(N))
+        opt = method(torch.optim.SGD([x], lr=0.0), topology, **settings)
+        for k in range(WARM + STEPS):
+            if k == WARM:  # in few bits what comes first travels in full
+                opt.settle()
+                before = opt.metrics.bytes_group, opt.metrics.bytes_across
+            if opt.computes:
+                x.grad = torch.zeros(N)
+            opt.step(loss=float((topology.world.rank + k) % workers))
+        opt.settle()
+        topology.barrier()
+        return opt.metrics.bytes_group - before[0], opt.metrics.bytes_across - before[1]
+
+    rows = in_process(worker, workers, nodes=nodes)
+    group, far = (sum(column) / STEPS for column in zip(*rows, strict=True))
+    return group, far
+
+
+@pytest.mark.parametrize(("workers", "nodes", "across"), [(4, 1, None), (6, 3, "bfloat16"), (4, 2, "int8")])
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_are_those_that_the_method_counts(
+    case: str, workers: int, nodes: int, across: str | None
+) -> None:
+    method, settings = CASES[case]
+    found = forecast(
+        look(method, settings, min(nodes, 2)),
+        Sizes({torch.float32: N}, across),
+        Machine.of(workers, nodes),
+        0.1,
+    )
+    counted = _counted(case, workers, nodes, across)
+    # codes of a centre in shards are fetched anew as their base moves, which goes by the order of the workers
+    shards = across == "int8" and look(method, settings, 2).kind == "turns"
+    assert (found.group, found.across) == pytest.approx(counted, rel=0.1 if shards else 0.02)
+
+
+def test_seconds_by_hand() -> None:
+    """The mean of 2 nodes with 2 ranks: 2 l + 2 vectors through the memory, one vector over the link, meetings."""
+    machine = Machine((2, 2), bandwidth=1e6, latency=1e-3, memory=1e8, meeting=1e-4)
+    sizes = Sizes({torch.float32: 25_000})  # 0.1 MB
+    seen = look(methods.LocalSGD, {"period": 4})
+    (cost,) = costs(seen, sizes, machine)
+    wire = 1e5 / 1e6 + 2 * 1e-3
+    assert cost.seconds == pytest.approx(6 * 1e5 / 1e8 + wire + seen.meetings * (1e-4 + 1e-3))
+    assert cost.every == 4
+    found = forecast(seen, sizes, machine, 0.5)
+    assert found.step_s == pytest.approx(0.5 + cost.seconds / 4)
+    assert found.share == pytest.approx(cost.seconds / 4 / found.step_s)
+
+
+def test_what_goes_on_behind_costs_only_what_is_longer_than_a_period() -> None:
+    machine = Machine((1, 1), bandwidth=1e6, latency=0.0, memory=1e12, meeting=0.0)
+    sizes = Sizes({torch.float32: 250_000})  # a second
+    for step_s, waits in ((0.2, 0.0), (0.05, (1.0 - 10 * 0.05) / 10)):
+        found = forecast(look(methods.EASGD, {"overlap": True, "period": 10}), sizes, machine, step_s)
+        assert found.comm_s == pytest.approx(waits, abs=1e-4)
+        alone = forecast(look(methods.EASGD, {"period": 10}), sizes, machine, step_s)
+        assert alone.comm_s == pytest.approx(0.1, rel=1e-3)
+
+
+def test_workers_in_turn_are_held_up_where_the_shard_is_always_taken() -> None:
+    machine = Machine.of(64, 8, bandwidth=1e8, latency=1e-5)
+    sizes = Sizes({torch.float32: 1_000_000})
+    seen = look(methods.EASGD, {"asynchronous": True, "period": 1})
+    found = forecast(seen, sizes, machine, 1e-3)
+    assert found.limit
+    free = forecast(seen, sizes, machine, 100.0)
+    assert not free.limit
+    assert free.step_s == pytest.approx(100.0, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [n for n in advice.METHODS if n not in ("AllreduceSGD", "ADMM")])
+def test_the_periods_advised_are_the_shortest(name: str) -> None:
+    machine, sizes = Machine.of(16, 4, bandwidth=1e8), Sizes({torch.float32: 1_000_000})
+    (one,) = advice.advise(sizes, machine, 0.1, 0.05, [name])
+    assert one.found is not None
+    assert one.found.share <= 0.05
+    periods = {key: value for key, value in one.settings.items() if key.endswith("period")}
+    if name == "LSGD":  # the group's takes half
+        periods = {"global_period": periods["global_period"] - periods["period"], "period": periods["period"]}
+        if not periods["global_period"]:
+            return
+    elif max(periods.values()) == min(periods.values()) == 1:
+        return
+    else:
+        factor = min(periods.values())
+        periods = {key: value // factor * (factor - 1) for key, value in periods.items()}
+        if 0 in periods.values():
+            return
+    shorter = advice.at(name, advice.FORMS[name][0], {**one.settings, **periods}, sizes, machine, 0.1)
+    assert shorter.found is not None
+    assert shorter.found.share > 0.05
+
+
+def test_wrong_numbers_are_refused_with_their_range() -> None:
+    for make, told in (
+        (lambda: Machine(()), "at least 1 on each node"),
+        (lambda: Machine((1,), bandwidth=0.0), "bandwidth"),
+        (lambda: Machine((1,), latency=float("nan")), "latency"),
+        (lambda: Machine.of(2, 3), "nodes must be from 1 to"),
+        (lambda: least_factor(look(methods.LocalSGD), Sizes({}), Machine((2,)), 0.1, 1.0), "share"),
+        (lambda: forecast(look(methods.LocalSGD), Sizes({}), Machine((2,)), -1.0), "step_s"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            make()
+
+
+def _command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    status = command.run(parser.parse_args(arguments))
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    given = ("--parameters", "11e6", "--step_s", "0.1", "--ranks", "64", "--nodes", "16")
+    network = ("--bandwidth", "1.25e8", "--latency", "5e-5")
+    status, out, _ = _command(
+        capsys, *given, *network, "--try", "LSGD period=10 pull=0.2", "--picture", str(picture)
+    )
+    assert status == 0
+    for name in advice.METHODS:
+        assert name in out
+    assert "LSGD (yours)" in out
+    assert "125 MB/s (given)" in out
+    assert "not measured" not in out
+    assert picture.stat().st_size > 10_000
+    status, out, _ = _command(capsys, *given, "--methods", "LocalSGD")
+    assert status == 0
+    assert "the network is not measured" in out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (("--try", "Nothing period=1"), "there is no method 'Nothing'"),
+        (("--try", "LSGD period"), "must be KEY=VALUE"),
+        (("--try", "LSGD period=0"), "period"),
+        (("--share", "2"), "share must lie between 0 and 1"),
+        (("--ranks", "2", "--nodes", "3"), "nodes must be from 1"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    capsys: pytest.CaptureFixture[str], wrong: tuple[str, ...], told: str
+) -> None:
+    status, _, error = _command(capsys, "--parameters", "1e6", "--step_s", "0.1", *wrong)
+    assert status == 2
+    assert told in error

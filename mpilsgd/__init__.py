@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         LocalSGD,
     )
     from mpilsgd.optimizers import MSGD, RunningAverage
+    from mpilsgd.simulation import simulate
 
 try:
     __version__ = version("mpilsgd")
@@ -44,9 +45,11 @@ __all__ = [
     "Topology",
     "__version__",
     "in_process",
+    "simulate",
 ]
 
 _ELSEWHERE = {"Topology": "mpilsgd.comm", "in_process": "mpilsgd.comm", "FlatParameters": "mpilsgd.flat"}
+_ELSEWHERE["simulate"] = "mpilsgd.simulation"
 _ELSEWHERE |= dict.fromkeys(("MSGD", "RunningAverage"), "mpilsgd.optimizers")
 
 

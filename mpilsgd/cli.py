@@ -1,4 +1,4 @@
-"""The command line: `mpilsgd train`, `report`, `info`, `bench`, `plan`."""
+"""The command line: `mpilsgd train`, `simulate`, `report`, `info`, `bench`, `plan`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 COMMANDS = {
     "train": "train a model on all ranks: mpiexec -n 4 mpilsgd train",
+    "simulate": "the same without MPI, in the time that a cluster would take: mpilsgd simulate --workers 8",
     "report": "draw figures of one or several run directories",
     "info": "show MPI, ranks, shared memory, CUDA and the extension as they are here",
     "bench": "measure the kernels, or the exchange between ranks",
@@ -26,11 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     with _told_once():
         command, rest = _command(arguments)
-    if command == "train":
-        from mpilsgd.train import job
-
-        return job.main(rest)
-    module = importlib.import_module(_MODULES.get(command, f"mpilsgd.train.{command}"))
+    modules = {"train": "mpilsgd.train.job", **_MODULES}
+    module = importlib.import_module(modules.get(command, f"mpilsgd.train.{command}"))
+    if command in ("train", "simulate"):
+        return int(module.main(rest))
     parser = argparse.ArgumentParser(prog=f"mpilsgd {command}")
     module.add_arguments(parser)
     with _told_once():

@@ -20,7 +20,7 @@ from mpilsgd.comm.shards import Shard, Shards
 from mpilsgd.comm.snapshots import Snapshots
 from mpilsgd.comm.standstill import Place
 from mpilsgd.comm.topology import Refused, Topology, end_job, exit_status
-from mpilsgd.comm.waiting import Background, clock, complete, pause, result, wait_until
+from mpilsgd.comm.waiting import Background, clock, complete, pause, reads, result, seconds, wait_until
 from mpilsgd.comm.windows import Window, free_shared_memory
 
 __all__ = [
@@ -55,7 +55,9 @@ __all__ = [
     "in_process",
     "pause",
     "progresses_alone",
+    "reads",
     "result",
+    "seconds",
     "tag_problem",
     "thread_problem",
     "wait_until",

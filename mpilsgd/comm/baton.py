@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mpilsgd.comm.costs import Costs
 from mpilsgd.comm.mpi import Rank, here
 from mpilsgd.comm.randomness import Generators
 
@@ -101,6 +102,8 @@ class Task:
 class Baton:
     """Of the tasks that run together. seed: of the order."""
 
+    costs = Costs()
+
     def __init__(self, seed: int):
         self.random = random.Random(seed)
         self.tasks: list[Task] = []  # those that have not ended
@@ -116,9 +119,16 @@ class Baton:
     # For the task that has it
 
     def wait(
-        self, true: Callable[[], bool] | None, what: Callable[[], str] | None, alarm: float | None
+        self,
+        true: Callable[[], bool] | None,
+        what: Callable[[], str] | None,
+        alarm: float | None,
+        begun: Callable[[], float] | None = None,
     ) -> None:
-        """Returns when it is true, which it may become by itself at the alarm; None: at the alarm."""
+        """Returns when it is true, which it may become by itself at the alarm; None: at the alarm.
+
+        begun: when the transfer began that is waited for.
+        """
         if self._choosing:
             raise RuntimeError("a condition that is waited for must not wait itself")
         task = here.task
@@ -132,6 +142,17 @@ class Baton:
         self._count()
         if self.failure is not None or self.random.random() >= _STAY:
             self._pass(here.task)
+
+    def seconds(self) -> float:
+        """What time is measured by."""
+        return time.perf_counter()
+
+    def reach(self, end: float) -> None:
+        """Waits for the end of its own transfer, which `costs` told."""
+        self.give_way()
+
+    def reads(self, nbytes: int) -> None:
+        """It reads so many bytes of others' memory."""
 
     def _pass(self, task: Task) -> None:
         chosen = self._choose(task)
@@ -192,9 +213,12 @@ class Baton:
                 self.now = min(alarms) + _TICK
         finally:
             self._choosing = False
-        texts = [one.text() for one in self.tasks if one.what is not None or not one.serves]
-        self.failure = Deadlock("\n".join(["no worker can go on:", *texts]))
+        self.failure = self._deadlock()
         return task
+
+    def _deadlock(self) -> BaseException:
+        texts = [one.text() for one in self.tasks if one.what is not None or not one.serves]
+        return Deadlock("\n".join(["no worker can go on:", *texts]))
 
     # For who runs them
 

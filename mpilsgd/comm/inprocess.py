@@ -37,24 +37,14 @@ def in_process(
         Deadlock: every worker waits for another; it says what each waits in.
         RuntimeError: where mpiexec started this program as one of several ranks.
     """
-    problem = _problem(worker, workers, seed, nodes, patience)
-    if problem is not None:
-        raise ValueError(problem)
-    launched = _ranks_of_program()
-    if launched > 1 or here.task is not None:
-        who = "a worker of another in_process()" if here.task is not None else f"one of {launched} ranks"
-        raise RuntimeError(
-            f"in_process() makes the workers itself, and this program is {who} already: start it without mpiexec, or "
-            "call the worker function itself, once on every rank"
-        )
+    refuse(problem_of(worker, workers, seed, nodes, patience), "in_process")
     return run_tasks(worker, workers, seed, nodes, patience)
 
 
 def run_tasks(worker: Callable[[], _T], workers: int, seed: int, nodes: int, patience: float) -> list[_T]:
     """The same within a program that is a rank, beside what that does: nothing of MPI is touched."""
     baton, world = Baton(seed), tasks.Members(range(workers))
-    cut = [k * nodes // workers for k in range(workers)]
-    ranks = [TaskRank(baton, world, r, cut[r]) for r in range(workers)]
+    ranks = [TaskRank(baton, world, r, node) for r, node in enumerate(node_of(workers, nodes))]
 
     def work() -> _T:
         result = worker()
@@ -65,7 +55,27 @@ def run_tasks(worker: Callable[[], _T], workers: int, seed: int, nodes: int, pat
     return baton.run(ranks, work, patience)
 
 
-def _problem(worker: Any, workers: Any, seed: Any, nodes: Any, patience: Any) -> str | None:
+def node_of(workers: int, nodes: int) -> list[int]:
+    """Of each rank: consecutive blocks."""
+    return [r * nodes // workers for r in range(workers)]
+
+
+def refuse(problem: str | None, name: str) -> None:
+    """Raises what is wrong with the arguments of the function of this name, or with where it is called."""
+    if problem is not None:
+        raise ValueError(problem)
+    launched = _ranks_of_program()
+    if launched > 1 or here.task is not None:
+        who = "a worker of another in_process()" if here.task is not None else f"one of {launched} ranks"
+        raise RuntimeError(
+            f"{name}() makes the workers itself, and this program is {who} already: start it without mpiexec, or "
+            "call the worker function itself, once on every rank"
+        )
+
+
+def problem_of(worker: Any, workers: Any, seed: Any, nodes: Any, patience: Any) -> str | None:
+    """What is wrong with these arguments."""
+
     def whole(number: Any, low: int) -> bool:
         return isinstance(number, int) and not isinstance(number, bool) and number >= low
 

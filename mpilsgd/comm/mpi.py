@@ -36,6 +36,9 @@ class Rank:
         """Does it when the rank's program has come to its end."""
         raise NotImplementedError
 
+    def computed(self) -> None:
+        """A gradient has been computed: where time is simulated it has taken some."""
+
 
 class _Process(Rank):
     def __getattr__(self, name: str) -> Any:

@@ -5,6 +5,7 @@ Whoever waits gives the baton away, and whoever looks whether something has come
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,10 @@ class Request:
 
     cancelled = False
 
-    def __init__(self, true: Callable[[], bool], what: Callable[[], str]):
-        self._true, self._what = true, what
+    def __init__(
+        self, true: Callable[[], bool], what: Callable[[], str], begun: Callable[[], float] | None = None
+    ):
+        self._true, self._what, self._begun = true, what, begun
         self.finish: Callable[[], None] | None = None
 
     def _done(self) -> bool:
@@ -40,7 +43,7 @@ class Request:
         return self._done()
 
     def Wait(self, status: Status | None = None) -> None:
-        here.task.baton.wait(self._done, self._what, None)
+        here.task.baton.wait(self._done, self._what, None, self._begun)
         if status is not None:
             status.cancelled = self.cancelled
 
@@ -58,13 +61,22 @@ class Request:
 
 
 class Sent:
-    """A message that has not been received."""
+    """A message on its way.
+
+    synchronous: its bytes leave when it is taken, and only its announcement at once.
+
+    Attributes: taken: by its receiver; begun, left, came: when its bytes began to move, have left, have come; shown:
+    when the receiver can see that there is one.
+    """
 
     taken = False
 
-    def __init__(self, comm: Comm, dest: int, tag: int, data: np.ndarray):
-        self.source, self.tag, self.data = comm.rank, tag, data
-        self.dest = comm.members.ranks[dest]
+    def __init__(self, comm: Comm, dest: int, tag: int, data: np.ndarray, synchronous: bool):
+        self.source, self.tag, self.data, self._synchronous = comm.rank, tag, data, synchronous
+        self.home, self.dest = comm.members.ranks[comm.rank], comm.members.ranks[dest]
+        self.baton = here.task.baton
+        self._move(0 if synchronous else data.size)
+        self.shown = self.came
         for receive in comm.members.posted[dest]:
             if self.fits(receive.source, receive.tag):
                 comm.members.posted[dest].remove(receive)
@@ -78,17 +90,36 @@ class Sent:
     def what(self) -> str:
         return f"a message of {self.data.size} bytes (tag {self.tag}) that rank {self.dest} has not taken"
 
+    def _move(self, nbytes: int) -> None:
+        self.begun = self.baton.now
+        self.left, self.came = self.baton.costs.message(self.home, self.dest, nbytes)
+
+    def has_left(self) -> bool:
+        return bool(self.baton.now >= self.left)
+
+    def has_come(self) -> bool:
+        return self.taken and bool(self.baton.now >= self.came)
+
+    def is_shown(self) -> bool:
+        return bool(self.baton.now >= self.shown)
+
     def Recv(self, buffer: Any) -> None:
         _copy(self.data, as_bytes(buffer))
+        self.take()
+
+    def take(self) -> None:
         self.taken = True
+        if self._synchronous:
+            self._move(self.data.size)
 
 
 class Receive(Request):
     def __init__(self, comm: Comm, source: int, tag: int, into: np.ndarray):
-        self.source, self.tag, self._into, self._came = source, tag, into, False
+        self.source, self.tag, self._into = source, tag, into
+        self._sent: Sent | None = None
         ranks = comm.members.ranks
         who = "any rank" if source == ANY_SOURCE else f"rank {ranks[source]}"
-        super().__init__(lambda: self._came, lambda: f"a message of {who} (tag {tag})")
+        super().__init__(self._has_come, lambda: f"a message of {who} (tag {tag})", self._since)
         self._posted = comm.members.posted[comm.rank]
         sent = comm._first(source, tag)
         if sent is None:
@@ -99,10 +130,16 @@ class Receive(Request):
 
     def take(self, sent: Sent) -> None:
         sent.Recv(self._into)
-        self._came = True
+        self._sent = sent
+
+    def _has_come(self) -> bool:
+        return self._sent is not None and self._sent.has_come()
+
+    def _since(self) -> float:
+        return math.inf if self._sent is None else self._sent.begun
 
     def Cancel(self) -> None:
-        if not self._came:
+        if self._sent is None:
             self._posted.remove(self)
             self.cancelled = True
 

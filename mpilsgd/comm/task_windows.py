@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpilsgd.comm.mpi import here
 from mpilsgd.comm.task_requests import as_bytes
 from mpilsgd.comm.waiting import give_way
 
@@ -39,6 +40,8 @@ class Win:
         given = comm._all("a window", memory)
         self._memories = [given[r] for r in range(comm.size)]
         self._own, self._unit = memory, unit
+        self._ranks, self._me = comm.members.ranks, comm.members.ranks[comm.rank]
+        self._ends: dict[int, float] = {}  # of the operations under way, by the target
 
     @classmethod
     def Allocate_shared(cls, nbytes: int, unit: int, info: Any = None, comm: Any = None) -> Win:
@@ -62,11 +65,13 @@ class Win:
         return self._memories[rank][8 * word : 8 * word + 8].view(np.ndarray).view(np.int64)
 
     def Fetch_and_op(self, given: np.ndarray, result: np.ndarray, rank: int, word: int, op: Any) -> None:
+        self._begin(rank, 8, 8)
         place = self._word(rank, word)
         result[:] = place
         place[:] = op(place, given)
 
     def Compare_and_swap(self, given: Any, expected: Any, result: Any, rank: int, word: int) -> None:
+        self._begin(rank, 16, 8)
         place = self._word(rank, word)
         result[:] = place
         if place == expected:
@@ -74,17 +79,24 @@ class Win:
 
     def Get(self, buffer: Any, rank: int, target: Sequence[Any]) -> None:
         start, size, _ = target
+        self._begin(rank, 0, size)
         as_bytes(buffer)[:] = self._memories[rank][start : start + size]
 
     def Put(self, buffer: Any, rank: int, target: Sequence[Any]) -> None:
         start, size, _ = target
+        self._begin(rank, size, 0)
         self._memories[rank][start : start + size] = as_bytes(buffer)
+
+    def _begin(self, rank: int, there: int, back: int) -> None:
+        """An operation that takes so many bytes there and back; it is done at once, and complete after `Flush`."""
+        end = here.task.baton.costs.access(self._me, self._ranks[rank], there, back)
+        self._ends[rank] = max(end, self._ends.get(rank, 0.0))
 
     def Sync(self) -> None:
         give_way()
 
     def Flush(self, rank: int) -> None:
-        give_way()
+        here.task.baton.reach(self._ends.pop(rank, 0.0))
 
     def Lock_all(self, mode: int = 0) -> None: ...
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpilsgd.comm.mpi import here
 from mpilsgd.comm.task_requests import ANY_SOURCE, ANY_TAG, Receive, Request, Sent, as_bytes
-from mpilsgd.comm.task_windows import SUM
+from mpilsgd.comm.task_windows import SUM, Memory
 from mpilsgd.comm.waiting import give_way
 
 UNDEFINED = -32766
@@ -23,6 +23,8 @@ class _Meeting:
     def __init__(self, name: str, size: int):
         self.name, self.given, self.left = name, dict[int, Any](), size
         self.made: dict[Any, Any] = {}
+        self.begun = 0.0
+        self.end: float | None = None  # None: those who are needed have not come
 
 
 class Members:
@@ -61,12 +63,19 @@ class Comm:
         if not meeting.left:
             del meetings[number]
         given, wanted = meeting.given, range(self.size) if needed is None else needed
+        baton = here.task.baton
+        if meeting.end is None and (self.rank in wanted if needed else not meeting.left):
+            sizes = {ranks[r]: _size(item) for r, item in given.items() if r in wanted or not needed}
+            meeting.begun, meeting.end = baton.now, baton.costs.collective(name, ranks, sizes)
 
         def what() -> str:
             missing = ", ".join(str(ranks[r]) for r in wanted if r not in given)
             return f"{name}, to which rank(s) {missing} of {ranks} have not come"
 
-        return meeting, Request(lambda: all(r in given for r in wanted), what)
+        def true() -> bool:
+            return not wanted or (meeting.end is not None and baton.now >= meeting.end)
+
+        return meeting, Request(true, what, lambda: meeting.begun)
 
     def _all(self, name: str, value: Any, needed: Sequence[int] | None = None) -> dict[int, Any]:
         meeting, request = self._meet(name, value, needed)
@@ -74,7 +83,10 @@ class Comm:
         return meeting.given
 
     def allgather(self, item: Any) -> list[Any]:
-        given = self._all("allgather", _pickled(item))
+        return self._gathered("allgather", item)
+
+    def _gathered(self, name: str, item: Any) -> list[Any]:
+        given = self._all(name, _pickled(item))
         return [_unpickled(given[r]) for r in range(self.size)]
 
     def gather(self, item: Any, root: int = 0) -> list[Any] | None:
@@ -86,7 +98,7 @@ class Comm:
         return item if self.rank == root else _unpickled(given[root])
 
     def allreduce(self, item: Any, op: Any = None) -> Any:
-        first, *others = self.allgather(item)
+        first, *others = self._gathered("allreduce", item)
         for other in others:
             first = (op or SUM)(first, other)
         return first
@@ -158,22 +170,21 @@ class Comm:
         self.Isend(np.frombuffer(pickle.dumps(item), np.uint8), dest, tag)
 
     def recv(self, source: int = ANY_SOURCE, tag: int = ANY_TAG) -> Any:
-        wanted = Request(lambda: self._first(source, tag) is not None, lambda: f"a message of rank {source}")
+        wanted = Request(lambda: self._shown(source, tag) is not None, lambda: f"a message of rank {source}")
         wanted.Wait()
-        sent = self._first(source, tag)
+        sent = self._shown(source, tag)
         assert sent is not None
         self.members.sent[self.rank].remove(sent)
-        sent.taken = True
+        sent.take()
         return pickle.loads(sent.data.tobytes())
 
     def Isend(self, buffer: Any, dest: int, tag: int = 0) -> Request:
-        sent = Sent(self, dest, tag, as_bytes(buffer).copy())
-        sent.taken = True  # as far as its sender goes
-        return Request(lambda: True, sent.what)
+        sent = Sent(self, dest, tag, as_bytes(buffer).copy(), synchronous=False)
+        return Request(sent.has_left, sent.what, lambda: sent.begun)
 
     def Issend(self, buffer: Any, dest: int, tag: int = 0) -> Request:
-        sent = Sent(self, dest, tag, as_bytes(buffer))
-        return Request(lambda: sent.taken, sent.what)
+        sent = Sent(self, dest, tag, as_bytes(buffer), synchronous=True)
+        return Request(sent.has_come, sent.what, lambda: sent.begun)
 
     def Irecv(self, buffer: Any, source: int, tag: int = 0) -> Request:
         return Receive(self, source, tag, as_bytes(buffer))
@@ -184,16 +195,27 @@ class Comm:
     def _first(self, source: int, tag: int) -> Sent | None:
         return next((sent for sent in self.members.sent[self.rank] if sent.fits(source, tag)), None)
 
+    def _shown(self, source: int, tag: int) -> Sent | None:
+        sent = self._first(source, tag)
+        return sent if sent is not None and sent.is_shown() else None
+
     def Iprobe(self, source: int, tag: int) -> bool:
         give_way()
-        return self._first(source, tag) is not None
+        return self._shown(source, tag) is not None
 
     def Improbe(self, source: int, tag: int = -1) -> Sent | None:
         give_way()
-        found = self._first(source, tag)
+        found = self._shown(source, tag)
         if found is not None:
             self.members.sent[self.rank].remove(found)
         return found
+
+
+def _size(item: Any) -> int:
+    """Bytes that travel. The memory of a window stays where it is."""
+    if isinstance(item, np.ndarray):
+        return 0 if isinstance(item, Memory) else item.nbytes
+    return len(item) if isinstance(item, bytes) else 8
 
 
 def _pickled(item: Any) -> Any:

@@ -23,10 +23,10 @@ def wait_until(true: Callable[[], bool], alarm: float | None = None) -> float:
 
     alarm: a time of `clock` at which it may come true, or raise, though no other rank does anything.
     """
-    start, pause = time.perf_counter(), _SLEEP[0]
+    start, pause = seconds(), _SLEEP[0]
     if here.task is not None:
         here.task.baton.wait(true, None, alarm)
-        return time.perf_counter() - start
+        return seconds() - start
     for _ in range(20):
         if true():
             return time.perf_counter() - start
@@ -45,6 +45,17 @@ def give_way() -> None:
 def clock() -> float:
     """Seconds. Those of tasks pass by what they do, so that a run does not depend on how fast it is."""
     return time.perf_counter() if here.task is None else here.task.baton.now
+
+
+def seconds() -> float:
+    """What exchanges are timed by: as they pass, or as they would pass where time is simulated."""
+    return time.perf_counter() if here.task is None else here.task.baton.seconds()
+
+
+def reads(nbytes: int) -> None:
+    """This rank reads so many bytes of others' memory, where that is simulated."""
+    if here.task is not None:
+        here.task.baton.reads(nbytes)
 
 
 def pause(seconds: float) -> None:
@@ -70,6 +81,9 @@ def result(future: Future[None]) -> None:
 def complete(request: MPI.Request) -> None:
     """Waits for a request and leaves the core to others. An interrupt comes through when it is done, not before: its
     buffers would be gone."""
+    if here.task is not None:
+        request.Wait()
+        return
     try:
         wait_until(request.Test)
     except BaseException:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from mpilsgd import bound, kernels
+from mpilsgd.comm import seconds
 from mpilsgd.exchange.rows import Rows, checked
 from mpilsgd.exchange.vectors import NOTHING, Span, Vector, accumulation_dtype, allot
 from mpilsgd.extension import place_of
@@ -103,18 +103,18 @@ class Exchange:
 
     def exchange(self, purpose: float) -> Rows | None:
         """Meets the others for a round, or for the centre or the end: then the rows, unless a round was held."""
-        m, start, self.waited = self.m, time.perf_counter(), 0.0
+        m, start, self.waited = self.m, seconds(), 0.0
         with m.iterates():
             rows = self.meet(purpose)
-        m.metrics.t_comm += time.perf_counter() - start
+        m.metrics.t_comm += seconds() - start
         m.metrics.t_wait += self.waited
         m.count_traffic()
         return rows
 
     def meet(self, purpose: float) -> Rows | None:
-        start = time.perf_counter()
+        start = seconds()
         table = self.m.fabric.world.table(self.m.row(purpose, self.stamp()))
-        self.waited += time.perf_counter() - start
+        self.waited += seconds() - start
         return checked(table)
 
     def stamp(self) -> int:

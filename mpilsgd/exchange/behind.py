@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Background, result
+from mpilsgd.comm import Background, result, seconds
 from mpilsgd.exchange.base import Exchange, convex
 from mpilsgd.exchange.in_turn import InTurn
 from mpilsgd.exchange.rows import ROUND, Rows
@@ -43,7 +42,7 @@ class Behind(Exchange):
     def settle(self) -> None:
         if self._exchanging is None:
             return
-        start, m = time.perf_counter(), self.m
+        start, m = seconds(), self.m
         try:
             result(self._exchanging)
         finally:
@@ -51,7 +50,7 @@ class Behind(Exchange):
                 self._exchanging = None
                 assert self._thread is not None
                 self._thread.join()
-        waited = time.perf_counter() - start
+        waited = seconds() - start
         m.metrics.t_comm += waited
         m.metrics.t_wait += waited
         m.count_traffic()
@@ -78,11 +77,11 @@ class BehindAll(Behind, Together):
 
     def run(self) -> None:
         self.settle()
-        m, start = self.m, time.perf_counter()
+        m, start = self.m, seconds()
         with m.iterates():
             fit = self._begin()
             self.submit(self._gather, m.row(ROUND, self.stamp(), fit))
-            m.metrics.t_comm += time.perf_counter() - start
+            m.metrics.t_comm += seconds() - start
             if not fit:
                 self.settle()
                 self._take_centre()

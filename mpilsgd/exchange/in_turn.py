@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Shard, Shards
+from mpilsgd.comm import Shard, Shards, reads, seconds
 from mpilsgd.exchange.base import follow
 from mpilsgd.exchange.vectors import Vector, load, save, shapes
 from mpilsgd.exchange.verbs import Verbs
@@ -78,22 +77,24 @@ class InTurn(Verbs):
     def visit(self, timed: bool = True) -> None:
         """The rule at each shard, in this worker's turn; time and bytes are counted, the order noted or repeated."""
         m, shards, course = self.m, self._shards, self.m.course
-        start, waited, moved = time.perf_counter(), shards.waited, shards.moved
+        start, waited, moved = seconds(), shards.waited, shards.moved
         seen = [0] * shards.count
+        spans = {d: shards.span(d) for d in m.n}
+        near = sum((last - first) * d.itemsize for d, (first, last) in spans.items())
         with contextlib.closing(shards.visit(course.repeat(), course.round_robin)) as turns:
             for self._shard in turns:
                 seen[self._shard.index] = self._shard.ticket
                 self._count(self._shard.index)
+                if self._shard.index == m.fabric.world.channel.island:
+                    reads(near)
                 m.exchange(self)
         course.note(seen)
         m.metrics.rounds += 1
         if timed:
-            m.metrics.t_comm += time.perf_counter() - start
+            m.metrics.t_comm += seconds() - start
             m.metrics.t_wait += shards.waited - waited
         m.fabric.traffic.across += shards.moved - moved
-        for d in m.n:
-            first, last = shards.span(d)
-            m.fabric.traffic.group += (last - first) * d.itemsize
+        m.fabric.traffic.group += near
         m.count_traffic()
 
     def _count(self, k: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
-from mpilsgd.comm import Refused, Topology, inquiry
+from mpilsgd.comm import Refused, Topology, here, inquiry
 from mpilsgd.devices import capturing
 from mpilsgd.exchange import centre, leaving, setup, state
 from mpilsgd.exchange.base import Exchange, without_grad
@@ -160,6 +160,7 @@ class Method(Worker):
             without_grad(r.idle)
             self.t += 1
             return loss
+        here.rank.computed()
         if closure is not None and (clock.first or clock.looks):
             with torch.enable_grad():
                 evaluated = closure()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Snapshots, Turns, wait_until
+from mpilsgd.comm import Snapshots, Turns, reads, seconds, wait_until
 from mpilsgd.exchange.base import Exchange, pulls
 from mpilsgd.exchange.clocks import Due
 from mpilsgd.exchange.vectors import Vector, load, save
@@ -81,7 +80,7 @@ class Published(Exchange):
 
     def run(self) -> None:
         m, metrics = self.m, self.m.metrics
-        start, ticket = time.perf_counter(), None
+        start, ticket = seconds(), None
         with m.iterates():
             self.fit, self.score = m.is_finite(), m.measure()
             if not self.fit:
@@ -95,7 +94,7 @@ class Published(Exchange):
                 if self._turns is not None and ticket is not None:
                     self._turns.pass_on(0, ticket, True)
         metrics.rounds += 1
-        metrics.t_comm += time.perf_counter() - start
+        metrics.t_comm += seconds() - start
         m.count_traffic()
 
     def pull(self, rate: float, global_rate: float, sequential: bool = False) -> None:
@@ -189,6 +188,8 @@ class Published(Exchange):
         far = leader not in fabric.world.local_ranks
         sizes = {d: v.numel() for d, v in self._near.items()}
         nbytes = sum(fabric.wire(d).nbytes(n) if far else n * d.itemsize for d, n in sizes.items())
+        if not far:
+            reads(nbytes)
         if leader in topology.groups[topology.group_index]:
             fabric.traffic.group += nbytes
         else:

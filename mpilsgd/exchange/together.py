@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from mpilsgd import kernels
+from mpilsgd.comm import seconds
 from mpilsgd.exchange.clocks import ALL, Due, TwoPeriods
 from mpilsgd.exchange.leaders import Leaders
 from mpilsgd.exchange.rows import ROUND, Row, Rows, checked
@@ -114,9 +114,9 @@ class Together(Leaders):
         return None
 
     def _gate(self, level: Level, row: Row) -> Rows:
-        start = time.perf_counter()
+        start = seconds()
         table = level.table(row)
-        self.waited += time.perf_counter() - start
+        self.waited += seconds() - start
         return checked(table)
 
     def _hold(self, mates: Rows | None, everyone: Rows | None) -> None:

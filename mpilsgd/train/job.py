@@ -68,7 +68,7 @@ def _main(argv: Sequence[str], base: Topology) -> int:
         train, test = ChannelsLast(train), ChannelsLast(test)
     model = together(topology, prepared, config, train, test, topology, device)
     try:
-        opt = _method(config, topology, optimizers.build(config, model.parameters()), model)
+        opt = make_method(config, topology, optimizers.build(config, model.parameters()), model)
     except ValueError as error:  # raised on every rank
         raise Stopped(str(error)) from None
     seat = opt.workers.index(rank) if opt.computes else 0
@@ -165,7 +165,7 @@ def _mistakes_of_ranks(config: Config, base: Topology) -> list[str]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the real one will say it
-                _method(unrecorded, base, torch.optim.SGD(trial.parameters(), lr=0.1), trial).close()
+                make_method(unrecorded, base, torch.optim.SGD(trial.parameters(), lr=0.1), trial).close()
         except ValueError as error:
             mistakes += str(error).split("; ")
     return mistakes
@@ -188,7 +188,7 @@ def _leave_recordings(config: Config) -> list[str]:
     return left
 
 
-def _method(
+def make_method(
     config: Config, topology: Topology, optimizer: torch.optim.Optimizer, model: torch.nn.Module
 ) -> Method:
     """Collective; ValueError on every rank if an argument is wrong on any."""

@@ -6,14 +6,13 @@ import collections
 import contextlib
 import dataclasses
 import resource
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from mpilsgd.comm import Place, Topology
+from mpilsgd.comm import Place, Topology, seconds
 from mpilsgd.methods import Method
 from mpilsgd.train import checkpoint, devices, diverging
 from mpilsgd.train.batches import Batches
@@ -192,9 +191,9 @@ class Trainer:
         if self.opt.t == 0:
             diverging.refuse_first(self.topology, 0.0)
         self.tell(self.opt.t, Place.EXCHANGE)
-        start = time.perf_counter()
+        start = seconds()
         self.opt.step()
-        self.progress.wall += time.perf_counter() - start
+        self.progress.wall += seconds() - start
 
     # Evaluation
 
@@ -266,7 +265,12 @@ class Trainer:
         told = scored(self.topology, self.opt, rows)
         if told is not None:
             summary["forecast"] = told
+        summary = self._summary(summary)
         on_first(self.topology, self.directory.summarize, summary, status=FAILED)
+        return summary
+
+    def _summary(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """What is written of it."""
         return summary
 
     # Checkpoints

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mpilsgd.comm import Topology
+from mpilsgd.comm import Topology, here
 from mpilsgd.devices import on_host
 from mpilsgd.methods import Method
 from mpilsgd.plan import Forecast, Machine, Seen, Sizes, costs, forecast, look, measure
@@ -19,12 +19,13 @@ def scored(topology: Topology, opt: Method, rows: Sequence[dict[str, Any]]) -> d
     """By name what is forecast from the machine as it is now and the steps' own seconds, and what the run measured.
 
     step_s: seconds of a step, all included; round_s: of an exchange without waiting for others; bytes_group,
-    bytes_across: of the whole run. None where ranks do not talk, or compute on GPUs. rows: of every rank its progress
+    bytes_across: of the whole run. None where ranks do not talk, are no processes, or compute on GPUs. rows: of every rank its progress
     and metrics. Collective.
     """
     computing = [row for row in rows if row["step"]]
     rounds = sum(row["rounds"] for row in rows)
-    if topology.world.size == 1 or not rounds or not computing or not on_host(opt.device):
+    alone = topology.world.size == 1 or not here.rank.is_process
+    if alone or not rounds or not computing or not on_host(opt.device):
         return None
     sizes = Sizes(opt.n, topology.across_dtype)
     machine = measure(topology, sizes.stored(), _SECONDS)
@@ -38,8 +39,8 @@ def scored(topology: Topology, opt: Method, rows: Sequence[dict[str, Any]]) -> d
     except Exception:  # of a rule that goes by what it finds in a real run
         return None
     steps = sum(row["step"] for row in computing) / len(computing)
-    alone = sum(row["compute"] + row["data"] for row in computing) / sum(row["step"] for row in computing)
-    found = forecast(seen, sizes, machine, alone)
+    own = sum(row["compute"] + row["data"] for row in computing) / sum(row["step"] for row in computing)
+    found = forecast(seen, sizes, machine, own)
     told = {
         "step_s": [found.step_s, sum(row["wall"] for row in computing) / steps / len(computing)],
         "bytes_group": [found.group * steps, sum(row["bytes_group"] for row in rows)],

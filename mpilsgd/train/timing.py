@@ -5,12 +5,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from mpilsgd.comm import seconds
 from mpilsgd.train import devices
 from mpilsgd.train.progress import Progress
 
@@ -28,14 +28,14 @@ class HostTimer:
     _begun = _loaded = 0.0
 
     def begin(self) -> None:
-        self._begun = time.perf_counter()
+        self._begun = seconds()
 
     def loaded(self) -> None:
-        self._loaded = time.perf_counter()
+        self._loaded = seconds()
 
     def computing(self) -> float:
         """Seconds since the batch was there, when the gradient is."""
-        return time.perf_counter() - self._loaded
+        return seconds() - self._loaded
 
     def computed(self) -> None: ...
 
@@ -43,14 +43,14 @@ class HostTimer:
 
     def end(self, at: Progress, comm: float, wait: float) -> None:
         """comm, wait: seconds of communication that the method measured in this step, and of waiting in them."""
-        at.spent(time.perf_counter() - self._begun, self._loaded - self._begun, comm, wait)
+        at.spent(seconds() - self._begun, self._loaded - self._begun, comm, wait)
 
     @contextlib.contextmanager
     def waiting(self, at: Progress) -> Iterator[None]:
         """Inside, this worker waits for others."""
-        start = time.perf_counter()
+        start = seconds()
         yield
-        at.waited(time.perf_counter() - start)
+        at.waited(seconds() - start)
 
     def read(self, at: Progress) -> None:
         """All that was measured so far is counted from here on."""

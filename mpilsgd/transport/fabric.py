@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpilsgd.comm import Channel, Topology, complete
+from mpilsgd.comm import Channel, Topology, complete, reads
 from mpilsgd.comm.channel import cuts, pass_along, sums
 from mpilsgd.comm.meeting import Meeting, MpiMeeting
 from mpilsgd.devices import on_host
@@ -193,7 +193,9 @@ class Level:
         else:
             vector = landing.views[0][: window.mine.numel()]
         if self.n_islands == 1:
-            self._count(owner, vector.numel() * vector.element_size() if owner != self.rank else 0)
+            nbytes = vector.numel() * vector.element_size() if owner != self.rank else 0
+            self._count(owner, nbytes)
+            reads(nbytes)
             return vector, iter([(0, vector.numel())])
         own = self._fabric.message(vector.dtype, exact=True)
         wire, kept = self._fabric.message(vector.dtype, exact), None
@@ -203,6 +205,7 @@ class Level:
         received = owner != self.rank and (here or self.is_head)
         self._count(owner, (own if here else wire).nbytes(vector.numel()) if received else 0)
         mapped = here and owner != self.rank
+        reads(own.nbytes(vector.numel()) if mapped else 0)
         return vector, self._parts(vector, home, wire, None if kept is None else kept.base, mapped)
 
     def _parts(
@@ -249,6 +252,7 @@ class Level:
 
     def count_local(self, nbytes: int) -> None:
         """Notes that this rank read `nbytes` of every other vector of the level on this island."""
+        reads((self._near + self._far) * nbytes)
         self._fabric.traffic.group += self._near * nbytes
         self._fabric.traffic.across += self._far * nbytes
 

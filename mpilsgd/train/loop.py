@@ -262,10 +262,7 @@ class Trainer:
         everything = {**dataclasses.asdict(self.opt.metrics), **dataclasses.asdict(self.progress)}
         rows = self.topology.allgather({**everything, "error": own.error, "peak": peak})
         summary = summary_of(rows, self.config, self.topology, self.opt, self.sampler.batches, result)
-        told = scored(self.topology, self.opt, rows)
-        if told is not None:
-            summary["forecast"] = told
-        summary = self._summary(summary)
+        summary = self._summary({**summary, **scored(self.topology, self.opt, rows)})
         on_first(self.topology, self.directory.summarize, summary, status=FAILED)
         return summary
 

@@ -15,29 +15,32 @@ from mpilsgd.train.table import in_bytes, in_ms
 _SECONDS = 0.1  # to measure for
 
 
-def scored(topology: Topology, opt: Method, rows: Sequence[dict[str, Any]]) -> dict[str, list[float]] | None:
-    """By name what is forecast from the machine as it is now and the steps' own seconds, and what the run measured.
+def scored(
+    topology: Topology, opt: Method, rows: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, list[float]]]:
+    """Under "forecast", by name: what follows from the machine as it is now and the steps' own seconds, and what the
+    run measured.
 
     step_s: seconds of a step, all included; round_s: of an exchange without waiting for others; bytes_group,
-    bytes_across: of the whole run. None where ranks do not talk, are no processes, or compute on GPUs. rows: of every rank its progress
-    and metrics. Collective.
+    bytes_across: of the whole run. Nothing where ranks do not talk, are no processes, or compute on GPUs. rows: of every
+    rank its progress and metrics. Collective.
     """
     computing = [row for row in rows if row["step"]]
     rounds = sum(row["rounds"] for row in rows)
     alone = topology.world.size == 1 or not here.rank.is_process
     if alone or not rounds or not computing or not on_host(opt.device):
-        return None
+        return {}
     sizes = Sizes(opt.n, topology.across_dtype)
     machine = measure(topology, sizes.stored(), _SECONDS)
     if topology.world.rank:
-        return None
+        return {}
     settings = {name: getattr(opt, name) for name in opt.fields}
     if settings.get("score") is not None:
         settings["score"] = lambda: 0.0  # the user's own may do anything
     try:
         seen = look(type(opt), settings, min(machine.nodes, 2))
     except Exception:  # of a rule that goes by what it finds in a real run
-        return None
+        return {}
     steps = sum(row["step"] for row in computing) / len(computing)
     own = sum(row["compute"] + row["data"] for row in computing) / sum(row["step"] for row in computing)
     found = forecast(seen, sizes, machine, own)
@@ -49,7 +52,7 @@ def scored(topology: Topology, opt: Method, rows: Sequence[dict[str, Any]]) -> d
     if seen.kind != "edges":  # whose rounds are messages
         spent = sum(row["comm"] - row["wait"] for row in rows)
         told["round_s"] = [_round(seen, sizes, machine, found), spent / rounds]
-    return told
+    return {"forecast": told}
 
 
 def _round(seen: Seen, sizes: Sizes, machine: Machine, found: Forecast) -> float:

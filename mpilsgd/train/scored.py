@@ -22,8 +22,8 @@ def scored(
     run measured.
 
     step_s: seconds of a step, all included; round_s: of an exchange without waiting for others; bytes_group,
-    bytes_across: of the whole run. Nothing where ranks do not talk, are no processes, or compute on GPUs. rows: of every
-    rank its progress and metrics. Collective.
+    bytes_across: of the whole run. Nothing where ranks do not talk, are no processes, or compute on GPUs.
+    rows: of every rank its progress and metrics. Collective.
     """
     computing = [row for row in rows if row["step"]]
     rounds = sum(row["rounds"] for row in rows)

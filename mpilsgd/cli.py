@@ -17,7 +17,7 @@ COMMANDS = {
     "bench": "measure the kernels, or the exchange between ranks",
     "plan": "say what exchanges will cost on a cluster, and which periods keep them cheap",
 }
-_MODULES = {"plan": "mpilsgd.plan.command"}  # others: mpilsgd.train.COMMAND
+_MODULES = {"train": "mpilsgd.train.job", "plan": "mpilsgd.plan.command"}  # others: mpilsgd.train.COMMAND
 # What launchers call the rank, for messages that must appear once before MPI is there
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
@@ -27,8 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     with _told_once():
         command, rest = _command(arguments)
-    modules = {"train": "mpilsgd.train.job", **_MODULES}
-    module = importlib.import_module(modules.get(command, f"mpilsgd.train.{command}"))
+    module = importlib.import_module(_MODULES.get(command, f"mpilsgd.train.{command}"))
     if command in ("train", "simulate"):
         return int(module.main(rest))
     parser = argparse.ArgumentParser(prog=f"mpilsgd {command}")

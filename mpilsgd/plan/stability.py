@@ -25,35 +25,34 @@ def problems(
         method, settings: those that are planned; what is not set has its default.
         workers: p >= 1. lr_curvature: eta h > 0, learning rate times the largest curvature. momentum: of each worker.
     """
-    eta, found = lr_curvature, []
+    eta = lr_curvature
     if not theory.msgd_stable(eta, momentum, nesterov=False):
-        found.append(
-            f"momentum SGD alone diverges: lr times curvature is {eta:g} and must be below {2 * (1 + momentum):g}"
-        )
+        edge = 2 * (1 + momentum)
+        return [f"a worker alone diverges: lr times curvature is {eta:g} and must be below {edge:g}"]
     if method is EASGD:
-        found += _elastic(settings, workers, eta)
-    elif method is Downpour and workers > 1 and not eta < 2 / workers:
-        found.append(
+        return _elastic(settings, workers, eta)
+    if method is Downpour and workers > 1 and not eta < 2 / workers:
+        return [
             f"DOWNPOUR adds up the steps of {workers} workers (alpha=1, beta={workers}; so large a beta is stable near "
             f"this alpha alone): lr times curvature must be below 2/{workers} = {2 / workers:g}, not {eta:g}"
-        )
-    elif method is ADMM and workers <= _MANY:
+        ]
+    if method is ADMM and workers <= _MANY:
         radius = float(
             theory.spectral_radius(theory.round_robin_admm(eta, settings.get("rho", 1.0), workers))
         )
         if radius > 1 + 1e-12:
-            found.append(f"ADMM in turns grows by {radius:.7g} a round with rho={settings.get('rho', 1.0):g}")
-    elif method is LSGD:
+            return [f"ADMM in turns grows by {radius:.7g} a round with rho={settings.get('rho', 1.0):g}"]
+    if method is LSGD:
         rate = settings.get("pull", 0.1)
         if not eta + rate < 2:
-            found.append(f"lr times curvature plus pull is {eta + rate:g}, and must be below 2")
-    elif method is EASGDTree and (rate := settings.get("moving_rate")) is not None:
+            return [f"lr times curvature plus pull is {eta + rate:g}, and must be below 2"]
+    if method is EASGDTree and (rate := settings.get("moving_rate")) is not None:
         children = settings.get("degree", 16) + 1
         if not rate * children < 2:
-            found.append(
+            return [
                 f"a tree node with {children} neighbours moves by {rate:g} to each: together less than 2 is stable"
-            )
-    return found
+            ]
+    return []
 
 
 def _elastic(settings: Mapping[str, Any], workers: int, eta: float) -> list[str]:

@@ -220,7 +220,7 @@ def test_the_command_says_what_is_wrong(
         (methods.ADMM, {"rho": 0.1}, 1, 0.1, None),
         (methods.LSGD, {"pull": 0.9}, 4, 1.2, "must be below 2"),
         (methods.EASGDTree, {"degree": 4, "moving_rate": 0.5}, 8, 0.1, "5 neighbours"),
-        (methods.LocalSGD, {}, 4, 2.5, "momentum SGD alone diverges"),
+        (methods.LocalSGD, {}, 4, 2.5, "a worker alone diverges"),
     ],
 )
 def test_rates_that_theory_finds_unstable_are_named(

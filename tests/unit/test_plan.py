@@ -34,7 +34,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "DiLoCo": (methods.DiLoCo, {"period": 4}),
     "DiLoCo in fragments": (methods.DiLoCo, {"period": 4, "fragments": 2, "mixing": 0.5}),
     "DiLoCo overlap": (methods.DiLoCo, {"period": 4, "fragments": 2, "overlap": 1}),
-    "DiLoCo asynchronous": (methods.DiLoCo, {"period": 4, "asynchronous": True}),
+    "DiLoCo asynchronous": (methods.DiLoCo, {"period": 1, "asynchronous": True}),
     "EASGDTree": (methods.EASGDTree, {"degree": 2, "period": 2, "upper_period": 4, "order": "lock-step"}),
     "EASGDTree hosted": (
         methods.EASGDTree,

@@ -160,12 +160,14 @@ class Method(Worker):
             without_grad(r.idle)
             self.t += 1
             return loss
-        here.rank.computed()
-        if closure is not None and (clock.first or clock.looks):
+        inside = closure is not None and not (clock.first or clock.looks)  # it computes in the local step
+        if closure is not None and not inside:
             with torch.enable_grad():
                 evaluated = closure()
             loss = evaluated if loss is None else loss
             closure = known(closure, evaluated, self.guard == "g")
+        if not inside:
+            here.rank.computed()
         if clock.first:
             result = self._exchange_and_step(closure, loss)
         elif clock.looks and clock.gives_way([p.grad for p in self.flat.parameters if p.grad is not None]):
@@ -176,6 +178,8 @@ class Method(Worker):
             if self._hooked:
                 without_grad(self.before_step)
             result = local_step(self, closure)
+            if inside:
+                here.rank.computed()
         loss = result if loss is None else loss
         self.t += 1
         if self._observes and not clock.first:
@@ -201,9 +205,7 @@ class Method(Worker):
 
     def _refuse(self) -> NoReturn:
         self._refuse_if_closed()
-        raise RuntimeError(
-            "step() inside center(): the parameters there are the centre, and go back afterwards"
-        )
+        raise RuntimeError("step() inside center(): the parameters there are the centre, and go back")
 
     def _refuse_capture(self) -> NoReturn:
         raise RuntimeError(
@@ -245,9 +247,7 @@ class Method(Worker):
         if batches is not None and self.buffers != "recalibrate":
             raise ValueError('center(batches) goes with buffers="recalibrate"')
         if batches is None and self.buffers == "recalibrate" and self.flat.buffers:
-            raise ValueError(
-                'buffers="recalibrate" needs center(batches): inputs to recompute the statistics from'
-            )
+            raise ValueError('buffers="recalibrate" needs center(batches): inputs to take statistics from')
         return centre.shown(self, batches or ())
 
     def close(self) -> None:

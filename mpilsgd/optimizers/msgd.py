@@ -179,6 +179,10 @@ def _rate(lr: Any, capturable: bool) -> float | Tensor:
             f"lr is a tensor on {place_of(lr)}, where reading it would keep the host waiting in every step: give a "
             "number, or MSGD(..., capturable=True)"
         )
+    if lr.dim():
+        raise ValueError(
+            f"lr must be a number or a tensor without dimensions, not of shape {tuple(lr.shape)}"
+        )
     return lr.detach()
 
 

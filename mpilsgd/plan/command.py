@@ -17,7 +17,8 @@ from mpilsgd.comm import Topology
 from mpilsgd.plan.advice import METHODS, Advice, advise, at
 from mpilsgd.plan.costs import Sizes
 from mpilsgd.plan.machine import Machine, measure
-from mpilsgd.train.options import methods
+from mpilsgd.train.callables import InputError
+from mpilsgd.train.options import enlist, methods
 from mpilsgd.train.table import columns, in_bytes, in_ms
 
 _ASSUMED = Machine((1,))
@@ -93,27 +94,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures where several ranks are; rank 0 plans and prints. Exit status 2: an argument is wrong."""
+    """Measures where several ranks are; rank 0 plans and prints. Exit status 2: an argument is wrong; 1: it failed."""
     topology = Topology()
-    try:
+    status = _refused(args, topology)
+    if not status:
         here = None
         if topology.world.size > 1:
             here = measure(topology, args.parameters * getattr(torch, args.dtype).itemsize, args.seconds)
-        status = 0
         if topology.world.rank == 0:
             try:
                 _plan(args, here)
             except ValueError as error:
-                print(f"mpilsgd plan: {error}", file=sys.stderr)
-                status = 2
-        return int(topology.broadcast(status))
-    finally:
-        topology.free()
+                status = _told(str(error), 2)
+            except Exception as error:  # the other ranks wait for the status
+                status = _told(f"{type(error).__name__}: {error}", 1)
+        status = int(topology.broadcast(status))
+    topology.free()
+    return status
+
+
+def _refused(args: argparse.Namespace, topology: Topology) -> int:
+    """What can be seen to be wrong before anything is measured, on all ranks alike."""
+    problem = None
+    if not 0 < args.share < 1:
+        problem = f"share must lie between 0 and 1, ends excluded, not {args.share}"
+    elif (args.lr is None) != (args.curvature is None):
+        problem = "--lr and --curvature go together"
+    elif args.ranks and not args.nodes and len(topology.nodes) > 1:
+        problem = f"--ranks {args.ranks} needs --nodes: on how many nodes they lie"
+    else:
+        try:
+            for text in args.tried:
+                _settings(text)
+        except ValueError as error:
+            problem = str(error)
+    if problem is None:
+        return 0
+    return _told(problem, 2) if topology.world.rank == 0 else 2
+
+
+def _told(problem: str, status: int) -> int:
+    print(f"mpilsgd plan: {problem}", file=sys.stderr)
+    return status
 
 
 def _plan(args: argparse.Namespace, here: Machine | None) -> None:
-    if not 0 < args.share < 1:
-        raise ValueError(f"share must lie between 0 and 1, ends excluded, not {args.share}")
     machine, told = _machine(args, here)
     sizes = Sizes({getattr(torch, args.dtype): args.parameters}, args.across_dtype)
     print(told)
@@ -139,10 +164,8 @@ def _plan(args: argparse.Namespace, here: Machine | None) -> None:
 
 
 def _warnings(args: argparse.Namespace, found: Sequence[Advice], machine: Machine) -> list[str]:
-    if args.lr is None and args.curvature is None:
+    if args.lr is None:
         return []
-    if args.lr is None or args.curvature is None:
-        raise ValueError("--lr and --curvature go together")
     from mpilsgd.plan.stability import problems
 
     told = []
@@ -157,17 +180,17 @@ def _machine(args: argparse.Namespace, here: Machine | None) -> tuple[Machine, s
     """That for which to plan, and where its numbers are from."""
     given = {name: getattr(args, name) for name in _GIVEN if getattr(args, name) is not None}
     ranks = args.ranks or (here.size if here else 1)
-    nodes = args.nodes or (here.nodes if here and ranks == here.size else 1)
-    base = here or _ASSUMED
-    machine = Machine.of(ranks, nodes)
-    machine = dataclasses.replace(base, ranks=machine.ranks, **given)
-    if here and here.nodes > 1 and not {"bandwidth", "latency"} & given.keys():
-        source = dict.fromkeys(_GIVEN, "measured")
-    else:
-        local = "measured" if here else "assumed"
-        source = {"bandwidth": "assumed", "latency": "assumed", "memory": local, "meeting": local}
-        machine = dataclasses.replace(machine, one_sided=None)
+    nodes = args.nodes or (here.nodes if here else 1)
+    same = here is not None and (ranks, nodes) == (here.size, here.nodes)
+    machine = dataclasses.replace(
+        here or _ASSUMED, ranks=here.ranks if here and same else Machine.of(ranks, nodes).ranks, **given
+    )
+    network = "measured" if here and here.nodes > 1 else "assumed"
+    local = "measured" if here else "assumed"
+    source = {"bandwidth": network, "latency": network, "memory": local, "meeting": local}
     source |= dict.fromkeys(given, "given")
+    if "latency" in given:
+        machine = dataclasses.replace(machine, one_sided=None)
     lines = [f"{ranks} ranks on {nodes} node(s)"]
     if nodes > 1:
         lines.append(
@@ -187,22 +210,30 @@ def _machine(args: argparse.Namespace, here: Machine | None) -> tuple[Machine, s
 
 
 def _tried(text: str, sizes: Sizes, machine: Machine, step_s: float) -> Advice:
-    """One that the user wrote: METHOD KEY=VALUE ..."""
+    """One that the user wrote."""
+    name, settings = _settings(text)
+    try:
+        return at(f"{name} (yours)", methods()[name], settings, sizes, machine, step_s)
+    except ValueError as error:
+        raise ValueError(f"--try {text!r}: {error}") from None
+
+
+def _settings(text: str) -> tuple[str, dict[str, Any]]:
+    """METHOD KEY=VALUE ..., where the method may be package.module:Class."""
     name, *rest = shlex.split(text) or [""]
-    known = methods()
-    if name not in known:
-        raise ValueError(f"--try {text!r}: there is no method {name!r}; there are {', '.join(known)}")
+    try:
+        enlist(name)
+    except InputError as error:
+        raise ValueError(f"--try {text!r}: {error}") from None
+    if name not in methods():
+        raise ValueError(f"--try {text!r}: there is no method {name!r}; there are {', '.join(methods())}")
     settings = {}
     for item in rest:
         key, sign, value = item.partition("=")
         if not sign:
             raise ValueError(f"--try {text!r}: {item!r} must be KEY=VALUE")
         settings[key] = yaml.safe_load(value)
-    try:
-        return at(f"{name} (yours)", known[name], settings, sizes, machine, step_s)
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"--try {text!r}: {cause}") from None
+    return name, settings
 
 
 def _table(found: Sequence[Advice], step_s: float) -> str:

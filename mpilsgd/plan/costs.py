@@ -29,7 +29,7 @@ from mpilsgd.transport.wire import wire_of
 from mpilsgd.tree import Tree, lay_tree
 
 _WORDS = 5  # one-sided operations of a turn at a shard beside its vectors: ticket, look, tick, pass on, wake
-_LAID = 128  # nodes of the largest tree that is laid out
+_LAID = 512  # ranks of the largest tree that is laid out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,10 +220,15 @@ def _edges(seen: Seen, sizes: Sizes, machine: Machine) -> Cost:
 
 
 def _smaller(machine: Machine) -> tuple[Machine, float]:
-    """So many nodes that a tree is laid quickly, and how many times as many there are: no edge knows how many."""
-    if machine.nodes <= _LAID:
-        return machine, 1.0
-    return dataclasses.replace(machine, ranks=machine.ranks[:_LAID]), machine.nodes / _LAID
+    """So few ranks that a tree is laid quickly, and how many times as many there are: no edge knows how many."""
+    ranks: list[int] = []
+    total = 0
+    for count in machine.ranks:
+        if total + count > _LAID and ranks:
+            break
+        ranks.append(min(count, _LAID))
+        total += ranks[-1]
+    return dataclasses.replace(machine, ranks=tuple(ranks)), machine.size / total
 
 
 @functools.cache

@@ -100,7 +100,8 @@ def longer(seen: Seen, factor: float) -> Seen:
             if name != "scheme"
         }
         tree = {**tree, "periods": dataclasses.replace(tree["periods"], **stretched)}
-    return dataclasses.replace(seen, events=events, tree=tree)
+    behind = seen.behind * factor if seen.stretches else seen.behind
+    return dataclasses.replace(seen, events=events, tree=tree, behind=behind)
 
 
 def least_factor(seen: Seen, sizes: Sizes, machine: Machine, step_s: float, share: float) -> int | None:

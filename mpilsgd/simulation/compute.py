@@ -13,7 +13,12 @@ MEASURED = "measured"
 
 
 def lognormal(mean: float, sigma: float) -> Draw:
-    """Every step's seconds drawn anew: exp of a normal number of deviation sigma, with this mean."""
+    """Every step's seconds drawn anew: exp of a normal number of deviation sigma, with this mean.
+
+    ValueError: a mean that is not above 0, or a sigma below 0.
+    """
+    if not (0 < mean < math.inf and 0 <= sigma < math.inf):
+        raise ValueError(f"lognormal needs a mean above 0 and a sigma of at least 0, not {mean} and {sigma}")
     return lambda rank, step, random: random.lognormvariate(math.log(mean) - sigma * sigma / 2, sigma)
 
 

@@ -74,7 +74,7 @@ def many(
             rule.observe(objective.loss(point, noise))
         rule.before(t)
         if velocity is None:
-            x.sub_(gradient.mul_(lr))
+            x.sub_(gradient, alpha=lr)  # which may be x itself
         else:
             reference.msgd(
                 x, gradient, velocity, lr, momentum, nesterov=False

@@ -180,7 +180,8 @@ class Clock(Baton):
     def _bury(self) -> None:
         while self._deaths and self._deaths[0][0] <= self.now:
             seconds, rank = self._deaths.pop(0)
-            self.dead[rank] = seconds
+            if any(one.rank.number == rank and not one.serves for one in self.tasks):  # type: ignore[attr-defined]
+                self.dead[rank] = seconds  # else its program has ended before
         if self.failure is None and any(self.now >= seconds + self._notice for seconds in self.dead.values()):
             self.failure = self._died()
 

@@ -251,9 +251,8 @@ class Trainer:
         self.progress.read()
         name = max(self.total, self._sealed or 0)
         if name != self._sealed and not diverging.diverged(self.topology, self.opt, self.progress.last_loss):
-            self._save(
-                name
-            )  # before the evaluations, which may take long; of what diverged the first one tells
+            # before the evaluations, which may take long; of what diverged the first one tells
+            self._save(name)
         result, state = self.evaluate(last=True)
         on_first(self.topology, self.directory.save_center, state, status=FAILED)
         with getattr(self.opt.optimizer, "iterate", contextlib.nullcontext)():
@@ -262,8 +261,10 @@ class Trainer:
         everything = {**dataclasses.asdict(self.opt.metrics), **dataclasses.asdict(self.progress)}
         rows = self.topology.allgather({**everything, "error": own.error, "peak": peak})
         summary = summary_of(rows, self.config, self.topology, self.opt, self.sampler.batches, result)
-        summary = self._summary({**summary, **scored(self.topology, self.opt, rows)})
-        on_first(self.topology, self.directory.summarize, summary, status=FAILED)
+        summary = self._summary(summary)
+        for more in (dict, lambda: scored(self.topology, self.opt, rows)):  # at first without the forecast
+            summary |= more()
+            on_first(self.topology, self.directory.summarize, summary, status=FAILED)
         return summary
 
     def _summary(self, summary: dict[str, Any]) -> dict[str, Any]:

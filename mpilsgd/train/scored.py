@@ -22,25 +22,31 @@ def scored(
     run measured.
 
     step_s: seconds of a step, all included; round_s: of an exchange without waiting for others; bytes_group,
-    bytes_across: of the whole run. Nothing where ranks do not talk, are no processes, or compute on GPUs.
+    bytes_across: of the whole run. Nothing where ranks do not talk, are no processes, compute on
+    GPUs or in groups that are no nodes, or where a setting is code.
     rows: of every rank its progress and metrics. Collective.
     """
     computing = [row for row in rows if row["step"]]
     rounds = sum(row["rounds"] for row in rows)
-    alone = topology.world.size == 1 or not here.rank.is_process
-    if alone or not rounds or not computing or not on_host(opt.device):
+    alone = topology.world.size == 1 or not here.rank.is_process or topology.groups != topology.nodes
+    settings = {name: getattr(opt, name) for name in opt.fields if name != "score"}
+    code = any(map(callable, settings.values()))  # the user's own, which may do anything
+    if alone or code or not rounds or not computing or not on_host(opt.device):
         return {}
     sizes = Sizes(opt.n, topology.across_dtype)
     machine = measure(topology, sizes.stored(), _SECONDS)
     if topology.world.rank:
         return {}
-    settings = {name: getattr(opt, name) for name in opt.fields}
-    if settings.get("score") is not None:
-        settings["score"] = lambda: 0.0  # the user's own may do anything
     try:
-        seen = look(type(opt), settings, min(machine.nodes, 2))
+        return _scored(look(type(opt), settings, min(machine.nodes, 2)), opt, sizes, machine, rows)
     except Exception:  # of a rule that goes by what it finds in a real run
         return {}
+
+
+def _scored(
+    seen: Seen, opt: Method, sizes: Sizes, machine: Machine, rows: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, list[float]]]:
+    computing, rounds = [row for row in rows if row["step"]], sum(row["rounds"] for row in rows)
     steps = sum(row["step"] for row in computing) / len(computing)
     own = sum(row["compute"] + row["data"] for row in computing) / sum(row["step"] for row in computing)
     found = forecast(seen, sizes, machine, own)

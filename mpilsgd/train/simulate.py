@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
     except (InputError, ValueError) as error:
         reason, status = str(error), BAD_INPUT
     except Died as died:
-        reason, status = f"{died}; its run directory holds the evaluations before", FAILED
+        cause = f" (then {died.__cause__})" if died.__cause__ is not None else ""
+        reason, status = f"{died}{cause}; its run directory holds the evaluations before", FAILED
     except WorkerFailed as failure:
         if not isinstance(failure.__cause__, Stopped | ValueError):
             raise

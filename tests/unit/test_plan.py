@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from mpilsgd.comm import Topology, in_process
 from mpilsgd.plan import Machine, Sizes, advice, command, costs, forecast, least_factor, look
 from mpilsgd.plan.stability import problems
 
-N, WARM, STEPS = 4_000, 4, 12
+N, WARM, STEPS = 4_000, 4, 12  # steps: whole periods of all cases
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "LSGD": (methods.LSGD, {"period": 2, "global_period": 4}),
     "LSGD, one leader": (methods.LSGD, {"period": 3, "global_pull": 0.0}),
@@ -85,6 +87,53 @@ def test_bytes_are_those_that_the_method_counts(
     assert (found.group, found.across) == pytest.approx(counted, rel=0.1 if shards else 0.02)
 
 
+def test_rounds_by_the_total_of_steps_are_those_of_the_synchronous_form() -> None:
+    for near, far in ((2, 4), (8, 32), (3, 7)):
+        periods = {"period": near, "global_period": far}
+        same = look(methods.LSGD, periods).events
+        assert look(methods.LSGD, {**periods, "asynchronous": True}).events == same
+        often = sum(1 / event.every for event in same)
+        assert often == pytest.approx(1 / near + 1 / far - 1 / math.lcm(near, far))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "every"),
+    [
+        (methods.LocalSGD, {"period": 5000}, 5000),
+        (methods.DiLoCo, {"period": 3000, "fragments": 3}, 1000),
+        (methods.LSGD, {"period": 2003, "global_period": 2003}, 2003),
+        (methods.LocalSGD, {"period": [10, 1000]}, 500),
+        (methods.LocalSGD, {"period": lambda t: t % 7 == 0}, 2000 / 285),
+    ],
+)
+def test_long_periods_cost_what_short_ones_do_and_come_as_seldom_as_given(
+    method: Any, settings: dict[str, Any], every: float
+) -> None:
+    (event,) = look(method, settings).events
+    assert event.every == pytest.approx(every)
+    assert event.verbs
+
+
+def test_one_average_at_the_end_costs_no_step() -> None:
+    assert look(methods.LocalSGD, {"period": None}).events == ()
+    with pytest.raises(ValueError, match="tells nothing of how often"):
+        look(methods.LocalSGD, {"until_grad_norm": 0.1})
+    with pytest.raises(ValueError, match="names none of the steps"):
+        look(methods.LocalSGD, {"period": lambda t: False})
+
+
+def test_looking_leaves_the_process_as_it_was() -> None:
+    before = torch.get_num_threads(), torch.random.get_rng_state()
+    look(methods.EASGD, {"period": 11})
+    assert torch.get_num_threads() == before[0]
+    assert torch.equal(torch.random.get_rng_state(), before[1])
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert found == [before[0]]
+
+
 def test_seconds_by_hand() -> None:
     """The mean of 2 nodes with 2 ranks: 2 l + 2 vectors through the memory, one vector over the link, meetings."""
     machine = Machine((2, 2), bandwidth=1e6, latency=1e-3, memory=1e8, meeting=1e-4)
@@ -122,22 +171,20 @@ def test_workers_in_turn_are_held_up_where_the_shard_is_always_taken() -> None:
 
 @pytest.mark.parametrize("name", [n for n in advice.METHODS if n not in ("AllreduceSGD", "ADMM")])
 def test_the_periods_advised_are_the_shortest(name: str) -> None:
-    machine, sizes = Machine.of(16, 4, bandwidth=1e8), Sizes({torch.float32: 1_000_000})
+    machine, sizes = Machine.of(16, 4, bandwidth=1e8), Sizes({torch.float32: 10_000_000})
     (one,) = advice.advise(sizes, machine, 0.1, 0.05, [name])
     assert one.found is not None
     assert one.found.share <= 0.05
+    again = advice.at(name, advice.FORMS[name][0], one.settings, sizes, machine, 0.1).found
+    assert again is not None
+    assert again.share == pytest.approx(one.found.share, rel=1e-6)
     periods = {key: value for key, value in one.settings.items() if key.endswith("period")}
-    if name == "LSGD":  # the group's takes half
-        periods = {"global_period": periods["global_period"] - periods["period"], "period": periods["period"]}
-        if not periods["global_period"]:
-            return
-    elif max(periods.values()) == min(periods.values()) == 1:
-        return
+    if "global_period" in periods:  # the groups' rounds take half
+        periods["global_period"] -= periods["period"]
     else:
         factor = min(periods.values())
         periods = {key: value // factor * (factor - 1) for key, value in periods.items()}
-        if 0 in periods.values():
-            return
+    assert all(periods.values()), "a shorter one must be there to be tried"
     shorter = advice.at(name, advice.FORMS[name][0], {**one.settings, **periods}, sizes, machine, 0.1)
     assert shorter.found is not None
     assert shorter.found.share > 0.05
@@ -178,6 +225,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert "125 MB/s (given)" in out
     assert "not measured" not in out
     assert picture.stat().st_size > 10_000
+    status, _, error = _command(capsys, *given, "--methods", "LocalSGD", "--picture", "/proc/no/plan.png")
+    assert status == 1
+    assert "Error" in error
     status, out, _ = _command(capsys, *given, "--methods", "LocalSGD")
     assert status == 0
     assert "the network is not measured" in out
@@ -188,6 +238,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     [
         (("--try", "Nothing period=1"), "there is no method 'Nothing'"),
         (("--try", "LSGD period"), "must be KEY=VALUE"),
+        (("--try", "nowhere:Mine"), "nowhere"),
+        (("--lr", "0.1"), "--lr and --curvature go together"),
         (("--try", "LSGD period=0"), "period"),
         (("--share", "2"), "share must lie between 0 and 1"),
         (("--ranks", "2", "--nodes", "3"), "nodes must be from 1"),

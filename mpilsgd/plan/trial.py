@@ -105,9 +105,10 @@ def _worker(method: type[Method], given: dict[str, Any]) -> Seen | None:
     topology = Topology()
     numel = max(8, int(given.get("fragments") or 1))
     weight = torch.nn.Parameter(torch.zeros(numel))
+    model = torch.nn.ParameterList([weight])
 
     def made(settings: dict[str, Any]) -> Method:
-        return method(torch.optim.SGD([weight], lr=0.0), topology, **settings)
+        return method(torch.optim.SGD([weight], lr=0.0), topology, model=model, **settings)
 
     real = made(given)  # refuses what is wrong
     often, short = _often(real), _short(real)

@@ -52,7 +52,8 @@ def _counted(case: str, workers: int, nodes: int, across: str | None) -> tuple[f
     def worker() -> tuple[int, int]:
         topology = Topology(across_dtype=across)
         x = torch.nn.Parameter(torch.zeros(N))
-        opt = method(torch.optim.SGD([x], lr=0.0), topology, **settings)
+        model = torch.nn.ParameterList([x])
+        opt = method(torch.optim.SGD([x], lr=0.0), topology, model=model, **settings)
         for k in range(WARM + STEPS):
             if k == WARM:  # in few bits what comes first travels in full
                 opt.settle()

@@ -148,7 +148,7 @@ def _plan(args: argparse.Namespace, here: Machine | None) -> None:
     late = [one.name for one in found if one.found is None]
     if late:
         print(f"\nno period keeps exchanges under {args.share:.0%} of the time: {', '.join(late)}")
-    held = [one for one in found if one.found is not None and one.found.limit]
+    held = [one for one in found if one.found and one.found.limit and one.found.share > args.share]
     for one in held:
         assert one.found is not None
         why = (

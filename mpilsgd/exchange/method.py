@@ -160,7 +160,7 @@ class Method(Worker):
             without_grad(r.idle)
             self.t += 1
             return loss
-        if closure is not None and (clock.first or clock.looks):
+        if closure is not None and (clock.first or clock.looks or clock.sees):
             with torch.enable_grad():
                 evaluated = closure()
             loss = evaluated if loss is None else loss

@@ -8,7 +8,7 @@ import numpy as np
 
 _SCALES = np.logspace(-6, 3, 109)  # of a power law, in 1 / steps
 _BETTER = 0.9  # of the squared errors that a power law must leave, which has a parameter more
-_SURE = 3.0  # standard errors from which on a slope is taken for one
+_SURE, _MANY = 3.0, 8  # standard errors from which on a slope is taken for one, with so many points
 
 
 class Decay(NamedTuple):
@@ -36,7 +36,7 @@ def fitted(at: np.ndarray, squares: np.ndarray) -> Decay:
         k = int(np.argmin(errors))
         if errors[k] < _BETTER * error and rates[k] > 1.01:
             found, error, spread = Decay(rates[k], float(_SCALES[k])), errors[k], spreads[k]
-    if len(at) > 2 and found.rate <= _SURE * np.sqrt(error / (len(at) - 2) / spread):
+    if len(at) >= _MANY and found.rate <= _SURE * np.sqrt(error / (len(at) - 2) / spread):
         return Decay(0.0)
     return Decay(max(float(found.rate), 0.0), found.scale)
 

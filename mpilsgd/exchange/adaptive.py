@@ -79,10 +79,10 @@ class Paced(Every):
             period = max(1, round(min(wanted, limit)))
             if fits and period < _PROBE and pace["rounds"] % _ROUNDS == 0:
                 period = _PROBE
+            m.metrics.note_period(r.joined, self.period, period)
             pace["period"] = period
             pace["squares"].zero_()
             self._took, self._since = [], (0.0, r.joined)
-            m.metrics.note_period(r.joined, period)
         now = time.perf_counter()
         self._took.append(now - self._began)
         if r.due.world:

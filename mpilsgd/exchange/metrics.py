@@ -29,7 +29,11 @@ class Metrics:
     # asynchronous centres: {n: how often n updates by others lay between this worker's reading it and its writing}
     staleness: dict[int, int] = dataclasses.field(default_factory=dict)
 
-    def note_period(self, step: int, period: int) -> None:
+    def note_period(self, step: int, before: int, period: int) -> None:
+        """From this step on periods are so long, before it they were as long as that."""
+        if not self.periods:
+            self.period = before
+            self.periods.append([0, before])
         if period != self.period:
             self.period = period
             self.periods.append([step, period])

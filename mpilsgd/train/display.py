@@ -125,6 +125,9 @@ def closing(summary: dict[str, Any], directory: str) -> str:
         ("rounds", str(summary["rounds"]) + (unmet if alone else "")),
         ("peak memory", _memory(summary["peak_memory"])),
     ]
+    if "periods" in summary:
+        told = [period for _, period in summary["periods"]]
+        lines.append(("period", f"{told[-1]} in the end, {min(told)} to {max(told)} before"))
     if "staleness" in summary:
         lines.append(("staleness", _staleness(summary["staleness"])))
     if "skipped" in summary:

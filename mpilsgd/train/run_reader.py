@@ -82,6 +82,16 @@ class Run:
         return [int(step) for step in steps] if _is_numbers(steps) else []
 
     @property
+    def periods(self) -> list[tuple[int, int]]:
+        """From which step on the period was how long, where it was adaptive; else empty."""
+        found = self.summary.get("periods")
+        if not isinstance(found, list) or not all(
+            _is_numbers(pair) and len(pair) == 2 and pair[1] > 0 for pair in found
+        ):
+            return []
+        return [(int(step), int(period)) for step, period in found]
+
+    @property
     def staleness(self) -> dict[int, int]:
         """How often so many updates of the centre lay between a worker's read and its write; empty without one."""
         found = self.summary.get("staleness")

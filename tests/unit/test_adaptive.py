@@ -76,7 +76,7 @@ def oracle_best(at: Array, squares: Array, cost: float, longest: float) -> float
 
 def simulated(problem: Degenerate, cost: float, steps: int) -> tuple[Array, list[list[int]]]:
     """The controller, sequentially: x after a number of steps, and the periods."""
-    x, t, wanted, period, periods = problem.start, 0, float(START), START, []
+    x, t, wanted, period, periods = problem.start, 0, float(START), START, [[0, START]]
     while t + period <= steps:
         x, squares = a_round(problem, x, period)
         t += period
@@ -84,7 +84,7 @@ def simulated(problem: Degenerate, cost: float, steps: int) -> tuple[Array, list
         best = oracle_best(at.astype(float), squares[at], cost, 19 * cost)
         wanted = math.sqrt(wanted * min(best, 10 * period))
         before, period = period, max(1, round(wanted))
-        if period != before or not periods:
+        if period != before:
             periods.append([t, period])
     return x, periods
 
@@ -156,7 +156,7 @@ def test_equals_the_sequential_controller(power: int, nodes: int) -> None:
         assert abs(results[0][0] - x).max() < 1e-12
 
 
-@pytest.mark.parametrize(("power", "cost"), [(2, 3.0), (2, 30.0), (4, 10.0), (4, 30.0)])
+@pytest.mark.parametrize(("power", "cost"), [(2, 3.0), (2, 30.0), (4, 3.0), (4, 10.0)])
 def test_costs_little_more_than_the_best_fixed_period(power: int, cost: float) -> None:
     """The sum of C_c a round and C_g a step until |grad f|^2 is a 1000th of what it was."""
     problem = Degenerate(power)

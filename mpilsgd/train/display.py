@@ -126,8 +126,8 @@ def closing(summary: dict[str, Any], directory: str) -> str:
         ("peak memory", _memory(summary["peak_memory"])),
     ]
     if "periods" in summary:
-        told = [period for _, period in summary["periods"]]
-        lines.append(("period", f"{told[-1]} in the end, {min(told)} to {max(told)} before"))
+        periods = [period for _, period in summary["periods"]]
+        lines.append(("period", f"{periods[-1]} in the end, from {min(periods)} to {max(periods)}"))
     if "staleness" in summary:
         lines.append(("staleness", _staleness(summary["staleness"])))
     if "skipped" in summary:

@@ -228,7 +228,8 @@ def draw_periods(runs: Sequence[Run], path: Path) -> Path | None:
                 steps, [*periods, periods[-1]], where="post", color=colors[id(run)], label=run.label, lw=1.8
             )
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formatted(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set(xlabel="step of a worker", ylabel="steps to the next round")
         axis.grid(axis="y", color=FAINT)
         handles, names = axis.get_legend_handles_labels()

@@ -72,12 +72,16 @@ def _span(low: float, high: float, above: bool) -> str:
     return f"{'above' if above else 'of at least'} {low:g}" if low > -math.inf else ""
 
 
-def whole(default: Any, low: int = 1, *, help: str) -> Any:
-    """A whole number of at least `low`."""
+def whole(default: Any, low: int = 1, *, word: str | None = None, help: str) -> Any:
+    """A whole number of at least `low`, or a word."""
+    span = f"a whole number of at least {low}" + (f" or {word!r}" if word else "")
 
-    return Field(
-        default, help, f"a whole number of at least {low}", lambda name, v: whole_problem(name, v, low)
-    )
+    def problem(name: str, value: Any) -> str | None:
+        if word and isinstance(value, str):
+            return None if value == word else f"{name} must be {span}, not {value!r}"
+        return whole_problem(name, value, low)
+
+    return Field(default, help, span, problem)
 
 
 def whole_problem(name: str, value: Any, low: int = 1) -> str | None:

@@ -1,6 +1,7 @@
 """The worker and the parts that a method is put together from: clocks, exchanges, vectors, fields."""
 
 from mpilsgd.comm import thread_problem
+from mpilsgd.exchange.adaptive import Adaptive, AdaptiveTwo, adaptive_problem
 from mpilsgd.exchange.base import follow, outer_step
 from mpilsgd.exchange.clocks import Every, EverySo, TwoPeriods, UntilGradient
 from mpilsgd.exchange.edges import Edges
@@ -29,6 +30,8 @@ from mpilsgd.optimizers.wrapped import forget
 __all__ = [
     "REQUIRED",
     "ROUND",
+    "Adaptive",
+    "AdaptiveTwo",
     "Diverged",
     "Edges",
     "Every",
@@ -42,6 +45,7 @@ __all__ = [
     "TwoPeriods",
     "UntilGradient",
     "Vector",
+    "adaptive_problem",
     "anything",
     "choice",
     "code",

@@ -33,6 +33,7 @@ class Every:
     by_total = False
     looks = False  # whether it judges the gradient before the local step
     broken = False  # whether that gradient was not finite
+    sees = False  # whether the rule looks at the gradient in `before_step`
 
     def __init__(self, period: int, first: bool = False):
         self.period, self.first = period, first

@@ -160,8 +160,9 @@ class Method(Worker):
             without_grad(r.idle)
             self.t += 1
             return loss
-        inside = closure is not None and not (clock.first or clock.looks)  # it computes in the local step
-        if closure is not None and not inside:
+        early = clock.first or clock.looks or clock.sees
+        inside = closure is not None and not early  # it computes in the local step
+        if closure is not None and early:
             with torch.enable_grad():
                 evaluated = closure()
             loss = evaluated if loss is None else loss

@@ -137,6 +137,13 @@ class Together(Leaders):
             m.copy_from(min(set(range(m.p)) - self.bad), self.bad, rest=True)
         self.updates += 1
 
+    def learn(self, numbers: list[float]) -> np.ndarray:
+        """In a round of all: what each of those tells who came for it and are finite, a row each. Collective."""
+        assert self.rows is not None
+        table = self.level.table(numbers)
+        counts = (np.array(self.rows.purpose) == ROUND) & (np.array(self.rows.fit) != 0)
+        return table[counts] if counts.any() else table
+
     # The verbs
 
     def mean(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from mpilsgd.exchange import (
+    Adaptive,
     Every,
     InTurn,
     Method,
     Together,
     Vector,
+    adaptive_problem,
     choice,
     flag,
     number,
@@ -42,6 +47,11 @@ class EASGD(Method):
     Asynchronous, section 2.2: at the end of the period x <- x - alpha D, with D = x - c as it was at the start; two
     vectors more a worker.
 
+    `period="adaptive"` (workers that meet): the shortest period at which exchanges take at most `share` of the time, by
+    the seconds of the last rounds; it grows twofold a round at most. If the workers' distance to the centre, a step and
+    relative to x, has grown in each of four rounds running, by a tenth or more, it is halved, and may grow again by a
+    tenth a round.
+
     The centre is one copy a node; each rank works on its slice of it and of its node's workers, in one pass. It
     starts at the common start, or at the workers' mean with init="different". A worker found non-finite is set
     back to the centre.
@@ -55,7 +65,21 @@ class EASGD(Method):
     moving_rate: float | None = number(
         None, -1, 2, help="alpha: rate at which a worker moves to the centre (null: center_rate / ranks)"
     )
-    period: int = whole(10, help="steps between exchanges")
+    period: int | str = whole(
+        10,
+        word="adaptive",
+        help="steps between exchanges; adaptive: as few as keep exchanges under a share of the time",
+    )
+    share: float = number(
+        0.05,
+        0,
+        0.99,
+        above=True,
+        help="with an adaptive period: the share of the time that exchanges may take",
+    )
+    cost_ratio: float | None = number(
+        None, 0, above=True, help="with an adaptive period: what a round costs, in steps (null: as measured)"
+    )
     form: str = choice(
         "jacobi",
         "gauss-seidel",
@@ -72,20 +96,40 @@ class EASGD(Method):
         self.c = self.vector("c", per="all", start="mean")
         if self.moving_rate is None:
             self.moving_rate = self.center_rate / self.p
+        self.adaptive = self.period == "adaptive"
+        if self.adaptive:
+            self.value("pace", Adaptive.fresh())
+        yield adaptive_problem(self)
         if self.overlap and self.form == "gauss-seidel":
             yield 'overlap needs form="jacobi", not "gauss-seidel"'
         if self.overlap:
             yield thread_problem()
 
     def clock_of(self) -> Every:
+        if isinstance(self.period, str):
+            return Adaptive(self, first=self.form == "jacobi")
         return Every(self.period, first=self.form == "jacobi")
 
     def start(self, r: Any) -> None:
         if self.form == "gauss-seidel":  # the pull that opens the first period
             r.take(self.c, self.moving_rate)
 
+    def measure(self) -> float:
+        if self.adaptive:
+            self.clock.begins()
+        return 0.0
+
     def exchange(self, r: Any) -> None:
+        distance = self._distance() if self.adaptive else 0.0
         r.elastic(self.c, self.moving_rate, self.center_rate / self.p, self.form == "gauss-seidel")
+        if self.adaptive:
+            self.clock.held(r, distance)
+
+    def _distance(self) -> float:
+        """Of x to the centre, relative to x."""
+        parts = [(w.mine[: self.edge[d]], self.c[d][: self.edge[d]]) for d, w in self.x.items()]
+        norm = math.hypot(*(float(x.norm()) for x, _ in parts))
+        return math.hypot(*(float(torch.dist(x, c.to(x.dtype))) for x, c in parts)) / max(norm, 1e-30)
 
     def shown_centre(self) -> Vector:
         return self.c

@@ -8,7 +8,19 @@ from typing import Any
 
 import torch
 
-from mpilsgd.exchange import Method, Published, Together, TwoPeriods, choice, code, flag, number, whole
+from mpilsgd.exchange import (
+    AdaptiveTwo,
+    Method,
+    Published,
+    Together,
+    TwoPeriods,
+    adaptive_problem,
+    choice,
+    code,
+    flag,
+    number,
+    whole,
+)
 
 
 class LSGD(Method):
@@ -31,6 +43,9 @@ class LSGD(Method):
     x_{t+1} = x_t - eta g(x_t) - lambda (x_t - x~_t) - ..., from time-t values. "every_step" (Eq. 3): so at every step,
     toward the leaders as they were at the last multiple of the periods (one vector a leader and node more).
 
+    `period="adaptive"` (workers that meet): the shortest period at which rounds take at most `share` of the time, as
+    `EASGD` has it, with the distance to the leaders; set at the rounds of all, which come every `global_period`-th.
+
     `asynchronous`: True (Algorithm 1): the steps of all workers are counted together; when they reach a multiple of
     p tau (p tau_G), a round is due, and each joins it at its next step, with its own number of steps: nobody waits
     longer than for the slowest worker's one step. "wait-free": nobody waits at all. By its own clock each worker
@@ -44,9 +59,25 @@ class LSGD(Method):
     global_pull: float | None = number(
         None, 0, 1, help="rate of the pull toward the leader of all (null: as pull)"
     )
-    period: int = whole(64, help="steps between pulls toward the leader of the group")
+    period: int | str = whole(
+        64,
+        word="adaptive",
+        help="steps between pulls toward the leader of the group; adaptive: as few as keep pulls under a share of the "
+        "time",
+    )
     global_period: int | None = whole(
-        None, help="steps between pulls toward the leader of all (null: 2 period)"
+        None,
+        help="steps between pulls toward the leader of all (null: 2 period); with an adaptive period: so many periods",
+    )
+    share: float = number(
+        0.05,
+        0,
+        0.99,
+        above=True,
+        help="with an adaptive period: the share of the time that exchanges may take",
+    )
+    cost_ratio: float | None = number(
+        None, 0, above=True, help="with an adaptive period: what a round costs, in steps (null: as measured)"
     )
     loss_window: int = whole(10, help="batches over whose mean training loss leaders are elected")
     when: str = choice(
@@ -73,7 +104,12 @@ class LSGD(Method):
 
     def declare(self) -> Iterable[str | None]:
         self.global_pull = self.pull if self.global_pull is None else self.global_pull
-        self.global_period = 2 * self.period if self.global_period is None else self.global_period
+        self.adaptive = isinstance(self.period, str)
+        if self.adaptive:
+            self.value("pace", AdaptiveTwo.fresh())
+        yield adaptive_problem(self)
+        if self.global_period is None:
+            self.global_period = 2 if isinstance(self.period, str) else 2 * self.period
         self.window("losses", self.loss_window)
         if self.when == "every_step":
             self.near = self.vector("near", per="group")
@@ -87,6 +123,8 @@ class LSGD(Method):
         by_total = self.asynchronous is True and self.order == "free"
         first = self.when != "after_step"
         assert self.global_period is not None
+        if isinstance(self.period, str):
+            return AdaptiveTwo(self, self.global_period, first)
         return TwoPeriods(self.period, self.global_period, first, self.p if by_total else None)
 
     def observe(self, loss: Any) -> None:
@@ -102,6 +140,8 @@ class LSGD(Method):
             value = float(self.score())
         else:
             value = sum(map(float, self.losses)) / len(self.losses) if self.losses else math.inf
+        if self.adaptive:
+            self.clock.begins()
         return value if math.isfinite(value) else math.inf
 
     def exchange(self, r: Any) -> None:
@@ -110,6 +150,9 @@ class LSGD(Method):
             self.known = [old or new for old, new in zip(self.known, kept, strict=True)]
         else:
             r.pull(self.pull, self.global_pull, self.sequential)
+        if self.adaptive:
+            norm = math.hypot(*(float(w.mine[: self.edge[d]].norm()) for d, w in self.x.items()))
+            self.clock.held(r, self.metrics.distance / max(norm, 1e-30))
 
     def before_step(self) -> None:
         if self.when == "every_step":

@@ -135,6 +135,8 @@ def _steps(opt: Any) -> int:
 def _often(opt: Any) -> dict[Due, float]:
     """How many exchanges there are a step, by what is due in them."""
     clock = opt.clock
+    if getattr(opt, "period", None) == "adaptive":
+        raise ValueError("an adaptive period is set as the run goes: give one to plan with")
     if isinstance(clock, TwoPeriods):
         near, far = clock.period, clock.global_period
         both = 1 / math.lcm(near, far)

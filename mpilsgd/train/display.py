@@ -126,6 +126,9 @@ def closing(summary: dict[str, Any], directory: str) -> str:
         ("rounds", str(summary["rounds"]) + (unmet if alone else "")),
         ("peak memory", _memory(summary["peak_memory"])),
     ]
+    if "periods" in summary:
+        periods = [period for _, period in summary["periods"]]
+        lines.append(("period", f"{periods[-1]} in the end, from {min(periods)} to {max(periods)}"))
     if "staleness" in summary:
         lines.append(("staleness", _staleness(summary["staleness"])))
     if "skipped" in summary:

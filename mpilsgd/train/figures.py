@@ -212,6 +212,31 @@ def draw_asynchrony(runs: Sequence[Run], path: Path) -> Path | None:
         return _save(figure, path)
 
 
+def draw_periods(runs: Sequence[Run], path: Path) -> Path | None:
+    """Periods that were adaptive, over the steps. None if no run's was."""
+    colors = {id(run): PALETTE[i % len(PALETTE)] for i, run in enumerate(runs)}  # as in the curves
+    runs = [run for run in runs if run.periods]
+    if not runs:
+        return None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axis = figure.subplots()
+        for run in runs:
+            steps, periods = (list(of) for of in zip(*run.periods, strict=True))
+            steps.append(max(int(run.last("step")), steps[-1]))
+            axis.step(
+                steps, [*periods, periods[-1]], where="post", color=colors[id(run)], label=run.label, lw=1.8
+            )
+        axis.set_yscale("log")
+        for formatted in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formatted(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set(xlabel="step of a worker", ylabel="steps to the next round")
+        axis.grid(axis="y", color=FAINT)
+        handles, names = axis.get_legend_handles_labels()
+        _legend_above(figure, handles, names)
+        return _save(figure, path)
+
+
 def _draw_staleness(axis: Axes, run: Run, color: str, highest: int) -> None:
     if not run.staleness:
         axis.set_axis_off()

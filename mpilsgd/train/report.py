@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
             (figures.draw_leaders, "leaders.png"),
             (figures.draw_time, "time.png"),
             (figures.draw_asynchrony, "asynchrony.png"),
+            (figures.draw_periods, "periods.png"),
         ):
             path = draw(runs, folder / name)
             if path is not None:

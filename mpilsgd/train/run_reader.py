@@ -82,6 +82,14 @@ class Run:
         return [int(step) for step in steps] if _is_numbers(steps) else []
 
     @property
+    def periods(self) -> list[tuple[int, int]]:
+        """From which step on the period was how long, where it was adaptive; else empty."""
+        found = self.summary.get("periods")
+        listed = found if isinstance(found, list) else []
+        fits = all(_is_numbers(pair) and len(pair) == 2 and pair[1] > 0 for pair in listed)
+        return [(int(step), int(period)) for step, period in listed] if fits else []
+
+    @property
     def staleness(self) -> dict[int, int]:
         """How often so many updates of the centre lay between a worker's read and its write; empty without one."""
         found = self.summary.get("staleness")
@@ -196,12 +204,10 @@ def _read_run(folder: Path, name: str) -> Run:
         raise RunError(f"{folder}: holds no metrics.jsonl; is it a run directory (`mpilsgd train --output`)?")
     if not metrics:
         notices.append(
-            "left out: no readable line in metrics.jsonl: the run ended, or still is, before its first evaluation"
+            "left out: no readable line in metrics.jsonl: it holds no evaluation yet, or was cut off"
         )
     elif not summary:
-        notices.append(
-            "no summary.json: the run is not finished, or was ended; figures are those of its last line"
-        )
+        notices.append("no summary.json: the run is not finished; figures are those of its last line")
     return Run(folder, name, metrics, leaders, summary, config, [f"{name}: {notice}" for notice in notices])
 
 

@@ -99,6 +99,8 @@ def summary_of(
         summary["overflows"] = [columns["overflows"][r] for r in workers]
     if any(columns["skipped"]):
         summary["skipped"] = columns["skipped"]
+    if columns["periods"][workers[0]]:
+        summary["periods"] = columns["periods"][workers[0]]  # the same on all
     if any(columns["staleness"]):
         summary["staleness"] = histogram(columns["staleness"])
     return summary

@@ -1,4 +1,4 @@
-"""The command line: `mpilsgd train`, `report`, `info`, `bench`, `plan`."""
+"""The command line: `mpilsgd train`, `report`, `info`, `bench`, `plan`, `reproduce`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ COMMANDS = {
     "info": "show MPI, ranks, shared memory, CUDA and the extension as they are here",
     "bench": "measure the kernels, or the exchange between ranks",
     "plan": "say what exchanges will cost on a cluster, and which periods keep them cheap",
+    "reproduce": "redo the figures and tables of the papers, ours beside theirs",
 }
-_MODULES = {"plan": "mpilsgd.plan.command"}  # others: mpilsgd.train.COMMAND
+_MODULES = {"plan": "mpilsgd.plan.command", "reproduce": "mpilsgd.reproduce.command"}  # others: mpilsgd.train.COMMAND
 # What launchers call the rank, for messages that must appear once before MPI is there
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 

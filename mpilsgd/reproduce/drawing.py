@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, PAPER = "#222222", "#B5341A"  # what is the paper's is drawn in this red
+INK, PAPER, FAINT = "#222222", "#B5341A", "#C8C8C8"  # what is the paper's is drawn in this red
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
 
 

@@ -80,7 +80,9 @@ def fig_3_1(options: Options) -> Result:
         for i, row in enumerate(axes):
             for j, axis in enumerate(row):
                 shown = np.ma.masked_where(~stable[i], np.log10(np.maximum(mse[i, j], 1e-30)))
-                picture = axis.pcolormesh(lr, beta, shown, cmap=colors, vmin=-3, vmax=3, rasterized=True)
+                picture = axis.imshow(
+                    shown, cmap=colors, vmin=-3, vmax=3, origin="lower", extent=(0, 2, 0, 2), interpolation="nearest"
+                )
                 if i == 0:
                     axis.set_title("t = ∞" if np.isinf(_STEPS[j]) else f"t = {_STEPS[j]}", fontsize=10)
                 if j == 0:

@@ -32,6 +32,7 @@ def follow(
     seed: int = 0,
     every: int = 1,
     keep: int | None = None,
+    rate: Callable[[int], float] | None = None,
 ) -> Course:
     """Runs the real method and records where its workers and its centre are, at the start and every so many steps.
 
@@ -40,6 +41,7 @@ def follow(
         gradient: of one worker at x; its noise comes from the generator.
         starts: (workers, values), each worker's own start.
         keep: how many values are recorded (None: all).
+        rate: the learning rate of step t, from 0 (None: as `make` has set it).
     """
     import torch
 
@@ -61,6 +63,8 @@ def follow(
 
         record()
         for t in range(steps):
+            if rate is not None:
+                opt.param_groups[0]["lr"] = rate(t)
             with torch.no_grad():
                 x.grad, loss = gradient(x.detach(), rank, generator)
             losses.append(loss)

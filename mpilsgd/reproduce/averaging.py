@@ -92,7 +92,7 @@ def _plain(start: np.ndarray, rounds: int) -> np.ndarray:
     for _ in range(rounds):
         a, b = x, y
         for _ in range(_T):
-            r = float(np.sqrt(a * a + (b - 1) ** 2)) if False else (a * a + (b - 1) ** 2) ** 0.5
+            r = (a * a + (b - 1) ** 2) ** 0.5
             if r <= 1:
                 break
             step = 2 * _LR * (r - 1) / r

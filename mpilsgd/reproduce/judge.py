@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 AGREES, DIFFERS, TOO_LARGE, NOT_RUN = "agrees", "differs", "too large here", "not run"
+BEYOND = "not in the paper"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ def stated(quantity: str, paper: str, here: str | float, holds: bool, *, why: st
     """Agrees where the property that the paper states holds here."""
     shown = here if isinstance(here, str) else figures(here)
     return Row(quantity, paper, shown, AGREES if holds else DIFFERS, "" if holds else why)
+
+
+def beyond(quantity: str, here: str, what: str) -> Row:
+    """Something that the paper leaves out and a reader should know."""
+    return Row(quantity, "-", here, BEYOND, what)
 
 
 def larger(quantity: str, paper: str, job: str) -> Row:

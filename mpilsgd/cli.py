@@ -17,7 +17,10 @@ COMMANDS = {
     "plan": "say what exchanges will cost on a cluster, and which periods keep them cheap",
     "reproduce": "redo the figures and tables of the papers, ours beside theirs",
 }
-_MODULES = {"plan": "mpilsgd.plan.command", "reproduce": "mpilsgd.reproduce.command"}  # others: mpilsgd.train.COMMAND
+_MODULES = {
+    "plan": "mpilsgd.plan.command",
+    "reproduce": "mpilsgd.reproduce.command",
+}  # others: mpilsgd.train.COMMAND
 # What launchers call the rank, for messages that must appear once before MPI is there
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 

@@ -1,7 +1,8 @@
-"""Thesis 5.1, additive noise: spectral radii of MSGD, EASGD and EAMSGD over their rates (Fig. 5.1, 5.2, 5.4-5.6, 5.8)."""
+"""Thesis 5.1, additive noise: spectral radii of MSGD, EASGD and EAMSGD over their rates."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,7 +67,9 @@ def fig_5_1(options: Options) -> Result:
         drawing.radius_map(figure, axis, lr, delta, radius)
         best = theory.msgd_best_momentum(lr)
         axis.plot(lr, best, color=drawing.PAPER, linestyle="--", linewidth=1.2)
-        axis.annotate("the thesis' best momentum", (0.25, 0.42), color=drawing.PAPER, fontsize=9)
+        axis.annotate(
+            "the thesis' best momentum", (0.25, 0.42), color=drawing.PAPER, fontsize=9, bbox=drawing.BOX
+        )
         axis.set_xlabel("learning rate η")
         axis.set_ylabel("momentum δ")
 
@@ -100,15 +103,19 @@ def fig_5_2(options: Options) -> Result:
         at = theory.spectral_radius(theory.easgd_moments(eta, fine, _BETA))
         best = -float((np.sqrt(_BETA) - np.sqrt(eta)) ** 2)
         rows += [
-            number(f"best alpha of the reduced system, eta = {eta}", best, float(fine[at.argmin()]), within=0.002),
+            number(
+                f"best alpha of the reduced system, eta = {eta}", best, float(fine[at.argmin()]), within=0.002
+            ),
             number("... its radius", float((np.sqrt(_BETA * eta) - 1) ** 2), float(at.min()), within=0.004),
         ]
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
         drawing.radius_map(figure, axis, lr, alpha, radius)
-        axis.plot(lr, -((np.sqrt(_BETA) - np.sqrt(lr)) ** 2), color=drawing.PAPER, linestyle="--", linewidth=1.2)
-        axis.annotate("(5.17)", (0.13, -0.42), color=drawing.PAPER, fontsize=9)
+        axis.plot(
+            lr, -((np.sqrt(_BETA) - np.sqrt(lr)) ** 2), color=drawing.PAPER, linestyle="--", linewidth=1.2
+        )
+        axis.annotate("(5.17)", (0.13, -0.45), color=drawing.PAPER, fontsize=9, bbox=drawing.BOX)
         axis.set_xlabel("learning rate η")
         axis.set_ylabel("moving rate α")
 
@@ -130,7 +137,12 @@ def _fig_of_eigenvalues(eta: float, printed: float, why: str) -> Result:
     at = float(np.max([one[np.abs(alpha - printed).argmin()] for one in z]))
     best = float(theory.best_moving_rate(eta, _BETA, 2))
     rows = [
-        number("the three are all eigenvalues of (5.18)", 0.0, float(np.abs(drift - worst[::500]).max()), within=1e-6),
+        number(
+            "the three are all eigenvalues of (5.18)",
+            0.0,
+            float(np.abs(drift - worst[::500]).max()),
+            within=1e-6,
+        ),
         number("best alpha", printed, float(alpha[worst.argmin()]), within=2e-4, why=why),
         number("least radius", at, float(worst.min()), within=2e-4, why=why),
     ]
@@ -175,7 +187,11 @@ def fig_5_6(options: Options) -> Result:
         found = float(fine[theory.easgd_radius(eta, fine, _BETA, 2).argmin()])
         rows.append(
             number(
-                f"best alpha at eta = {eta}", printed, found, within=2e-4, why="|z_1| dominates at the printed alpha"
+                f"best alpha at eta = {eta}",
+                printed,
+                found,
+                within=2e-4,
+                why="|z_1| dominates at the printed alpha",
             )
         )
 
@@ -184,7 +200,9 @@ def fig_5_6(options: Options) -> Result:
         drawing.radius_map(figure, axis, lr, alpha, radius)
         printed = np.where(lr < _BETA, 0.0, -((np.sqrt(_BETA) - np.sqrt(lr)) ** 2))
         axis.plot(lr, printed, color=drawing.PAPER, linestyle="--", linewidth=1.2, label="best α, the thesis")
-        axis.plot(lr, theory.best_moving_rate(lr, _BETA, 2), color="white", linewidth=1.2, label="best α, here")
+        axis.plot(
+            lr, theory.best_moving_rate(lr, _BETA, 2), color="white", linewidth=1.2, label="best α, here"
+        )
         legend = axis.legend(loc="upper right")
         legend.set_frame_on(True)
         legend.get_frame().set_facecolor("#888888")
@@ -202,15 +220,21 @@ def fig_5_8(options: Options) -> Result:
     others = [theory.spectral_radius(theory.eamsgd_drift(*some, p)) for p in (2, 3)]
     fine, etas = np.linspace(-1, 1, 2001), (0.05, 0.1, 0.2, 0.5, 0.9)
     best = [
-        float(fine[theory.spectral_radius(theory.eamsgd_drift(eta, _DELTA, fine, _BETA, 2)).argmin()]) for eta in etas
+        float(fine[theory.spectral_radius(theory.eamsgd_drift(eta, _DELTA, fine, _BETA, 2)).argmin()])
+        for eta in etas
     ]
     rows = [
-        number("largest difference between p = 2 and 3", 0.0, float(np.abs(others[1] - others[0]).max()), within=1e-4),
+        number(
+            "largest difference between p = 2 and 3",
+            0.0,
+            float(np.abs(others[1] - others[0]).max()),
+            within=1e-4,
+        ),
         stated(
             f"best alpha at eta = {', '.join(map(str, etas))}",
             "rises as eta falls",
             ", ".join(f"{one:.3f}" for one in best),
-            all(a >= b for a, b in zip(best, best[1:], strict=False)),
+            all(a >= b for a, b in pairwise(best)),
         ),
         stated("the best alpha can be positive", "yes", f"{max(best):.3f}", max(best) > 0),
     ]
@@ -219,7 +243,7 @@ def fig_5_8(options: Options) -> Result:
         axis = figure.subplots()
         drawing.radius_map(figure, axis, lr, alpha, radius)
         axis.plot(etas, best, "o", color="white", markeredgecolor=drawing.INK, label="best α, here")
-        axis.legend(loc="lower right")
+        axis.legend(loc="lower right", frameon=True)
         axis.set_xlabel("learning rate η")
         axis.set_ylabel("moving rate α")
 

@@ -52,7 +52,7 @@ def fig_2a(options: Options) -> Result:
 
     course = follow(_method(_T), gradient, np.stack([start, start]), rounds * _T, every=_T, seed=options.seed)
     plain = _plain(start, more)
-    square = np.array([float(((_slope(x, 0) + _slope(x, 1)) / 2 @ (_slope(x, 0) + _slope(x, 1)) / 2)) for x in plain])
+    square = np.array([float((((_slope(x, 0) + _slope(x, 1)) / 2) ** 2).sum()) for x in plain])
     gap = float(np.abs(course.centre - plain[: rounds + 1]).max())
     n = np.arange(1, more + 1)
 
@@ -63,10 +63,21 @@ def fig_2a(options: Options) -> Result:
     expected = float(theory.tangent_gradient(more, _LR, _T))
     rows = [
         number(f"real LocalSGD against a plain loop, {rounds} rounds", 0.0, gap, within=1e-9),
-        number("slope of log |grad f|^2 over log n, rounds 100 to 1000", -1.0, slope(100, 1000), within=0.3, why=why),
+        number(
+            "slope of log |grad f|^2 over log n, rounds 100 to 1000",
+            -1.0,
+            slope(100, 1000),
+            within=0.3,
+            why=why,
+        ),
         number(f"... rounds {more // 10} to {more}", -1.0, slope(more // 10, more), within=0.3, why=why),
         number(f"|grad f|^2 at round {more}, by the corrected law", expected, float(square[more]), rel=0.05),
-        stated("|grad f|^2 vanishes, no slower than 1/n", "yes", f"slope {slope(more // 10, more):.3f}", slope(100, more) < -0.9),
+        stated(
+            "|grad f|^2 vanishes, no slower than 1/n",
+            "yes",
+            f"slope {slope(more // 10, more):.3f}",
+            slope(100, more) < -0.9,
+        ),
     ]
 
     def draw(figure: Figure) -> None:
@@ -74,15 +85,26 @@ def fig_2a(options: Options) -> Result:
         axis.loglog(n, square[1:], color=drawing.COLORS[0], label="plain loop")
         made = course.centre[1:]
         real = [float((((_slope(x, 0) + _slope(x, 1)) / 2) ** 2).sum()) for x in made]
-        axis.loglog(np.arange(1, len(real) + 1), real, color=drawing.INK, linewidth=3, alpha=0.5, label="real LocalSGD")
+        axis.loglog(
+            np.arange(1, len(real) + 1),
+            real,
+            color=drawing.INK,
+            linewidth=3,
+            alpha=0.5,
+            label="real LocalSGD",
+        )
         axis.loglog(n, square[10] * 10 / n, "--", color=drawing.PAPER, label="the paper: C / n")
-        axis.loglog(n, theory.tangent_gradient(n, _LR, _T), ":", color=drawing.COLORS[2], label="4 / ((1-q)³ n³)")
+        axis.loglog(
+            n, theory.tangent_gradient(n, _LR, _T), ":", color=drawing.COLORS[2], label="4 / ((1-q)³ n³)"
+        )
         axis.set_ylim(square[1:].min() / 3, 30)
         axis.set_xlabel("round n")
         axis.set_ylabel("squared gradient of f")
         axis.legend()
 
-    return Result(rows, draw, f"the real method runs {rounds} rounds, a plain loop goes on" if options.quick else "")
+    return Result(
+        rows, draw, f"the real method runs {rounds} rounds, a plain loop goes on" if options.quick else ""
+    )
 
 
 def _plain(start: np.ndarray, rounds: int) -> np.ndarray:

@@ -97,7 +97,9 @@ def table(result: Result) -> str:
     """Quantity, paper, here, verdict; long texts in several lines."""
     rows = [["quantity", "paper", "here", "verdict"]]
     rows += [[row.quantity, row.paper, row.here, row.verdict] for row in result.rows]
-    cells = [[textwrap.wrap(cell, _WIDTH if i != 3 else 60) or [""] for i, cell in enumerate(row)] for row in rows]
+    cells = [
+        [textwrap.wrap(cell, _WIDTH if i != 3 else 60) or [""] for i, cell in enumerate(row)] for row in rows
+    ]
     widths = [max(len(line) for row in cells for line in row[i]) for i in range(4)]
     lines = []
     for k, row in enumerate(cells):

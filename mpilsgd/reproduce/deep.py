@@ -39,8 +39,8 @@ _BESIDE_LSGD = (
     "AllreduceSGD"
 )
 _THESIS = (
-    "; and with --optimizer SGD --momentum 0, with --method Downpour --period 1, with --method_momentum 0.99, --average "
-    "running or 0.001 beside it"
+    "; and with --optimizer SGD --momentum 0, with --method Downpour --period 1, with --method_momentum 0.99, "
+    "--average running or 0.001 beside it"
 )
 _ERROR = [("test error of the centre over time", "LSGD ahead of EASGD, DOWNPOUR, SGD")]
 _LOSS = [("test loss of the centre over time", "as the test error")]
@@ -59,9 +59,13 @@ def _lsgd() -> list[_Deep]:
     return [
         _Deep("fig2", "CNN7 on CIFAR-10", [*_ERROR, ("EASGD's time over LSGD's, 16 workers", "1.5")], cnn7),
         _Deep("fig3", "VGG16 on CIFAR-10", [("time over EASGD's", "marginally faster")], _VGG, "VGG16"),
-        _Deep("fig4", "ResNet20 on CIFAR-10", [*_ERROR, ("EASGD's time over LSGD's, 16 workers", "2")], resnet),
+        _Deep(
+            "fig4", "ResNet20 on CIFAR-10", [*_ERROR, ("EASGD's time over LSGD's, 16 workers", "2")], resnet
+        ),
         _Deep("fig5", "who leads, ResNet20", [("workers that lead", "all of them")], _job(_RESNET20, 4)),
-        _Deep("fig6", "ResNet50 on ImageNet", [("time", "as EASGD, faster than DOWNPOUR")], _IMAGENET, imagenet),
+        _Deep(
+            "fig6", "ResNet50 on ImageNet", [("time", "as EASGD, faster than DOWNPOUR")], _IMAGENET, imagenet
+        ),
         _Deep("fig9", "CNN7, test loss", _LOSS, cnn7),
         _Deep("fig10", "ResNet20, test loss", _LOSS, resnet),
         _Deep("fig11", "VGG16, test loss", _LOSS, _VGG, "VGG16"),
@@ -89,20 +93,37 @@ def _thesis_4() -> list[_Deep]:
         job = _job(_EAMSGD, workers, "--period 10") + _THESIS
         found.append(_Deep(f"fig4.{k}", f"CNN7 on CIFAR-10, {workers} workers", says, job))
     for k, workers in ((8, 4), (9, 8)):
-        says = [("EAMSGD's speed-up over DOWNPOUR to 49 %", "1.8")] if workers == 8 else [("EAMSGD", "fastest")]
-        found.append(_Deep(f"fig4.{k}", f"11-layer network on ImageNet, {workers} workers", says, _ELEVEN, eleven))
+        says = (
+            [("EAMSGD's speed-up over DOWNPOUR to 49 %", "1.8")] if workers == 8 else [("EAMSGD", "fastest")]
+        )
+        found.append(
+            _Deep(f"fig4.{k}", f"11-layer network on ImageNet, {workers} workers", says, _ELEVEN, eleven)
+        )
     alone = _job(_EAMSGD, 1, "--method AllreduceSGD") + "; and with --running_average where it is set"
     sweep = _job(_EAMSGD, 16, "--period 10 --lr 0.01") + "; and with --lr 0.005, 0.001, and --optimizer SGD"
-    periods = _job(_EAMSGD, 16, "--period 100 --lr 0.01") + "; and with --period 1, 10, 1000, and --optimizer SGD"
+    periods = (
+        _job(_EAMSGD, 16, "--period 100 --lr 0.01") + "; and with --period 1, 10, 1000, and --optimizer SGD"
+    )
     times = _job(_EAMSGD, 16, "--period 10") + " on 4, 8, 16 ranks, then mpilsgd report"
     return [
         *found,
-        _Deep("fig4.10", "SGD, ASGD, MVASGD, MSGD alone on CIFAR-10", [("ASGD against MSGD", "close")], alone),
-        _Deep("fig4.11", "the same on ImageNet", [("ASGD against MVASGD", "striking difference")], alone, eleven),
+        _Deep(
+            "fig4.10", "SGD, ASGD, MVASGD, MSGD alone on CIFAR-10", [("ASGD against MSGD", "close")], alone
+        ),
+        _Deep(
+            "fig4.11", "the same on ImageNet", [("ASGD against MVASGD", "striking difference")], alone, eleven
+        ),
         _Deep("fig4.12", "learning rates, 16 workers", [("larger rates", "help EAMSGD, hurt EASGD")], sweep),
-        _Deep("fig4.13", "periods, 16 workers", [("EAMSGD at period 100", "trapped"), ("EASGD", "alike")], periods),
+        _Deep(
+            "fig4.13",
+            "periods, 16 workers",
+            [("EAMSGD at period 100", "trapped"), ("EASGD", "alike")],
+            periods,
+        ),
         _Deep("fig4.14", "time to 21, 20, 19, 18 %", [("EAMSGD", "fastest at all levels")], times),
-        _Deep("fig4.15", "time to 49, 47, 45, 43 % on ImageNet", [("all", "faster than MSGD")], _ELEVEN, eleven),
+        _Deep(
+            "fig4.15", "time to 49, 47, 45, 43 % on ImageNet", [("all", "faster than MSGD")], _ELEVEN, eleven
+        ),
         _Deep(
             "table4.4",
             "time computing, loading, communicating",
@@ -119,14 +140,44 @@ def _thesis_4() -> list[_Deep]:
 def _thesis_6() -> list[_Deep]:
     first, second = "--scheme multi-scale", "--scheme up-down"
     cases = [
-        ("3", "first scheme, 10 and 100", f"{first} --period 10 --upper_period 100 --lr 0.005", "16.86", "5 of 6"),
-        ("4", "second scheme, 8 and 80", f"{second} --up_period 8 --down_period 80 --lr 0.005", "15.32", "1 of 6"),
+        (
+            "3",
+            "first scheme, 10 and 100",
+            f"{first} --period 10 --upper_period 100 --lr 0.005",
+            "16.86",
+            "5 of 6",
+        ),
+        (
+            "4",
+            "second scheme, 8 and 80",
+            f"{second} --up_period 8 --down_period 80 --lr 0.005",
+            "15.32",
+            "1 of 6",
+        ),
         ("5", "first scheme, momentum 0", f"{first} --period 1 --upper_period 10 --lr 0.05", "", "3 of 6"),
         ("6", "first scheme, momentum .9", f"{first} --period 1 --upper_period 10 --lr 0.005", "", "none"),
         ("7", "first scheme, momentum .99", f"{first} --period 1 --upper_period 10 --lr 0.0005", "", "none"),
-        ("8", "second scheme, momentum 0", f"{second} --up_period 1 --down_period 10 --lr 0.05", "15.4", "2 of 6"),
-        ("9", "second scheme, momentum .9", f"{second} --up_period 1 --down_period 10 --lr 0.005", "14.91", ""),
-        ("10", "second scheme, momentum .99", f"{second} --up_period 1 --down_period 10 --lr 0.0005", "14.91", ""),
+        (
+            "8",
+            "second scheme, momentum 0",
+            f"{second} --up_period 1 --down_period 10 --lr 0.05",
+            "15.4",
+            "2 of 6",
+        ),
+        (
+            "9",
+            "second scheme, momentum .9",
+            f"{second} --up_period 1 --down_period 10 --lr 0.005",
+            "14.91",
+            "",
+        ),
+        (
+            "10",
+            "second scheme, momentum .99",
+            f"{second} --up_period 1 --down_period 10 --lr 0.0005",
+            "14.91",
+            "",
+        ),
         ("11", "both schemes", f"{second} --up_period 1 --down_period 10 --lr 0.005", "", ""),
         ("12", "DOWNPOUR, EASGD, EASGD Tree", f"{second} --up_period 8 --down_period 80 --lr 0.005", "", ""),
     ]
@@ -145,10 +196,15 @@ def _thesis_6() -> list[_Deep]:
 
 def _zhang_li() -> list[_Deep]:
     resnet = _job(_RESNET20, 10, f"{_USERS} --method LocalSGD --period 100 --momentum 0")
-    lenet = _job(_LENET, 5, "--method LocalSGD --period 100 --momentum 0") + "; and on 10 ranks, and with other periods"
+    lenet = (
+        _job(_LENET, 5, "--method LocalSGD --period 100 --momentum 0")
+        + "; and on 10 ranks, and with other periods"
+    )
     faster = [("loss over rounds", "falls faster for larger T")]
     return [
-        _Deep("fig4b", "ResNet-18 on CIFAR-10", faster, resnet, "ResNet-18 and whole gradients of 1000 images"),
+        _Deep(
+            "fig4b", "ResNet-18 on CIFAR-10", faster, resnet, "ResNet-18 and whole gradients of 1000 images"
+        ),
         _Deep("fig8", "LeNet on all of MNIST", [*faster, ("test loss", "better with larger T")], lenet),
     ]
 

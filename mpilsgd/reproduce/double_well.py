@@ -31,10 +31,14 @@ def fig_5_20(options: Options) -> Result:
     ]
     for r, (x, y) in ends.items():
         if r < 2 / 3:
-            rows.append(number(f"|x| of the real EASGD, rho = {r}", float(np.sqrt(1 - r)), abs(x), within=1e-3))
+            rows.append(
+                number(f"|x| of the real EASGD, rho = {r}", float(np.sqrt(1 - r)), abs(x), within=1e-3)
+            )
             rows.append(stated("... its workers", "in different wells", f"{x:.4f}, {y:.4f}", x * y < 0))
         else:
-            rows.append(stated(f"workers of the real EASGD, rho = {r}", "together", f"{x:.4f}, {y:.4f}", x * y > 0))
+            rows.append(
+                stated(f"workers of the real EASGD, rho = {r}", "together", f"{x:.4f}, {y:.4f}", x * y > 0)
+            )
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
@@ -62,7 +66,12 @@ def _ends(rho: float, steps: int, seed: int) -> tuple[float, float]:
     def make(x: Any, topology: Any) -> Any:
         alpha = _LR * rho
         return EASGD(
-            torch.optim.SGD(x, lr=_LR), topology, center_rate=2 * alpha, moving_rate=alpha, period=1, init="different"
+            torch.optim.SGD(x, lr=_LR),
+            topology,
+            center_rate=2 * alpha,
+            moving_rate=alpha,
+            period=1,
+            init="different",
         )
 
     starts = np.array([[1.0], [-0.9]])

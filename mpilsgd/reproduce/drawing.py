@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, PAPER, FAINT = "#222222", "#B5341A", "#C8C8C8"  # what is the paper's is drawn in this red
+BOX = {"color": "white", "pad": 1, "alpha": 0.75}  # behind text on a map
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
 
 
@@ -61,7 +62,7 @@ def mark(axis: Axes, x: float, y: float, text: str, **options: Any) -> None:
         color=PAPER,
         fontsize=9,
         ha=options.get("ha", "left"),
-        bbox={"color": "white", "pad": 1, "alpha": 0.75},
+        bbox=BOX,
         zorder=6,
     )
 

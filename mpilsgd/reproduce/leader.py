@@ -68,7 +68,10 @@ def _value(x: np.ndarray) -> np.ndarray:
 def table_1(options: Options) -> Result:
     """The optima after 100 steps: EAGD's centre, LGD's leader."""
     courses = _sinc_courses(options)
-    found = {"EAGD": float(_value(courses["EAGD"].centre[-1])), "LGD": float(_value(courses["LGD"].x[-1]).min())}
+    found = {
+        "EAGD": float(_value(courses["EAGD"].centre[-1])),
+        "LGD": float(_value(courses["LGD"].x[-1]).min()),
+    }
     rows = [number(f"L(x*, y*), {name}", _PAPER[name], found[name], within=6e-5) for name in _PAPER]
     return Result(rows, lambda figure: _draw_sinc(figure, courses), "", (11.0, 4.6))
 
@@ -102,7 +105,9 @@ def _draw_sinc(figure: Figure, courses: dict[str, Course]) -> None:
     side = np.linspace(-22, 22, 300)
     for axis, (name, course) in zip((left, middle), courses.items(), strict=True):
         radius = np.hypot(side[:, None], side)
-        axis.contour(side, side, np.sinc(radius), levels=[-0.05, 0.0, 0.05], colors=drawing.FAINT, linewidths=0.6)
+        axis.contour(
+            side, side, np.sinc(radius), levels=[-0.05, 0.0, 0.05], colors=drawing.FAINT, linewidths=0.6
+        )
         for k in range(4):
             axis.plot(*course.x[:, k].T, color=drawing.COLORS[k], linewidth=1.4)
             axis.plot(*course.x[0, k], "o", color=drawing.COLORS[k], markersize=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,7 +70,7 @@ def _periods(options: Options, workers: tuple[int, ...]) -> Result:
                 f"loss after {rounds} rounds, m = {m}, T = {', '.join(map(str, periods))}",
                 "falls faster for larger T",
                 ", ".join(f"{one:.3g}" for one in last),
-                all(a > b for a, b in zip(last, last[1:], strict=False)),
+                all(a > b for a, b in pairwise(last)),
             )
         )
 

@@ -6,6 +6,7 @@ squared error over all of them.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,12 +48,17 @@ def fig_3_1(options: Options) -> Result:
             f"where eta + beta >= {low:.2f} only",
             bool(diverging[-1, -1] and not diverging[: points // 4, : points // 4].any() and low > 1),
         ),
-        number("fall of the limit from p = 1000 to 10000, median", 10.0, float(10 ** np.median(falls[3])), rel=0.02),
+        number(
+            "fall of the limit from p = 1000 to 10000, median",
+            10.0,
+            float(10 ** np.median(falls[3])),
+            rel=0.02,
+        ),
         stated(
             "falls from each p to the next are less sensitive to beta and eta for large p",
             "yes",
             "spread (10 to 90 %) " + ", ".join(f"{s:.2g}" for s in spread) + " powers of ten",
-            all(a > b for a, b in zip(spread, spread[1:], strict=False)),
+            all(a > b for a, b in pairwise(spread)),
         ),
         number(
             "p MSE, p = 10000 against Corollary 3.1.1, eta = beta = .5",
@@ -81,7 +87,13 @@ def fig_3_1(options: Options) -> Result:
             for j, axis in enumerate(row):
                 shown = np.ma.masked_where(~stable[i], np.log10(np.maximum(mse[i, j], 1e-30)))
                 picture = axis.imshow(
-                    shown, cmap=colors, vmin=-3, vmax=3, origin="lower", extent=(0, 2, 0, 2), interpolation="nearest"
+                    shown,
+                    cmap=colors,
+                    vmin=-3,
+                    vmax=3,
+                    origin="lower",
+                    extent=(0, 2, 0, 2),
+                    interpolation="nearest",
                 )
                 if i == 0:
                     axis.set_title("t = ∞" if np.isinf(_STEPS[j]) else f"t = {_STEPS[j]}", fontsize=10)

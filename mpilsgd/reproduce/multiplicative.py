@@ -94,7 +94,11 @@ def fig_5_13(options: Options) -> Result:
     for gamma, printed in zip(_GAMMAS, (0.6667, 0.5, 0.3333), strict=True):
         eta = theory.gamma_sgd_best_lr(shape=gamma, rate=gamma)
         curves[gamma] = theory.spectral_radius(theory.gamma_msgd_moments(eta, delta, shape=gamma, rate=gamma))
-        rows.append(number(f"least radius, lambda = omega = {gamma}", printed, float(curves[gamma].min()), within=5e-5))
+        rows.append(
+            number(
+                f"least radius, lambda = omega = {gamma}", printed, float(curves[gamma].min()), within=5e-5
+            )
+        )
         rows.append(_best_momentum(gamma))
 
     def draw(figure: Figure) -> None:
@@ -118,7 +122,8 @@ def fig_5_14(options: Options) -> Result:
     shape, rate = side[:, None], side
     settings = ((1.0, 0.0), (0.1, 0.0), (0.1, 0.9))
     maps = {
-        pair: theory.spectral_radius(theory.gamma_msgd_moments(*pair, shape=shape, rate=rate)) for pair in settings
+        pair: theory.spectral_radius(theory.gamma_msgd_moments(*pair, shape=shape, rate=rate))
+        for pair in settings
     }
     helps = maps[0.1, 0.9] < np.minimum(maps[0.1, 0.0], 1)
     slope = np.broadcast_to(shape / rate, helps.shape)
@@ -152,7 +157,9 @@ def _easgd_map(
     """Fig. 5.15 to 5.18: over eta and the number of workers, alpha = beta / p."""
     points = 1001
     lr, workers = np.linspace(0, most, points)[1:, None], np.arange(1, 65)
-    values = theory.spectral_radius(theory.gamma_easgd_moments(lr, None, _BETA, workers, shape=gamma, rate=gamma))
+    values = theory.spectral_radius(
+        theory.gamma_easgd_moments(lr, None, _BETA, workers, shape=gamma, rate=gamma)
+    )
     i, j = np.unravel_index(values.argmin(), values.shape)
     rows = [
         number("least spectral radius", radius, float(values[i, j]), within=6e-5),
@@ -161,7 +168,12 @@ def _easgd_map(
     ]
     if momentum is not None:
         rows.append(
-            stated("against momentum SGD's best", f"below {momentum}", float(values[i, j]), values[i, j] < momentum)
+            stated(
+                "against momentum SGD's best",
+                f"below {momentum}",
+                float(values[i, j]),
+                values[i, j] < momentum,
+            )
         )
     edge = float(lr[np.argmax(values[:, -1] >= 1), 0])
     limit = 2 * gamma / (gamma + 1)
@@ -223,7 +235,9 @@ def fig_5_19(options: Options) -> Result:
         number("least spectral radius", 0.5024, float(values[i, j]), within=2e-4),
         number("... at eta", 0.4343, float(lr[j]), within=0.004),
         number("... at alpha", 0.2525, float(alpha[i]), within=0.006),
-        number("alpha with the widest range of eta", 1 - np.sqrt(0.5), float(fine[widest.argmax()]), within=0.03),
+        number(
+            "alpha with the widest range of eta", 1 - np.sqrt(0.5), float(fine[widest.argmax()]), within=0.03
+        ),
         number("its end at alpha = 1 - sqrt(.5), p = 100 against infinity", np.sqrt(0.5), there, rel=0.01),
         number("... against the widest at p = 100", float(widest.max()), there, rel=2e-3),
     ]

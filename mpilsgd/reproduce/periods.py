@@ -1,4 +1,4 @@
-"""Zhang and Li 4: the number T* of local steps with the least cost, against the cost itself, and the decay of x^(2l)."""
+"""Zhang and Li 4: the number T* of local steps with the least cost, against a search, and the decay of x^(2l)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ def best_period(options: Options) -> Result:
     power = theory.power_best_period(ratios, scale, exponent)
     slope = float(np.log(power[0] / power[1]) / np.log(ratios[0] / ratios[1]))
     rows = [
-        number("linear, exact T*, beta = .9, r = 1e-4", float(theory.linear_best_period(r, beta)), searched, within=0.01),
+        number(
+            "linear, exact T*, beta = .9, r = 1e-4",
+            float(theory.linear_best_period(r, beta)),
+            searched,
+            within=0.01,
+        ),
         number("linear, T* for small r as printed", math.log(1 + log / r), searched, rel=0.01, why=_LACKS),
         number("... with the division", corrected, searched, rel=0.01),
         number(
@@ -75,12 +80,25 @@ def best_period(options: Options) -> Result:
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
         axis_r = np.geomspace(1e-8, 1e-1, 200)
-        left.loglog(axis_r, theory.linear_best_period(axis_r, beta), color=drawing.COLORS[0], label="linear, exact")
-        left.loglog(axis_r, np.log1p(log / axis_r), "--", color=drawing.PAPER, label="linear, small r as printed")
         left.loglog(
-            axis_r, theory.linear_best_period_asymptotic(axis_r, beta), ":", color=drawing.INK, label="... corrected"
+            axis_r, theory.linear_best_period(axis_r, beta), color=drawing.COLORS[0], label="linear, exact"
         )
-        left.loglog(axis_r, theory.power_best_period(axis_r, scale, exponent), color=drawing.COLORS[2], label="sub-linear")
+        left.loglog(
+            axis_r, np.log1p(log / axis_r), "--", color=drawing.PAPER, label="linear, small r as printed"
+        )
+        left.loglog(
+            axis_r,
+            theory.linear_best_period_asymptotic(axis_r, beta),
+            ":",
+            color=drawing.INK,
+            label="... corrected",
+        )
+        left.loglog(
+            axis_r,
+            theory.power_best_period(axis_r, scale, exponent),
+            color=drawing.COLORS[2],
+            label="sub-linear",
+        )
         left.set_xlabel("cost of a gradient step over a communication's, r")
         left.set_ylabel("best period T*")
         left.legend(fontsize=9)
@@ -88,7 +106,12 @@ def best_period(options: Options) -> Result:
         right.loglog(periods, cost / cost.min(), color=drawing.COLORS[0], label="β = 0.9, r = 1e-4")
         right.plot([searched], [1.0], "o", color=drawing.INK, label=f"least, T = {searched:.2f}")
         printed = math.log(1 + log / r)
-        drawing.mark(right, printed, float(theory.linear_cost(printed, r, beta) / cost.min()), f"printed: {printed:.2f}")
+        drawing.mark(
+            right,
+            printed,
+            float(theory.linear_cost(printed, r, beta) / cost.min()),
+            f"printed: {printed:.2f}",
+        )
         right.set_xlabel("period T")
         right.set_ylabel("cost over the least cost")
         right.legend(fontsize=9)
@@ -110,5 +133,7 @@ def _decay(order: int, lr: float, steps: int) -> float:
 
 
 ENTRIES = [
-    Reproduction("zhang-li-tstar", "Zhang and Li, section 4", "the best number of local steps T*", best_period),
+    Reproduction(
+        "zhang-li-tstar", "Zhang and Li, section 4", "the best number of local steps T*", best_period
+    ),
 ]

@@ -16,7 +16,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # a file a theme; each has a list ENTRIES
-_THEMES = ("round_robin", "mean_squared_error", "additive", "simulations", "multiplicative", "double_well", "leader", "periods", "averaging", "speed_up", "cancer", "intersection", "lenet", "deep")
+_THEMES = (
+    "round_robin",
+    "mean_squared_error",
+    "additive",
+    "simulations",
+    "multiplicative",
+    "double_well",
+    "leader",
+    "periods",
+    "averaging",
+    "speed_up",
+    "cancer",
+    "intersection",
+    "lenet",
+    "deep",
+)
 
 
 class MissingData(Exception):

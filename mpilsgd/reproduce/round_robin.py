@@ -26,13 +26,16 @@ def fig_3_2(options: Options) -> Result:
     """The radius of ADMM's round over eta and rho, for 3 and 8 workers."""
     points = 60 if options.quick else 160
     lr, rho = np.linspace(0, 1e-2, points + 1)[1:], np.linspace(0, 10, points + 1)[1:]
-    maps = {
-        p: theory.spectral_radius(theory.round_robin_admm(lr, rho[:, None], p)) for p in (3, 8)
-    }
+    maps = {p: theory.spectral_radius(theory.round_robin_admm(lr, rho[:, None], p)) for p in (3, 8)}
     here = float(theory.spectral_radius(theory.round_robin_admm(_LR, _RHO, _P)))
     easgd = float(theory.spectral_radius(theory.round_robin_easgd(_LR, _LR * _RHO, _P)))
     rows = [
-        stated(f"ADMM, p = {p}: unstable somewhere", "yes", f"largest radius {radius.max():.5f}", radius.max() > 1)
+        stated(
+            f"ADMM, p = {p}: unstable somewhere",
+            "yes",
+            f"largest radius {radius.max():.5f}",
+            radius.max() > 1,
+        )
         for p, radius in maps.items()
     ]
     rows += [
@@ -41,7 +44,9 @@ def fig_3_2(options: Options) -> Result:
     ]
     etas = np.linspace(0, 2, 21)
     inside = [
-        theory.spectral_radius(theory.round_robin_easgd(etas, share * theory.round_robin_easgd_edge(etas), p)).max()
+        theory.spectral_radius(
+            theory.round_robin_easgd(etas, share * theory.round_robin_easgd_edge(etas), p)
+        ).max()
         for p in (1, 2, 3, 8)
         for share in (0.25, 0.5, 0.75, 1.0)
     ]
@@ -54,7 +59,11 @@ def fig_3_2(options: Options) -> Result:
         )
     )
     beyond = {
-        p: float(theory.spectral_radius(theory.round_robin_easgd(1.0, 1.05 * theory.round_robin_easgd_edge(1.0), p)))
+        p: float(
+            theory.spectral_radius(
+                theory.round_robin_easgd(1.0, 1.05 * theory.round_robin_easgd_edge(1.0), p)
+            )
+        )
         for p in (1, 2)
     }
     rows.append(
@@ -72,7 +81,9 @@ def fig_3_2(options: Options) -> Result:
         least = min(float(radius.min()) for radius in maps.values())
         most = max(float(radius.max()) for radius in maps.values())
         for axis, (p, radius) in zip(axes, maps.items(), strict=True):
-            picture = axis.pcolormesh(lr, rho, radius, cmap="viridis", vmin=least, vmax=most, shading="nearest")
+            picture = axis.pcolormesh(
+                lr, rho, radius, cmap="viridis", vmin=least, vmax=most, shading="nearest"
+            )
             axis.contour(lr, rho, radius, levels=[1.0], colors="white", linewidths=1.2)
             axis.set_title(f"p = {p}", loc="left")
             axis.set_xlabel("learning rate η")
@@ -120,11 +131,18 @@ def fig_3_3(options: Options) -> Result:
     for name, centre in real.items():
         gap = float(np.abs(centre - maps[name][: 5 * len(centre) : 5]).max() / _START)
         rows.append(
-            number(f"{name}: the method against the map, {rounds} rounds, part of 1000", 0.0, gap, within=1e-9)
+            number(
+                f"{name}: the method against the map, {rounds} rounds, part of 1000", 0.0, gap, within=1e-9
+            )
         )
     early, late = (float(np.abs(maps["ADMM"][part]).max()) for part in (slice(0, 5000), slice(15000, None)))
     rows += [
-        stated("ADMM's centre, the map to 20000 rounds", "grows", f"{early:.3g}, then {late:.3g}", late > 10 * early),
+        stated(
+            "ADMM's centre, the map to 20000 rounds",
+            "grows",
+            f"{early:.3g}, then {late:.3g}",
+            late > 10 * early,
+        ),
         stated("... changes its sign", "oscillates", _changes(maps["ADMM"]), _changes(maps["ADMM"]) > 10),
         stated("EASGD's centre", "decays", float(abs(maps["EASGD"][-1])), abs(maps["EASGD"][-1]) < 1),
     ]
@@ -132,12 +150,16 @@ def fig_3_3(options: Options) -> Result:
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, 2)
         for axis, (name, whole), color in zip(axes, maps.items(), drawing.COLORS, strict=False):
-            axis.plot(_P * steps, whole, color=color, linewidth=0.8, label="powers of the map")
-            shown = real[name]
-            axis.plot(_P * 5 * np.arange(len(shown)), shown, color=drawing.INK, label=f"real {name}, in process")
+            axis.plot(_P * steps[1:], whole[1:], color=color, linewidth=0.8, label="powers of the map")
+            shown = real[name][1:]
+            turns = _P * 5 * np.arange(1, len(shown) + 1)
+            axis.plot(
+                turns, shown, color=drawing.INK, linewidth=3, alpha=0.6, label=f"real {name}, in process"
+            )
             axis.set_title(name, loc="left")
             axis.set_xlabel("time step t (a worker's turn)")
-            axis.legend(loc="upper right")
+            axis.legend(loc="lower left")
+            axis.set_xscale("log")
             axis.set_yscale("symlog", linthresh=100)
         axes[0].set_ylabel("centre")
 

@@ -66,7 +66,9 @@ def fig_5_3(options: Options) -> Result:
             growth,
             rel=1e-2,
         ),
-        stated("the centre with (5.17)", "unstable", f"x~^2 = {square[-1]:.2g} at step {steps}", square[-1] > 1),
+        stated(
+            "the centre with (5.17)", "unstable", f"x~^2 = {square[-1]:.2g} at step {steps}", square[-1] > 1
+        ),
         stated(
             "the centre's part in the unstable directions",
             "not 0",
@@ -77,9 +79,10 @@ def fig_5_3(options: Options) -> Result:
         ),
         number("mean x~^2 in steps 60 to 99, as of a stable centre", floor, calm, rel=0.1),
         stated(
-            "the centre with alpha = beta/p", "stable", float((elastic.centre[-1] ** 2).mean()), bool(
-                (elastic.centre[-1] ** 2).mean() < 1e-3
-            )
+            "the centre with alpha = beta/p",
+            "stable",
+            float((elastic.centre[-1] ** 2).mean()),
+            bool((elastic.centre[-1] ** 2).mean() < 1e-3),
         ),
     ]
     courses = {"α = β/p": elastic, f"α = {printed:.3g}, (5.17)": optimal}
@@ -91,7 +94,11 @@ def fig_5_7(options: Options) -> Result:
     lr, steps, values = 1.5, 120, 4000 if options.quick else 40_000
     printed = -float((np.sqrt(_BETA) - np.sqrt(lr)) ** 2)
     best = float(theory.best_moving_rate(lr, _BETA, _P))
-    alphas = {"α = β/p": _BETA / _P, f"α = {printed:.3g}, (5.17)": printed, f"α = {best:.3g}, best here": best}
+    alphas = {
+        "α = β/p": _BETA / _P,
+        f"α = {printed:.3g}, (5.17)": printed,
+        f"α = {best:.3g}, best here": best,
+    }
     courses = {name: _run(lr, alpha, steps, values, options.seed) for name, alpha in alphas.items()}
     rows = []
     reached = []
@@ -119,7 +126,9 @@ def fig_5_7(options: Options) -> Result:
         )
     )
     shortened = f"means over {values} runs" if options.quick else ""
-    return Result(rows, lambda figure: _draw(figure, courses, "η = 1.5, β = 0.9, p = 4"), shortened, (11.0, 4.0))
+    return Result(
+        rows, lambda figure: _draw(figure, courses, "η = 1.5, β = 0.9, p = 4"), shortened, (11.0, 4.0)
+    )
 
 
 ENTRIES = [

@@ -1,8 +1,8 @@
 """Stich's linear speed-up: the error of local SGD falls as 1/K with the workers K, whatever the period.
 
 f is the sum over many values of mu x^2 / 2 + (1 - mu) log cosh x, with curvatures from mu to 1, and noise in every
-value; the step sizes and the mean over time are the theorem's. (On a quadratic the period would change nothing at all: the
-workers' mean is that of mini-batch SGD.)
+value; the step sizes and the mean over time are the theorem's. (On a quadratic the period would change nothing at all:
+the workers' mean is that of mini-batch SGD.)
 """
 
 from __future__ import annotations

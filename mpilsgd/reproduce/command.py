@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import textwrap
 import time
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Reproduces figures and tables of the papers with the methods of this package, draws them with the papers' "
         "numbers marked, and says for each number whether it agrees. --list shows the names; a pattern such as "
-        "'thesis-fig5*' takes several. Needs matplotlib and scipy."
+        "'thesis-fig5*' takes several. Runs in one process, without a launcher. Needs matplotlib and scipy."
     )
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="what to reproduce: names, patterns, or all")
@@ -60,6 +61,13 @@ def run(args: argparse.Namespace) -> int:
         for one in known.values():
             print(f"{one.name:{width}}  {one.paper}: {one.title}")
         return 0
+    lacking = [name for name in ("matplotlib", "scipy") if importlib.util.find_spec(name) is None]
+    if lacking:
+        print(
+            f"mpilsgd reproduce: needs {' and '.join(lacking)}: pip install 'mpilsgd[report,theory]'",
+            file=sys.stderr,
+        )
+        return 2
     try:
         chosen = named(args.names)
         if not chosen:

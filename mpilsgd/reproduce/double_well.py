@@ -53,7 +53,7 @@ def fig_5_20(options: Options) -> Result:
             right.plot([r, r], pair, "o", color=drawing.INK, label="real EASGD" if r == 0.2 else None)
         right.set_xlabel("penalty ρ")
         right.set_ylabel("where the two workers end")
-        right.legend(loc="lower left")
+        right.legend(loc="center left")
 
     return Result(rows, draw, "300 steps in place of 1000" if options.quick else "", (9.5, 4.0))
 

@@ -218,7 +218,8 @@ def _run(one: _Deep) -> Callable[[Options], Result]:
     def run(options: Options) -> Result:
         job = one.jobs.replace("{}", f"--epochs {options.passes:g} --data_dir {options.data_dir}")
         lacking = f" (not in this package, give your own: {one.needs})" if one.needs else ""
-        return Result([larger(what, paper, job + lacking) for what, paper in one.says])
+        whys = [job + lacking, *["the same job"] * (len(one.says) - 1)]
+        return Result([larger(what, paper, why) for (what, paper), why in zip(one.says, whys, strict=True)])
 
     return run
 

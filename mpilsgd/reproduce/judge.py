@@ -35,7 +35,10 @@ def number(
     """Agrees where |here - paper| <= within + rel |paper|; a number that is not finite never does."""
     gap = abs(here - paper)
     agrees = gap <= within + rel * abs(paper)
-    by = f"by {figures(gap)}" + (f" ({100 * gap / abs(paper):.2g} %)" if paper and math.isfinite(gap) else "")
+    by = f"by {figures(gap)}"
+    if paper and math.isfinite(gap):
+        percent = 100 * gap / abs(paper)
+        by += f" ({percent:.0f} %)" if percent >= 10 else f" ({percent:.2g} %)"
     reason = "" if agrees else f"{by}; {why}" if why else by
     return Row(quantity, figures(paper), figures(here), AGREES if agrees else DIFFERS, reason)
 

@@ -1,4 +1,4 @@
-"""The command line: `mpilsgd train`, `simulate`, `report`, `info`, `bench`, `plan`."""
+"""The command line: `mpilsgd train`, `simulate`, `report`, `info`, `bench`, `plan`, `reproduce`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ COMMANDS = {
     "info": "show MPI, ranks, shared memory, CUDA and the extension as they are here",
     "bench": "measure the kernels, or the exchange between ranks",
     "plan": "say what exchanges will cost on a cluster, and which periods keep them cheap",
+    "reproduce": "redo the figures and tables of the papers, ours beside theirs",
 }
-_MODULES = {"train": "mpilsgd.train.job", "plan": "mpilsgd.plan.command"}  # others: mpilsgd.train.COMMAND
+_MODULES = {  # others: mpilsgd.train.COMMAND
+    "train": "mpilsgd.train.job",
+    "plan": "mpilsgd.plan.command",
+    "reproduce": "mpilsgd.reproduce.command",
+}
 # What launchers call the rank, for messages that must appear once before MPI is there
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 

@@ -44,9 +44,7 @@ class Run:
 
     def curve(self, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
         """The evaluations as points; other lines are left out, a value that is not finite stays as a gap."""
-        kept = [
-            line for line in self.metrics if y in line and line[y] is not None and line.get(x) is not None
-        ]
+        kept = [line for line in self.metrics if line.get(y) is not None and line.get(x) is not None]
         points = np.array([[_number(line[x]), _number(line[y])] for line in kept]).reshape(-1, 2)
         points[~np.isfinite(points)] = math.nan
         return points[:, 0], points[:, 1]
@@ -93,7 +91,7 @@ class Run:
     def staleness(self) -> dict[int, int]:
         """How often so many updates of the centre lay between a worker's read and its write; empty without one."""
         found = self.summary.get("staleness")
-        if not isinstance(found, dict) or not _is_numbers(list(found.values())):
+        if not (isinstance(found, dict) and _is_numbers(list(found.values()))):
             return {}
         if not all(str(key).isdecimal() for key in found):
             return {}

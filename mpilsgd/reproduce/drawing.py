@@ -1,0 +1,82 @@
+"""What the pictures share: maps of a value over two settings, and the paper's numbers marked in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, PAPER, FAINT = "#222222", "#B5341A", "#C8C8C8"  # what is the paper's is drawn in this red
+BOX = {"color": "white", "pad": 1, "alpha": 0.75}  # behind text on a map
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
+
+
+def save(
+    draw: Callable[[Figure], None], path: Path, title: str, shortened: str, size: tuple[float, float]
+) -> Path:
+    """Draws into a file, in the style of all pictures; what was shortened stands below."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from mpilsgd.train.figures import STYLE
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+        draw(figure)
+        if shortened:
+            figure.supxlabel(f"shortened: {shortened}", fontsize=9, color=PAPER, x=0.01, ha="left")
+        figure.savefig(path)
+    return path
+
+
+def radius_map(
+    figure: Figure, axis: Axes, x: np.ndarray, y: np.ndarray, values: np.ndarray, bar: bool = True
+) -> None:
+    """A spectral radius, values[i, j] at (x[j], y[i]): grey where it is 1 or more, a line where it is 1."""
+    from matplotlib import colormaps
+
+    shown = np.ma.masked_greater_equal(values, 1.0)
+    colors = colormaps["viridis"].with_extremes(bad="#D0D0D0")
+    picture = axis.pcolormesh(x, y, shown, cmap=colors, vmin=0, vmax=1, shading="nearest", rasterized=True)
+    if (values < 1).any() and (values > 1).any():
+        axis.contour(x, y, values, levels=[1.0], colors=INK, linewidths=0.9)
+    if bar:
+        figure.colorbar(picture, ax=axis, label="spectral radius (grey: 1 or more)")
+
+
+def mark(axis: Axes, x: float, y: float, text: str, **options: Any) -> None:
+    """The paper's number, as a red cross with its text."""
+    axis.plot([x], [y], "x", color=PAPER, markersize=9, markeredgewidth=2.2, zorder=5, clip_on=False)
+    axis.annotate(
+        text,
+        (x, y),
+        xytext=options.get("offset", (8, 6)),
+        textcoords="offset points",
+        color=PAPER,
+        fontsize=9,
+        ha=options.get("ha", "left"),
+        bbox=BOX,
+        zorder=6,
+    )
+
+
+def paper_line(axis: Axes, y: float, text: str) -> None:
+    """The paper's number as a red dashed line across."""
+    axis.axhline(y, color=PAPER, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
+    axis.annotate(
+        text,
+        (0.995, y),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        color=PAPER,
+        fontsize=9,
+    )

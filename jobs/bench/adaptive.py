@@ -92,7 +92,7 @@ def trained(make: Callable[[int], Task], period: Any, cost: float, most: float) 
         world = (topology := Topology()).world
         task = make(world.rank)
         optimizer = torch.optim.SGD(task.model.parameters(), lr=task.lr)
-        opt = LocalSGD(optimizer, topology, period=period, cost_ratio=cost)
+        opt = LocalSGD(optimizer, topology, period=period, round_cost=cost)
         rounds = -1
         while cost * opt.metrics.rounds + opt.t < most:
             opt.zero_grad()

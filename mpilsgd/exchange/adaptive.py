@@ -98,8 +98,8 @@ class Paced(Every):
         if len(known):
             seconds.append([float(known[:, 0].mean()), float(table[:, 1].min())])
             del seconds[:-_HISTORY]
-        if self._m.cost_ratio is not None:
-            return float(self._m.cost_ratio)
+        if self._m.round_cost is not None:
+            return float(self._m.round_cost)
         if not seconds:
             return None
         step, a_round = (statistics.median(of) for of in zip(*seconds, strict=True))

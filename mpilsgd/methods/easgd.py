@@ -77,7 +77,7 @@ class EASGD(Method):
         above=True,
         help="with an adaptive period: the share of the time that exchanges may take",
     )
-    cost_ratio: float | None = number(
+    round_cost: float | None = number(
         None, 0, above=True, help="with an adaptive period: what a round costs, in steps (null: as measured)"
     )
     form: str = choice(

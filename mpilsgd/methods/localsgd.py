@@ -46,7 +46,7 @@ class LocalSGD(Method):
 
     `period="adaptive"`: the optimum for the decay of the local gradients, after each round anew. The workers' mean
     |grad f_i|^2 over a period is fitted by beta^t and by (1 + a t)^-beta, and T goes half way (of its logarithm) to
-    the T* of the better fit, from [1, 10 T]. What a round costs in steps is measured, or `cost_ratio` (1 / r of the
+    the T* of the better fit, from [1, 10 T]. What a round costs in steps is measured, or `round_cost` (1 / r of the
     theory). T is no longer than where rounds take `share` of the time, as no longer one saves more than that: so long
     are periods whose gradients do not decay beyond their noise, as those of small batches.
 
@@ -80,7 +80,7 @@ class LocalSGD(Method):
         above=True,
         help="with an adaptive period: not longer than where exchanges take this share of the time",
     )
-    cost_ratio: float | None = number(
+    round_cost: float | None = number(
         None, 0, above=True, help="with an adaptive period: what a round costs, in steps (null: as measured)"
     )
 

@@ -76,7 +76,7 @@ class LSGD(Method):
         above=True,
         help="with an adaptive period: the share of the time that exchanges may take",
     )
-    cost_ratio: float | None = number(
+    round_cost: float | None = number(
         None, 0, above=True, help="with an adaptive period: what a round costs, in steps (null: as measured)"
     )
     loss_window: int = whole(10, help="batches over whose mean training loss leaders are elected")

@@ -139,7 +139,7 @@ def test_equals_the_sequential_controller(power: int, nodes: int) -> None:
     problem, steps = Degenerate(power), 250
 
     def worker() -> tuple[Array, list[list[int]], int]:
-        w = Worker(problem, cost_ratio=40.0).step(steps)
+        w = Worker(problem, round_cost=40.0).step(steps)
         with w.opt.center():
             return w.x.detach().numpy().copy(), w.opt.metrics.periods, w.opt.metrics.rounds
 
@@ -170,7 +170,7 @@ def test_costs_little_more_than_the_best_fixed_period(power: int, cost: float) -
         return spent
 
     def worker() -> float:
-        w = Worker(problem, cost_ratio=cost)
+        w = Worker(problem, round_cost=cost)
         metrics = w.opt.metrics
         while True:
             rounds = metrics.rounds
@@ -225,7 +225,7 @@ def test_goes_on_from_its_state(name: str) -> None:
 
     def run(first: int, then: int, again: bool) -> Any:
         def worker() -> Any:
-            w = Worker(Degenerate(4), method, cost_ratio=20.0, **options)
+            w = Worker(Degenerate(4), method, round_cost=20.0, **options)
             if again:
                 w.opt.load_state_dict(saved[w.rank][0])
                 w.x.data.copy_(saved[w.rank][1])
@@ -247,7 +247,7 @@ def test_a_share_of_the_time(name: str) -> None:
     method, options = METHODS[name]
 
     def worker() -> tuple[int, int]:
-        w = Worker(Degenerate(2), method, cost_ratio=10.0, share=0.2, **options).step(300)
+        w = Worker(Degenerate(2), method, round_cost=10.0, share=0.2, **options).step(300)
         return w.opt.clock.period, w.opt.metrics.rounds
 
     periods = in_process(worker, P)
@@ -257,7 +257,7 @@ def test_a_share_of_the_time(name: str) -> None:
 def test_workers_that_go_apart_meet_more_often() -> None:
     class Kept:
         pace = Adaptive.fresh()
-        cost_ratio, share = 1000.0, 0.05
+        round_cost, share = 1000.0, 0.05
 
     clock, periods = Adaptive(Kept()), []  # type: ignore[arg-type]
     for k in range(20):
@@ -285,7 +285,7 @@ def test_wrong_settings() -> None:
             for v in (0, 1.0, "x")
         ),
         *(
-            (method, {"cost_ratio": v}, "cost_ratio must be")
+            (method, {"round_cost": v}, "round_cost must be")
             for method in (LocalSGD, EASGD)
             for v in (0, math.nan)
         ),
@@ -305,7 +305,7 @@ def test_a_closure() -> None:
 
     def worker() -> list[list[int]]:
         problem = Degenerate(2)
-        w = Worker(problem, cost_ratio=40.0)
+        w = Worker(problem, round_cost=40.0)
 
         def closure() -> float:
             w.x.grad = torch.tensor(problem.gradient(w.rank, w.x.detach().numpy()))

@@ -16,10 +16,8 @@ from mpilsgd.comm.mpi import MPI
 
 _PIECE = 1 << 22  # bytes a message at most: those of a chunk follow each other, and MPI's counts are C ints
 _CHUNK = 1 << 24  # bytes that are received before they are used, while the next ones come
-_SMALLEST, _PIECES = (
-    1 << 16,
-    16,
-)  # bytes a message at least; messages of a vector for each rank that passes it on
+_SMALLEST = 1 << 16  # bytes a message at least
+_PIECES = 16  # messages of a vector, for each rank that passes it on
 
 
 class Channel:

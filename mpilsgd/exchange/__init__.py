@@ -1,7 +1,7 @@
 """The worker and the parts that a method is put together from: clocks, exchanges, vectors, fields."""
 
 from mpilsgd.comm import thread_problem
-from mpilsgd.exchange.adaptive import Adaptive, AdaptiveTwo, adaptive_problem
+from mpilsgd.exchange.adaptive import ROUND_COST, SHARE, Adaptive, AdaptiveTwo, pacing
 from mpilsgd.exchange.base import follow, outer_step
 from mpilsgd.exchange.clocks import Every, EverySo, TwoPeriods, UntilGradient
 from mpilsgd.exchange.edges import Edges
@@ -30,6 +30,8 @@ from mpilsgd.optimizers.wrapped import forget
 __all__ = [
     "REQUIRED",
     "ROUND",
+    "ROUND_COST",
+    "SHARE",
     "Adaptive",
     "AdaptiveTwo",
     "Diverged",
@@ -45,7 +47,6 @@ __all__ = [
     "TwoPeriods",
     "UntilGradient",
     "Vector",
-    "adaptive_problem",
     "anything",
     "choice",
     "code",
@@ -55,6 +56,7 @@ __all__ = [
     "number",
     "number_problem",
     "outer_step",
+    "pacing",
     "path",
     "thread_problem",
     "whole",

@@ -13,10 +13,18 @@ import torch
 from mpilsgd.comm import seconds
 from mpilsgd.exchange.clocks import ALL, NOTHING, Due, Every, TwoPeriods
 from mpilsgd.exchange.decay import best_period, fitted
+from mpilsgd.fields import number
 
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
 
+# What a method with such a clock is given beside the period
+SHARE = number(
+    0.05, 0, 0.99, above=True, help="with an adaptive period: the share of the time that exchanges may take"
+)
+ROUND_COST = number(
+    None, 0, above=True, help="with an adaptive period: what a round costs, in steps (null: as measured)"
+)
 START = 8  # the first period
 _POINTS = 24  # of a period at which gradients are looked at, at most
 _PROBE, _ROUNDS = 4, 16  # a period too short for a fit is so long after so many rounds
@@ -24,10 +32,10 @@ _HISTORY = 5  # rounds whose median seconds count; over which a distance grows
 
 
 class Paced(Every):
-    """What both clocks have. The rule declares the value `pace`, whose start is `fresh()`: all that is saved of it.
+    """What both clocks have. All that is saved of one is the method's value `pace`, which `pacing` declares.
 
-    The rule calls `begins` in its `measure`, `held` at the end of its `exchange`. Numbers go through a meeting, and
-    what the first of those who came makes of them is the period of all: rounding may differ between their processors.
+    Numbers go through a meeting, and what the first of those who came makes of them is the period of all: rounding may
+    differ between their processors. `metrics.distance` is that of this worker to where it is pulled.
     """
 
     def __init__(self, method: Method, first: bool = False):
@@ -57,14 +65,10 @@ class Paced(Every):
         return NOTHING if (t - self._m.pace["last"]) % self.period else ALL
 
     def begins(self) -> None:
-        """This worker comes to a meeting, its own part done."""
         self._began = seconds()
 
-    def held(self, r: Any, distance: float = math.nan) -> None:
-        """A round was held. After one of all, the period of the next ones is set.
-
-        distance: of this worker to where it is pulled, relative to the norm of x.
-        """
+    def held(self, r: Any) -> None:
+        """After a round of all, the period of the next ones is set."""
         m, pace, fits = self._m, self._m.pace, isinstance(self, Adaptive) and self.fits
         if r.due.world:
             step, own = math.nan, [seconds() - self._began]
@@ -72,7 +76,7 @@ class Paced(Every):
                 step = (self._began - self._since[0] - sum(self._took)) / (r.joined - self._since[1])
             squares = pace["squares"][: len(points(self.period))].tolist() if fits else []
             took = self._took or own
-            table = r.learn([step, sum(took) / len(took), distance, *squares])
+            table = r.learn([step, sum(took) / len(took), math.nan if fits else _apart(m), *squares])
             (wanted, limit), *_ = r.learn(self._decided(table, r.joined - pace["last"])).tolist()
             pace["rounds"] += 1
             pace["last"], pace["wanted"], pace["limit"] = r.joined, wanted, limit
@@ -190,12 +194,20 @@ def points(period: int) -> np.ndarray:
     return np.round(np.linspace(0, period - 1, _POINTS)).astype(int)
 
 
-def adaptive_problem(method: Any) -> str | None:
-    """Why a period that is adaptive does not go with the other settings."""
-    if method.period != "adaptive":
+def _apart(m: Method) -> float:
+    """The distance to where this worker is pulled, relative to the norm of x."""
+    norm = math.hypot(*(float(w.mine[: m.edge[d]].norm()) for d, w in m.x.items()))
+    return m.metrics.distance / max(norm, 1e-30)
+
+
+def pacing(m: Any) -> str | None:
+    """Declares what a method keeps whose period is adaptive (`adaptive`); why that does not go with other settings."""
+    m.adaptive = m.period == "adaptive"
+    if not m.adaptive:
         return None
-    if getattr(method, "asynchronous", False) or getattr(method, "overlap", False):
+    m.value("pace", Paced.fresh())
+    if getattr(m, "asynchronous", False) or getattr(m, "overlap", False):
         return 'period="adaptive" goes with workers that meet: not with asynchronous or overlap'
-    if getattr(method, "until_grad_norm", None) is not None:
+    if getattr(m, "until_grad_norm", None) is not None:
         return 'period="adaptive" and until_grad_norm both say when to average: give one'
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ class Every:
     by_total = False
     looks = False  # whether it judges the gradient before the local step
     broken = False  # whether that gradient was not finite
-    sees = False  # whether the rule looks at the gradient in `before_step`
+    sees = False  # whether it looks at the gradient before the local step
 
     def __init__(self, period: int, first: bool = False):
         self.period, self.first = period, first
@@ -41,6 +41,12 @@ class Every:
     def due(self, t: int) -> Due:
         """What is due at t."""
         return ALL if t % self.period == 0 else NOTHING
+
+    def begins(self) -> None:
+        """This worker comes to a meeting, its own part done."""
+
+    def held(self, r: Any) -> None:
+        """A round was held, of r's rows. Collective where the clock learns from it."""
 
     def gives_way(self, gradients: list[torch.Tensor]) -> bool:
         """Whether the exchange takes the place of the local step, which these gradients would make."""

@@ -17,7 +17,7 @@ class Metrics:
     leader: int = -1  # world rank of the last global (or only) leader
     leaders: list[int] = dataclasses.field(default_factory=list)  # ... of each group's last known leader
     # of the workers to their leaders before the last pull (root mean square); EASGD: to the centre, at the last
-    # center()
+    # center(), or before the last exchange where the period is adaptive
     distance: float = 0.0
     resets: int = 0  # times this worker was set back after a non-finite state
     skipped: int = 0  # EASGDTree: messages left out because the one before was not taken yet

@@ -94,6 +94,7 @@ class Together(Leaders):
 
     def meet(self, purpose: float) -> Rows | None:
         m, clock = self.m, self.m.clock
+        clock.begins()
         row, mates = m.row(purpose, self.stamp()), None
         if isinstance(clock, TwoPeriods) and m.topology.n_groups > 1:
             mates = self._gate(m.fabric.group, row)
@@ -135,6 +136,7 @@ class Together(Leaders):
         m.exchange(self)
         if m.guard == "x" and self.bad and m.fresh:  # buffers that are not exchanged may be broken, too
             m.copy_from(min(set(range(m.p)) - self.bad), self.bad, rest=True)
+        m.clock.held(self)
         self.updates += 1
 
     def learn(self, numbers: list[float]) -> np.ndarray:

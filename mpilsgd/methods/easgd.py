@@ -9,16 +9,18 @@ from typing import Any
 import torch
 
 from mpilsgd.exchange import (
+    ROUND_COST,
+    SHARE,
     Adaptive,
     Every,
     InTurn,
     Method,
     Together,
     Vector,
-    adaptive_problem,
     choice,
     flag,
     number,
+    pacing,
     thread_problem,
     whole,
 )
@@ -70,16 +72,8 @@ class EASGD(Method):
         word="adaptive",
         help="steps between exchanges; adaptive: as few as keep exchanges under a share of the time",
     )
-    share: float = number(
-        0.05,
-        0,
-        0.99,
-        above=True,
-        help="with an adaptive period: the share of the time that exchanges may take",
-    )
-    round_cost: float | None = number(
-        None, 0, above=True, help="with an adaptive period: what a round costs, in steps (null: as measured)"
-    )
+    share: float = SHARE
+    round_cost: float | None = ROUND_COST
     form: str = choice(
         "jacobi",
         "gauss-seidel",
@@ -96,10 +90,7 @@ class EASGD(Method):
         self.c = self.vector("c", per="all", start="mean")
         if self.moving_rate is None:
             self.moving_rate = self.center_rate / self.p
-        self.adaptive = self.period == "adaptive"
-        if self.adaptive:
-            self.value("pace", Adaptive.fresh())
-        yield adaptive_problem(self)
+        yield pacing(self)
         if self.overlap and self.form == "gauss-seidel":
             yield 'overlap needs form="jacobi", not "gauss-seidel"'
         if self.overlap:
@@ -114,22 +105,15 @@ class EASGD(Method):
         if self.form == "gauss-seidel":  # the pull that opens the first period
             r.take(self.c, self.moving_rate)
 
-    def measure(self) -> float:
-        if self.adaptive:
-            self.clock.begins()
-        return 0.0
-
     def exchange(self, r: Any) -> None:
-        distance = self._distance() if self.adaptive else 0.0
-        r.elastic(self.c, self.moving_rate, self.center_rate / self.p, self.form == "gauss-seidel")
         if self.adaptive:
-            self.clock.held(r, distance)
+            self.metrics.distance = self._distance()
+        r.elastic(self.c, self.moving_rate, self.center_rate / self.p, self.form == "gauss-seidel")
 
     def _distance(self) -> float:
-        """Of x to the centre, relative to x."""
+        """Of x to the centre."""
         parts = [(w.mine[: self.edge[d]], self.c[d][: self.edge[d]]) for d, w in self.x.items()]
-        norm = math.hypot(*(float(x.norm()) for x, _ in parts))
-        return math.hypot(*(float(torch.dist(x, c.to(x.dtype))) for x, c in parts)) / max(norm, 1e-30)
+        return math.hypot(*(float(torch.dist(x, c.to(x.dtype))) for x, c in parts))
 
     def shown_centre(self) -> Vector:
         return self.c

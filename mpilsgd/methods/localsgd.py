@@ -6,17 +6,19 @@ from collections.abc import Iterable
 from typing import Any
 
 from mpilsgd.exchange import (
+    ROUND_COST,
+    SHARE,
     Adaptive,
     Every,
     EverySo,
     Method,
     UntilGradient,
     Vector,
-    adaptive_problem,
     anything,
     choice,
     follow,
     number,
+    pacing,
     whole_problem,
 )
 
@@ -73,16 +75,8 @@ class LocalSGD(Method):
         help="what is evaluated: last (the mean of the workers) or quadratic (their mean over time, weights (a+t)^2)",
     )
     a: float | None = number(None, 0, above=True, help="see average (null: the period)")
-    share: float = number(
-        0.05,
-        0,
-        0.99,
-        above=True,
-        help="with an adaptive period: not longer than where exchanges take this share of the time",
-    )
-    round_cost: float | None = number(
-        None, 0, above=True, help="with an adaptive period: what a round costs, in steps (null: as measured)"
-    )
+    share: float = SHARE
+    round_cost: float | None = ROUND_COST
 
     def declare(self) -> Iterable[str | None]:
         if isinstance(self.period, (set, list, tuple, range)):
@@ -90,10 +84,7 @@ class LocalSGD(Method):
         self.value("converged", False)
         self.value("moved", False)  # a step since the last round
         self.value("weight", 0.0)  # S_t
-        self.adaptive = self.period == "adaptive"
-        yield adaptive_problem(self)
-        if self.adaptive:
-            self.value("pace", Adaptive.fresh())
+        yield pacing(self)
         self.z: Vector | None = None
         if self.average == "quadratic":
             self.z = self.vector("z", wide=True)
@@ -120,16 +111,12 @@ class LocalSGD(Method):
                     follow(z, self.x[d].mine[: len(z)], w / self.weight)
 
     def measure(self) -> float:
-        if self.adaptive:
-            self.clock.begins()
         return float(self.moved)
 
     def exchange(self, r: Any) -> None:
         r.mean()
         self.converged = self.until_grad_norm is not None and not any(r.came.score)
         self.moved = False
-        if self.adaptive:
-            self.clock.held(r)
 
     def shown_centre(self) -> Vector | None:
         return self.z if self.weight else None

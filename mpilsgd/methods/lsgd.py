@@ -9,16 +9,18 @@ from typing import Any
 import torch
 
 from mpilsgd.exchange import (
+    ROUND_COST,
+    SHARE,
     AdaptiveTwo,
     Method,
     Published,
     Together,
     TwoPeriods,
-    adaptive_problem,
     choice,
     code,
     flag,
     number,
+    pacing,
     whole,
 )
 
@@ -69,16 +71,8 @@ class LSGD(Method):
         None,
         help="steps between pulls toward the leader of all (null: 2 period); with an adaptive period: so many periods",
     )
-    share: float = number(
-        0.05,
-        0,
-        0.99,
-        above=True,
-        help="with an adaptive period: the share of the time that exchanges may take",
-    )
-    round_cost: float | None = number(
-        None, 0, above=True, help="with an adaptive period: what a round costs, in steps (null: as measured)"
-    )
+    share: float = SHARE
+    round_cost: float | None = ROUND_COST
     loss_window: int = whole(10, help="batches over whose mean training loss leaders are elected")
     when: str = choice(
         "after_step",
@@ -104,10 +98,7 @@ class LSGD(Method):
 
     def declare(self) -> Iterable[str | None]:
         self.global_pull = self.pull if self.global_pull is None else self.global_pull
-        self.adaptive = isinstance(self.period, str)
-        if self.adaptive:
-            self.value("pace", AdaptiveTwo.fresh())
-        yield adaptive_problem(self)
+        yield pacing(self)
         if self.global_period is None:
             self.global_period = 2 if isinstance(self.period, str) else 2 * self.period
         self.window("losses", self.loss_window)
@@ -140,8 +131,6 @@ class LSGD(Method):
             value = float(self.score())
         else:
             value = sum(map(float, self.losses)) / len(self.losses) if self.losses else math.inf
-        if self.adaptive:
-            self.clock.begins()
         return value if math.isfinite(value) else math.inf
 
     def exchange(self, r: Any) -> None:
@@ -150,9 +139,6 @@ class LSGD(Method):
             self.known = [old or new for old, new in zip(self.known, kept, strict=True)]
         else:
             r.pull(self.pull, self.global_pull, self.sequential)
-        if self.adaptive:
-            norm = math.hypot(*(float(w.mine[: self.edge[d]].norm()) for d, w in self.x.items()))
-            self.clock.held(r, self.metrics.distance / max(norm, 1e-30))
 
     def before_step(self) -> None:
         if self.when == "every_step":

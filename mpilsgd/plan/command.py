@@ -18,6 +18,7 @@ from mpilsgd.plan.advice import METHODS, Advice, advise, at
 from mpilsgd.plan.costs import Sizes
 from mpilsgd.plan.machine import Machine, measure
 from mpilsgd.train.callables import InputError
+from mpilsgd.train.numbers import count, not_negative, positive
 from mpilsgd.train.options import enlist, methods
 from mpilsgd.train.table import columns, in_bytes, in_ms
 
@@ -33,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "mpiexec -n 4 mpilsgd plan --parameters 25e6 --step_s 0.2"
     )
     add = parser.add_argument
-    add("--parameters", type=_count, required=True, metavar="N", help="values in the model, as 25e6")
+    add("--parameters", type=count, required=True, metavar="N", help="values in the model, as 25e6")
     add(
         "--step_s",
         "--step-s",
-        type=_seconds,
+        type=not_negative,
         required=True,
         metavar="S",
         help="seconds of a worker's step alone",
@@ -48,23 +49,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="(default: float32)",
     )
-    add("--ranks", type=_count, metavar="P", help="ranks to plan for (default: those that are here)")
-    add("--nodes", type=_count, metavar="N", help="nodes on which they lie (default: as here)")
+    add("--ranks", type=count, metavar="P", help="ranks to plan for (default: those that are here)")
+    add("--nodes", type=count, metavar="N", help="nodes on which they lie (default: as here)")
     network = parser.add_argument_group("the machine, where it is not measured, or is another one")
     network.add_argument(
-        "--bandwidth", type=_rate, metavar="B", help="bytes a second of a node's link, each way"
+        "--bandwidth", type=positive, metavar="B", help="bytes a second of a node's link, each way"
     )
     network.add_argument(
-        "--latency", type=_seconds, metavar="S", help="seconds of a small message between nodes"
+        "--latency", type=not_negative, metavar="S", help="seconds of a small message between nodes"
     )
     network.add_argument(
-        "--memory", type=_rate, metavar="B", help="bytes a second of a node's memory, all ranks together"
+        "--memory", type=positive, metavar="B", help="bytes a second of a node's memory, all ranks together"
     )
     network.add_argument(
-        "--meeting", type=_seconds, metavar="S", help="seconds of a meeting of a node's ranks"
+        "--meeting", type=not_negative, metavar="S", help="seconds of a meeting of a node's ranks"
     )
     network.add_argument(
-        "--seconds", type=_rate, default=10.0, metavar="S", help="to measure for (default: 10)"
+        "--seconds", type=positive, default=10.0, metavar="S", help="to measure for (default: 10)"
     )
     add(
         "--across_dtype",
@@ -83,9 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="settings of yours, as they are; may be given several times",
     )
     theory = parser.add_argument_group("rates, for warnings of what theory finds unstable")
-    theory.add_argument("--lr", type=_rate, metavar="R", help="learning rate of a worker")
+    theory.add_argument("--lr", type=positive, metavar="R", help="learning rate of a worker")
     theory.add_argument(
-        "--curvature", type=_rate, metavar="H", help="largest curvature (eigenvalue of the Hessian)"
+        "--curvature", type=positive, metavar="H", help="largest curvature (eigenvalue of the Hessian)"
     )
     theory.add_argument(
         "--momentum", type=float, default=0.0, metavar="D", help="of each worker (default: 0)"
@@ -272,24 +273,3 @@ def _table(found: Sequence[Advice], step_s: float) -> str:
 def _text(settings: dict[str, Any]) -> str:
     hidden = {"asynchronous", "overlap", "rho", "scheme"}
     return " ".join(f"{key}={value}" for key, value in settings.items() if key not in hidden) or "-"
-
-
-def _count(text: str) -> int:
-    value = float(text)
-    if value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
-    return int(value)
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a finite number of seconds, at least 0, not {text}")
-    return value

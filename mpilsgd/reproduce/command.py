@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mpilsgd.reproduce.judge import AGREES, NOT_RUN, Row
 from mpilsgd.reproduce.registry import MissingData, Options, Reproduction, Result, entries, named
+from mpilsgd.train.numbers import positive
 
 _WIDTH = 40  # of a column of the table
 
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="shorter runs; what is shortened is said")
     add(
         "--passes",
-        type=_positive,
+        type=positive,
         default=10.0,
         metavar="N",
         help="of the training data, in the jobs that are named for larger machines (default: 10)",
@@ -138,10 +139,3 @@ def summary(rows: Sequence[Row]) -> str:
     for row in rows:
         counts[row.outcome] = counts.get(row.outcome, 0) + 1
     return f"{len(rows)} numbers and properties: " + ", ".join(f"{n} {what}" for what, n in counts.items())
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text}")
-    return value

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mpilsgd.train.numbers import count
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mpilsgd bench`."""
@@ -18,14 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the updates in one process: mpilsgd bench kernels",
         description="Every update in one pass against torch's separate operations: time, bandwidth, memory.",
     )
-    kernels.add_argument("--size", type=_positive, default=64_000_000, help="elements (default: 64e6)")
+    kernels.add_argument("--size", type=count, default=64_000_000, help="elements (default: 64e6)")
     kernels.add_argument(
         "--dtype",
         choices=("float32", "float64", "bfloat16", "float16"),
         default="float32",
         help="(default: float32)",
     )
-    kernels.add_argument("--threads", type=_positive, help="torch threads (default: as torch has them)")
+    kernels.add_argument("--threads", type=count, help="torch threads (default: as torch has them)")
     exchange = parts.add_parser(
         "exchange",
         help="the exchanges between ranks: mpiexec -n 4 mpilsgd bench exchange",
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     exchange.add_argument(
         "--bytes",
-        type=_positive,
+        type=count,
         default=40_000_000,
         help="model size in bytes (default: 40e6); 4e3 shows what a round costs beside its bytes",
     )
@@ -49,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         part.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
         part.add_argument(
             "--repetitions",
-            type=_positive,
+            type=count,
             default=repetitions,
             metavar="N",
             help=f"interleaved repetitions, of which the median counts (default: {repetitions})",
@@ -69,11 +71,3 @@ def run(args: argparse.Namespace) -> int:
     except BrokenPipeError:  # `mpilsgd bench kernels | head`
         sys.stderr.close()
         return 0
-
-
-def _positive(text: str) -> int:
-    """A whole number of at least 1; 64e6 is one."""
-    value = float(text)
-    if value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
-    return int(value)

@@ -211,7 +211,7 @@ class Level:
     def _parts(
         self, vector: torch.Tensor, home: int, wire: Wire, base: torch.Tensor | None, mapped: bool
     ) -> Iterator[tuple[int, int]]:
-        chunks = cuts(vector.numel(), wire)
+        chunks = cuts(vector.numel(), wire, 1)
         if self.is_head:
             chunks = pass_along(self.channel.heads, vector, home, wire, chunks, base, mapped)
         for part in chunks:
@@ -234,7 +234,7 @@ class Level:
             if stream is not None:
                 change, known = self.streams.change(stream, (start, stop), vector)
             wire = wire if known else self._fabric.message(vector.dtype, exact=True)
-        parts: Iterator[tuple[int, int]] = cuts(stop - start, wire)
+        parts: Iterator[tuple[int, int]] = cuts(stop - start, wire, n)
         if self.is_head:
             outside = next((k for k, r in enumerate(self.world_ranks) if r not in self._mates), self.rank)
             nbytes = wire.nbytes(stop - start)

@@ -45,7 +45,9 @@ def interrupted(nth: int, in_use: bool) -> Callable[[], tuple[int, int]]:
 
         wire = wire_of(torch.float64, None)
         with pytest.raises(KeyboardInterrupt):
-            for k, _ in enumerate(channel.sums(heads, vector, wire, channel.cuts(len(vector), wire), wait)):
+            for k, _ in enumerate(
+                channel.sums(heads, vector, wire, channel.cuts(len(vector), wire, heads.size), wait)
+            ):
                 if in_use and k + 1 == nth:
                     raise KeyboardInterrupt
         return len(heads.requests), sum(not request._done() for request in heads.requests)

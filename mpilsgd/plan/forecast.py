@@ -53,7 +53,7 @@ def forecast(seen: Seen, sizes: Sizes, machine: Machine, step_s: float) -> Forec
     if not (math.isfinite(step_s) and step_s >= 0):
         raise ValueError(f"step_s must be a finite number of seconds, at least 0, not {step_s!r}")
     each = costs(seen, sizes, machine)
-    waits = sum(_waited(cost, seen, step_s) / cost.every for cost in each)
+    waits = sum(_waited(cost, seen, step_s, machine.size) / cost.every for cost in each)
     alone = step_s + waits
     # what all workers' exchanges together keep busy cannot take longer than the steps between them
     most = max((cost.busy / cost.every for cost in each), default=0.0)
@@ -72,8 +72,22 @@ def forecast(seen: Seen, sizes: Sizes, machine: Machine, step_s: float) -> Forec
     )
 
 
-def _waited(cost: Cost, seen: Seen, step_s: float) -> float:
+def _waited(cost: Cost, seen: Seen, step_s: float, size: int) -> float:
+    if seen.kind == "turns" and not seen.behind:
+        return in_turns(cost.seconds, cost.busy / size, cost.every * step_s, size)
     return max(0.0, cost.seconds - seen.behind * step_s)
+
+
+def in_turns(alone: float, held: float, between: float, workers: int) -> float:
+    """Seconds R of an exchange for which workers take turns at shards, waiting for turns included.
+
+    alone: S, its seconds where nobody else is; held: D, those for which it keeps the busiest shard; between: Z, the
+    seconds of a worker between two. A worker that comes to a shard finds there, on the mean, (p-1)/p of the queue that
+    p workers make, R/(Z + R) of a worker each: R = S + D (p-1) R/(Z + R).
+    Source: Schweitzer's approximation of mean value analysis, for closed queueing networks.
+    """
+    b = alone + held * (workers - 1) - between
+    return (b + math.sqrt(b * b + 4 * alone * between)) / 2
 
 
 def _memory(seen: Seen, sizes: Sizes, machine: Machine) -> float:

@@ -40,11 +40,11 @@ class Counter:
         before = self._island.add(0, self.COUNT, 1)
         if self._all is not None and (before + 1) % self._batch == 0:
             self._owed += self._batch
-            self._hand_on(False)
+            self._hand_on(self._every is not None)
 
     def _hand_on(self, wait: bool) -> None:
-        """Unless told to, it does not wait: much else may be on its way between islands, before it. What a worker
-        counts meanwhile goes with the next."""
+        """Unless told to, it does not wait, as much else may be on its way between islands, before it. What a worker
+        counts meanwhile goes with the next. Rounds that come by the total wait: they come when it is reached."""
         assert self._all is not None
         while self._old is not None or self._owed:
             if self._old is None:

@@ -11,6 +11,9 @@ from mpilsgd.plan.machine import Machine
 from mpilsgd.plan.trial import Seen
 
 
+_BUSY = 0.9  # of the time: what is so busy holds the workers up
+
+
 @dataclasses.dataclass(frozen=True)
 class Forecast:
     """Of a method on a machine.
@@ -58,7 +61,7 @@ def forecast(seen: Seen, sizes: Sizes, machine: Machine, step_s: float) -> Forec
     # what all workers' exchanges together keep busy cannot take longer than the steps between them
     most = max((cost.busy / cost.every for cost in each), default=0.0)
     step = max(alone, most)
-    limit = "" if most <= alone else "turns" if seen.kind == "turns" else "link"
+    limit = "" if most <= _BUSY * alone else "turns" if seen.kind == "turns" else "link"
     return Forecast(
         step,
         step - step_s,

@@ -10,7 +10,6 @@ from mpilsgd.plan.costs import Cost, Sizes, costs, workers
 from mpilsgd.plan.machine import Machine
 from mpilsgd.plan.trial import Seen
 
-
 _BUSY = 0.9  # of the time: what is so busy holds the workers up
 
 

@@ -59,15 +59,19 @@ def forecast(seen: Seen, sizes: Sizes, machine: Machine, step_s: float) -> Forec
     alone = step_s + waits
     # what all workers' exchanges together keep busy cannot take longer than the steps between them
     most = max((cost.busy / cost.every for cost in each), default=0.0)
+    # ... but a tree's messages wait for nobody: those for which there is no room are left out
+    left = 1.0
+    if seen.tree is not None and not seen.tree["waits"] and most > alone:
+        left, most = alone / most, alone
     step = max(alone, most)
     limit = "" if most <= _BUSY * alone else "turns" if seen.kind == "turns" else "link"
     return Forecast(
         step,
         step - step_s,
         max((cost.seconds for cost in each), default=0.0),
-        sum(cost.group / cost.every for cost in each),
-        sum(cost.across / cost.every for cost in each),
-        sum(cost.link / cost.every for cost in each),
+        left * sum(cost.group / cost.every for cost in each),
+        left * sum(cost.across / cost.every for cost in each),
+        left * sum(cost.link / cost.every for cost in each),
         _memory(seen, sizes, machine),
         workers(seen, machine),
         limit,
@@ -127,7 +131,12 @@ def least_factor(seen: Seen, sizes: Sizes, machine: Machine, step_s: float, shar
     """
     if not 0 < share < 1:
         raise ValueError(f"share must lie between 0 and 1, ends excluded, not {share!r}")
-    return least(lambda factor: forecast(longer(seen, factor), sizes, machine, step_s).share <= share)
+
+    def fits(factor: int) -> bool:
+        found = forecast(longer(seen, factor), sizes, machine, step_s)
+        return found.share <= share and not (seen.tree and found.limit)  # nor shall messages be left out
+
+    return least(fits)
 
 
 def least(fits: Callable[[int], bool], most: int = 1 << 20) -> int | None:

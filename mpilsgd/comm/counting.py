@@ -40,13 +40,14 @@ class Counter:
         before = self._island.add(0, self.COUNT, 1)
         if self._all is not None and (before + 1) % self._batch == 0:
             self._owed += self._batch
-            self._hand_on(self._every is not None)
+            self.hand_on(self._every is not None)
 
-    def _hand_on(self, wait: bool) -> None:
-        """Unless told to, it does not wait, as much else may be on its way between islands, before it. What a worker
-        counts meanwhile goes with the next. Rounds that come by the total wait: they come when it is reached."""
-        assert self._all is not None
+    def hand_on(self, wait: bool) -> None:
+        """What is counted here, to all islands. Unless told to, it does not wait, as much else may be on its way there,
+        before it; what a worker counts meanwhile goes with the next. Rounds by the total wait: they come when it is
+        reached."""
         while self._old is not None or self._owed:
+            assert self._all is not None
             if self._old is None:
                 self._handed, self._owed = self._owed, 0
                 self._old = self._all.begin_to_add(0, self.TOTAL, self._handed)
@@ -64,7 +65,7 @@ class Counter:
         if self._all is None:
             self._island.add(0, self.COUNT, steps)
         else:
-            self._hand_on(True)
+            self.hand_on(True)
             self._all.add(0, self.TOTAL, steps)
         self._level.barrier()
         if self._all is not None:  # what was known of another total
@@ -80,14 +81,14 @@ class Counter:
         seen = max(self._island.read(0, self.SEEN), self._all.peek(self.CROSSED))
         silent = self._island.read(0, self.COUNT) == 0  # nobody here takes steps, or not yet
         if near is not None and seen < near and (silent or near <= seen + 4 * self._size):
-            self._hand_on(True)
+            self.hand_on(True)
             seen = self._all.read(0, self.TOTAL)
             self._island.raise_to(0, self.SEEN, seen)
         return seen
 
     def free(self) -> None:
         if self._all is not None:
-            self._hand_on(True)
+            self.hand_on(True)
             self._all.free()
         self._island.free()
 

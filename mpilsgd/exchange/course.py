@@ -171,6 +171,8 @@ class Course:
         """This worker is about to meet all others, for its centre or its end: what it would wait for in vain if a
         replay took another way than its recording.
         """
+        if self._counter is not None:
+            self._counter.hand_on(True)  # this worker may count no more
         now = [purpose, t, self._next if self.replays else len(self._events)]
         self._meetings.append(now)
         if self._script is not None:

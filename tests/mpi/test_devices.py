@@ -60,17 +60,25 @@ def test_vectors_are_read_where_they_lie() -> None:
 
 
 def test_a_common_vector_is_one_a_node() -> None:
+    """The zeros in it are there before anyone writes, however late its owner's stream is."""
     level = mpilsgd.Topology()
     island, where = level.node, place("cuda")
+    if CORE:
+        core.emulated.delay(0.2 * (island.rank == 0))
     window = DeviceWindow(island, where, torch.float32, 1000, common=True)
     if island.rank == island.size - 1:
         window.mine.fill_(3.0)
         devices.finish(where)
     island.Barrier()
-    assert float(window.views[0].cpu()[-1]) == 3.0
+    if CORE:
+        core.emulated.delay(1e-4)
+        devices.finish(where)
+        island.Barrier()
+    seen = float(window.views[0].cpu()[-1])
     island.Barrier()
     window.free()
     level.free()
+    check_together([] if seen == 3.0 else [f"{seen}"])
 
 
 class Unmarked(Order):

@@ -115,7 +115,7 @@ emulated() { # its kernels
 }
 
 emulated_ranks() { # emulated_ranks RANKS [NODES]: methods whose vectors lie there
-  local select_tests=(-m "gpu and not slow") paths="tests/mpi/test_devices.py tests/mpi/test_launches.py tests/mpi/test_streams.py $paths"
+  local select_tests=(-m "gpu and not slow") paths="tests/mpi/test_devices.py tests/mpi/test_launches.py tests/mpi/test_streams.py tests/mpi/test_staged.py $paths"
   export MPILSGD_TEST_CORE
   MPILSGD_TEST_CORE=$(echo "$VENV"/emulated/mpilsgd/_core*.so)
   [[ -z ${2:-} ]] || export MPIR_CVAR_NUM_CLIQUES=$2 MPIR_CVAR_CLIQUES_BY_BLOCK=1

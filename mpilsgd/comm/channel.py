@@ -6,6 +6,7 @@ An *island* is a set of ranks that see each other's vectors: a node, or a single
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -104,7 +105,10 @@ class Posted:
 
     def __exit__(self, error: Any, *_: Any) -> None:
         if error is not None:
-            MPI.Request.Waitall(self._all)
+            self.finish()
+
+    def finish(self) -> None:
+        MPI.Request.Waitall(self._all)
 
     def forget(self, requests: Iterable[MPI.Request]) -> None:
         """They are done."""
@@ -133,28 +137,41 @@ def pass_along(
     direct, at = wire.direct(vector, mapped), wire.nbytes
     travels = vector.view(torch.uint8) if direct else wire.staging(vector, at(vector.numel()))
     wire.settle(travels)
-    every = [(a, b, [(i, min(i + size, b)) for i in range(a, b, size)]) for a, b in chunks]
-    coming = [
-        [heads.Irecv(memory_of(travels[at(i) : at(j)], wire.reaches), before) for i, j in pieces if place]
-        for *_, pieces in every
-    ]
-    going = []
-    for (a, b, pieces), requests in zip(every, coming, strict=True):
-        codes, known = travels[at(a) : at(b)], None if base is None else base[a:b]
-        for k, (i, j) in enumerate(pieces):
-            piece = travels[at(i) : at(j)]
-            if place:
-                requests[k].Wait()
-            elif not direct:  # while the one before is under way
-                wire.encode(vector[i:j], piece, base=None if base is None else base[i:j])
-                wire.settle(piece)
-            if place < n - 1:
-                going.append(heads.Isend(memory_of(piece, wire.reaches), after))
-        out = vector[a:b] if place and not direct else None
-        if out is not None or known is not None:
-            wire.decode(codes, out, base=known, follow=known is not None)
-        yield a, b
-    MPI.Request.Waitall(going)
+    parts = list(chunks)
+    with Posted() as posted:
+
+        def receive(i: int, j: int) -> Any:
+            piece = memory_of(travels[at(i) : at(j)], wire.reaches)
+            return posted.add(heads.Irecv(piece, before)) if place else None
+
+        pieces = [(i, min(i + size, b)) for a, b in parts for i in range(a, b, size)]
+        todo = deque((i, j, receive(i, j)) for i, j in pieces)
+
+        def pass_on(to: int) -> None:
+            while todo and todo[0][0] < to:
+                i, j, coming = todo[0]
+                piece = travels[at(i) : at(j)]
+                if place:
+                    coming.Wait()
+                elif not direct:  # while the one before is under way
+                    wire.encode(vector[i:j], piece, base=None if base is None else base[i:j])
+                    wire.settle(piece)
+                if place < n - 1:
+                    posted.add(heads.Isend(memory_of(piece, wire.reaches), after))
+                todo.popleft()
+
+        try:
+            for a, b in parts:
+                pass_on(b)
+                codes, known = travels[at(a) : at(b)], None if base is None else base[a:b]
+                out = vector[a:b] if place and not direct else None
+                if out is not None or known is not None:
+                    wire.decode(codes, out, base=known, follow=known is not None)
+                yield a, b
+        except BaseException:  # an interrupt: the others wait for the rest
+            pass_on(vector.numel())
+            raise
+        posted.finish()
 
 
 def sums(

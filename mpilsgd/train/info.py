@@ -89,7 +89,8 @@ def _device_paths(topology: Topology) -> list[str]:
     problems = [problem for problem in topology.allgather(unreachable(topology, place)) if problem]
     direct, why = probe.path(topology, place)
     return [
-        f"within a node: messages, as ranks cannot read each other's GPU memory ({problems[0]})"
+        "within a node: through pinned memory that its ranks share, but rounds of several nodes by messages, as ranks "
+        f"cannot read each other's GPU memory ({problems[0]})"
         if problems
         else "within a node: ranks read each other's GPU memory where it lies (CUDA IPC)",
         f"between nodes: {'from and into GPU memory' if direct else 'through pinned memory of the host'} ({why})",

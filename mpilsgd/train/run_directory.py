@@ -154,8 +154,10 @@ class RunDirectory:
         return _step_of(written[-1]) if written else 0
 
     def summarize(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json."""
-        text = json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n"
+        """Writes summary.json, with what lies in the files of lines: `report` sees whether they were changed."""
+        contents = {path.name: path.read_bytes() for path in self.path.glob("*.jsonl")}
+        files = {name: Written(len(lines), digest(lines))._asdict() for name, lines in contents.items()}
+        text = json.dumps(_plain({**summary, "files": files}), indent=2, allow_nan=False) + "\n"
         replace(self.path / "summary.json", lambda file: file.write(text.encode()))
 
     def save_center(self, state: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from mpilsgd.train.config import FIELDS, Config, default_output
 from mpilsgd.train.display import Display, closing, opening
 from mpilsgd.train.loop import Trainer
 from mpilsgd.train.options import enlist, keyword_arguments, method_options, methods, names_of, required
+from mpilsgd.train.outlet import lasting_output
 from mpilsgd.train.prepare import prepared, refuse_channels_last
 from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.sampling import Sampler, derived_seed
@@ -30,6 +31,7 @@ from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, all_here, on_
 from mpilsgd.train.tree_text import summary_line
 
 
+@lasting_output()
 def main(argv: Sequence[str]) -> int:
     """Runs `mpilsgd train` with these arguments on all ranks; returns the exit status, the same on every rank."""
     base = Topology()

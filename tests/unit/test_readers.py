@@ -34,7 +34,10 @@ from mpilsgd.train.run_reader import RunError, read_runs
 SECONDS, BYTES = 5, 500_000_000  # that reading one file may take
 RECORDS = 20  # of CIFAR-10's 10,000 in a file
 
-by_examples = pytest.mark.parametrize("examples", [200, pytest.param(3000, marks=pytest.mark.slow)])
+
+def by_examples(few: int) -> Any:
+    """So many in every run, 3,000 among those marked slow."""
+    return pytest.mark.parametrize("examples", [few, pytest.param(3000, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(autouse=True)
@@ -179,7 +182,7 @@ def idx(array: np.ndarray) -> bytes:
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
 
 
-@by_examples
+@by_examples(200)
 def test_mutated_idx_files(tmp_path: Path, examples: int) -> None:
     """What is accepted stands in the file."""
     path = tmp_path / "images"
@@ -192,7 +195,7 @@ def test_mutated_idx_files(tmp_path: Path, examples: int) -> None:
     search_damage(idx(PIXELS), examine, examples)
 
 
-@by_examples
+@by_examples(200)
 def test_mutated_packed_idx_files(tmp_path: Path, examples: int) -> None:
     """A checksum is in them: nothing else than what was saved is accepted, but another packed file."""
     path = tmp_path / "images.gz"
@@ -213,7 +216,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, list[int]]:
     return pixels, [i % 10 for i in range(RECORDS)]
 
 
-@by_examples
+@by_examples(200)
 def test_mutated_cifar_files_of_the_binary_version(tmp_path: Path, few: Any, examples: int) -> None:
     """What is accepted stands in the file."""
     path = tmp_path / "data_batch_1.bin"
@@ -251,7 +254,7 @@ def python_2(batch: dict[str, Any]) -> bytes:
     return b"".join([*text, b"u."])
 
 
-@by_examples
+@by_examples(200)
 @pytest.mark.parametrize("protocol", ["Python 2", 2, 4, 5])
 def test_mutated_cifar_files_of_the_python_version(
     tmp_path: Path, few: Any, protocol: Any, examples: int
@@ -276,7 +279,7 @@ def test_mutated_cifar_files_of_the_python_version(
 
     examine(saved)
     assert refusal(lambda: read_cifar_python(path), DataError, path)[0] is not None
-    search_damage(saved, examine, examples // 2 if examples < 3000 else examples)
+    search_damage(saved, examine, examples // 4)
 
 
 class Call:
@@ -370,18 +373,18 @@ def understood(path: Path, content: bytes) -> None:
     assert parse([str(again)]) == config
 
 
-@by_examples
+@by_examples(80)
 def test_mutated_configurations(tmp_path: Path, examples: int) -> None:
     text = yaml.safe_dump(CONFIG).encode()
-    search_damage(text, lambda content: understood(tmp_path / "c.yaml", content), examples // 4)
+    search_damage(text, lambda content: understood(tmp_path / "c.yaml", content), examples // 2)
 
 
-@by_examples
+@by_examples(80)
 def test_mutated_configurations_of_odd_values(tmp_path: Path, examples: int) -> None:
     def examine(value: Any) -> None:
         understood(tmp_path / "c.yaml", yaml.safe_dump(value).encode())
 
-    search(altered(CONFIG), examine, examples // 4)
+    search(altered(CONFIG), examine, examples // 2)
 
 
 # Checkpoints
@@ -397,7 +400,7 @@ def run(tmp_path: Path) -> RunDirectory:
     return directory
 
 
-@by_examples
+@by_examples(200)
 def test_mutated_manifests(run: RunDirectory, examples: int) -> None:
     """One that is accepted is the one that was written."""
     saved = manifest.read(run.manifest)
@@ -409,11 +412,11 @@ def test_mutated_manifests(run: RunDirectory, examples: int) -> None:
         found, _ = refusal(lambda: manifest.read(run.manifest), InputError, run.manifest)
         assert found is None or found == saved
 
-    search_damage(content, examine, examples)
-    search(altered(fields).map(lambda value: json.dumps(value).encode()), examine, examples)
+    search_damage(content, examine, examples // 2)
+    search(altered(fields).map(lambda value: json.dumps(value).encode()), examine, examples // 2)
 
 
-@by_examples
+@by_examples(200)
 def test_mutated_rank_files(run: RunDirectory, examples: int) -> None:
     path = run.checkpoint / manifest.file_name(3, 1)
     content = path.read_bytes()
@@ -474,7 +477,7 @@ def reported(run: RunDirectory) -> Any:
     return found
 
 
-@by_examples
+@by_examples(200)
 @pytest.mark.parametrize("name", ["metrics.jsonl", "leaders.jsonl"])
 def test_mutated_metrics(finished: RunDirectory, name: str, examples: int) -> None:
     """What was changed is told; what was written after it is of a run that was taken up again."""
@@ -495,7 +498,7 @@ def test_mutated_metrics(finished: RunDirectory, name: str, examples: int) -> No
     search(text, examine, examples // 2)
 
 
-@by_examples
+@by_examples(200)
 def test_mutated_summaries(finished: RunDirectory, examples: int) -> None:
     path = finished.path / "summary.json"
     content = path.read_bytes()
@@ -514,7 +517,7 @@ def test_mutated_summaries(finished: RunDirectory, examples: int) -> None:
 ABOUT = {"method": "EASGD", "settings": {"period": 2}, "workers": 1, "model": ["w", [3]]}
 
 
-@by_examples
+@by_examples(200)
 def test_mutated_recordings(tmp_path: Path, examples: int) -> None:
     """Of tickets that nobody will draw, rows that are missing, and all else: refused."""
     topology = Topology(MPI.COMM_SELF)

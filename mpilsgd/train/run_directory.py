@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -221,6 +222,9 @@ class RunDirectory:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise InputError(f"{path}: is missing") from None
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            told = " ".join(str(error).split())[:200]
+            raise InputError(f"{path}: is nothing that this version of torch can load: {told}") from error
 
     def check_config(self) -> None:
         """Whether config.yaml is what the run was told.

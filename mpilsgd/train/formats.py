@@ -127,7 +127,7 @@ def read_cifar_python(path: Path) -> Split:
         batch = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
         images, labels = (_values(batch.get(key)) for key in ("data", "labels"))
     except Exception as error:  # a damaged pickle can raise nearly anything
-        told = " ".join(str(error).split())
+        told = repr(str(error)[:200])[1:-1]  # in one line
         raise DataError(
             f"{path}: not a CIFAR-10 batch, or truncated ({len(content)} bytes): {told}"
         ) from error

@@ -32,7 +32,7 @@ def resolve(path: str) -> Any:
         found: Any = importlib.import_module(module_name)
         for attribute in attributes.split("."):
             found = getattr(found, attribute)
-    except Exception as error:  # whatever the user's module raises when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module raises when it is imported
         raise InputError(f"cannot import {path!r}: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise InputError(f"{path!r} is a {type(found).__name__}, not something to call")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mpilsgd.comm import Heartbeat, Topology, inquiry
+from mpilsgd.comm import Heartbeat, Topology, end_job, inquiry
 from mpilsgd.methods import EASGDTree, Method
 from mpilsgd.train import data, devices, optimizers
 from mpilsgd.train.batches import ChannelsLast
@@ -22,6 +22,7 @@ from mpilsgd.train.config import FIELDS, Config, default_output
 from mpilsgd.train.display import Display, closing, opening
 from mpilsgd.train.loop import Trainer
 from mpilsgd.train.options import enlist, keyword_arguments, method_options, methods, names_of, required
+from mpilsgd.train.outlet import lasting_output
 from mpilsgd.train.prepare import prepared, refuse_channels_last
 from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.sampling import Sampler, derived_seed
@@ -30,6 +31,7 @@ from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, all_here, on_
 from mpilsgd.train.tree_text import summary_line
 
 
+@lasting_output()
 def main(argv: Sequence[str]) -> int:
     """Runs `mpilsgd train` with these arguments on all ranks; returns the exit status, the same on every rank."""
     base = Topology()
@@ -43,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
             sys.stderr.flush()
         if not everyone:
             base.world.Abort(status)
+    except SystemExit as exit:  # of the user's code, perhaps on this rank alone
+        end_job(type(exit), exit, exit.__traceback__)
     base.free()
     return status
 
@@ -158,7 +162,8 @@ def _mistakes_of_ranks(config: Config, base: Topology) -> list[str]:
             f"slow: there is no rank {rank}; the ranks are 0 to {base.world.size - 1}" for rank in absent
         ]
     if config.method in methods() and _is_complete(config):
-        trial = torch.nn.Linear(1, config.method_options.get("fragments") or 1)  # one parameter each at least
+        fragments = config.method_options.get("fragments") or 1
+        trial = torch.nn.Linear(1, max(1, min(fragments, 1 << 16)))  # one parameter each at least
         unrecorded = dataclasses.replace(
             config, method_options={**config.method_options, **dict.fromkeys(_recordings(config))}
         )

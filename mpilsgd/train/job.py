@@ -117,13 +117,10 @@ def _main(argv: Sequence[str], base: Topology) -> int:
 
 
 def _refuse_singletons(base: Topology) -> None:
-    """mpiexec of one MPI and mpi4py of another: every process believes to be alone."""
-    launched = inquiry.launched_processes(os.environ)
-    if launched is not None and launched > base.world.size:
-        raise Stopped(
-            f"the launcher started {launched} processes, but MPI sees {base.world.size}: mpiexec and mpi4py belong to "
-            "different MPIs; use the mpiexec that lies beside this python (`mpilsgd info` shows the library)"
-        )
+    """A launcher that is not the MPI's: every process believes to be alone."""
+    told = inquiry.apart(base.world.size)
+    if told is not None:
+        raise Stopped(told)
 
 
 def _configure(argv: Sequence[str], base: Topology) -> tuple[Config | None, int]:

@@ -17,13 +17,24 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
-LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml", ".h": "cpp", ".ipynb": "json"}
+LANGUAGES = {
+    ".py": "python",
+    ".sh": "bash",
+    ".sbatch": "bash",
+    ".yaml": "yaml",
+    ".h": "cpp",
+    ".ipynb": "json",
+}
 
 
 def on_files(files: Any, config: Any) -> None:
     """Adds the README, and all that is linked to outside docs/."""
     files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text()))
-    todo = [path for page in list(files.documentation_pages()) for path in _outside(page.content_string, _origin(page))]
+    todo = [
+        path
+        for page in list(files.documentation_pages())
+        for path in _outside(page.content_string, _origin(page))
+    ]
     done: set[Path] = set()
     while todo:
         path = todo.pop()
@@ -69,9 +80,15 @@ def _target(link: str, origin: Path) -> Path:
 
 
 def _outside(text: str, origin: Path) -> list[Path]:
-    found = [_target(match[1], origin) for match in LINK.finditer(text)] if origin.suffix in ("", ".md") else []
+    found = (
+        [_target(match[1], origin) for match in LINK.finditer(text)] if origin.suffix in ("", ".md") else []
+    )
     docs = ROOT / "docs"
-    return [path for path in found if path.exists() and docs not in (path, *path.parents) and path != ROOT / "README.md"]
+    return [
+        path
+        for path in found
+        if path.exists() and docs not in (path, *path.parents) and path != ROOT / "README.md"
+    ]
 
 
 def _content(path: Path) -> str:
@@ -91,7 +108,8 @@ class Runtime(griffe.Extension):
         if not cls.path.startswith("mpilsgd.methods.") or cls.docstring is None:
             return
         real: Any = griffe.dynamic_import(cls.path)
-        cls.docstring.value = inspect.getdoc(real) or ""
+        head, arguments, rows = (inspect.getdoc(real) or "").partition("\nArgs:\n")
+        cls.docstring.value = head + arguments + rows.replace("\n        ", " ")  # one line an argument
         given = [
             griffe.Parameter(
                 p.name,

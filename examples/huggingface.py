@@ -54,5 +54,7 @@ arguments = TrainingArguments(
 Scored(model=model, args=arguments, train_dataset=mine, optimizers=(opt, None)).train()
 with opt.center():
     if rank == 0:
-        print(f"{sum(losses) / len(losses):.2f} nats a character, to begin with {torch.tensor(len(letters)).log():.2f}")
+        print(
+            f"{sum(losses) / len(losses):.2f} nats a character, to begin with {torch.tensor(len(letters)).log():.2f}"
+        )
         model.save_pretrained("model")

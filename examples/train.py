@@ -12,7 +12,7 @@ mine = torch.utils.data.TensorDataset(x[rank:10_000:size], y[rank:10_000:size]) 
 
 model = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
 opt = mpilsgd.LSGD(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), topo, pull=0.1, period=10)
-for epoch in range(10):
+for _ in range(10):  # epochs
     for inputs, targets in torch.utils.data.DataLoader(mine, batch_size=50, shuffle=True):
         opt.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(inputs), targets)

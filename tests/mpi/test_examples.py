@@ -65,16 +65,12 @@ def test_a_tree_trains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert 0.009 <= figure("tree.py", [], r"mean squared error ([\d.]+)", monkeypatch, capsys) <= 0.03
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("lightning") is None, reason="needs the package lightning"
-)
+@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="needs the package lightning")
 def test_lightning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert figure("lightning_module.py", [], r"test error ([\d.]+) %", monkeypatch, capsys) <= 5
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="needs the package transformers"
-)
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the package transformers")
 def test_huggingface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert figure("huggingface.py", ["20"], r"([\d.]+) nats a character", monkeypatch, capsys) < 4
     if WORLD.rank == 0:

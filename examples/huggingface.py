@@ -3,6 +3,7 @@
 pip install transformers accelerate; mpiexec -n 4 python -m mpi4py examples/huggingface.py [STEPS]
 """
 
+import math
 import os
 import sys
 import tempfile
@@ -21,13 +22,12 @@ for name in [name for name in os.environ if name.startswith(("PMI", "OMPI_", "MP
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments  # noqa: E402
 
 text = "\n".join(topics.values())[:100_000]
-letters = sorted(set(text))
-data = torch.tensor([letters.index(letter) for letter in text]).split(64)[:-1]
+letters = {letter: number for number, letter in enumerate(sorted(set(text)))}
+data = torch.tensor([letters[letter] for letter in text]).split(64)[:-1]
 mine = [{"input_ids": one, "labels": one} for one in data[rank::size]]  # this rank's part
 
 torch.manual_seed(0)
-config = GPT2Config(vocab_size=len(letters), n_positions=64, n_embd=64, n_layer=2, n_head=4)
-config.bos_token_id = config.eos_token_id = 0
+config = GPT2Config(len(letters), 64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
 model = GPT2LMHeadModel(config)
 losses = deque(maxlen=10)
 
@@ -54,7 +54,5 @@ arguments = TrainingArguments(
 Scored(model=model, args=arguments, train_dataset=mine, optimizers=(opt, None)).train()
 with opt.center():
     if rank == 0:
-        print(
-            f"{sum(losses) / len(losses):.2f} nats a character, to begin with {torch.tensor(len(letters)).log():.2f}"
-        )
+        print(f"{sum(losses) / len(losses):.2f} nats a character; to begin with {math.log(len(letters)):.2f}")
         model.save_pretrained("model")

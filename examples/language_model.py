@@ -12,11 +12,11 @@ from torch import nn
 
 import mpilsgd
 
-CONTEXT, BATCH, WIDTH = 64, 16, 64  # characters that it looks back, texts a batch, numbers a character
+CONTEXT, BATCH, WIDTH = 32, 16, 64  # characters that it looks back on, texts a batch, numbers a character
 
 text = "\n".join(topics.values())
-letters = sorted(set(text))
-data = torch.tensor([letters.index(letter) for letter in text[:200_000]])
+letters = {letter: number for number, letter in enumerate(sorted(set(text)))}
+data = torch.tensor([letters[letter] for letter in text[:200_000]])
 train, test = data[:180_000], data[180_000:]
 
 

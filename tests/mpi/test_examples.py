@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from harness import WORLD
 
 pytestmark = [pytest.mark.mpi, pytest.mark.processes, pytest.mark.brief(2)]
@@ -40,29 +41,25 @@ def figure(
     return WORLD.bcast(float(found[1]) if found else None)
 
 
-@pytest.mark.parametrize(
-    "name, arguments, said, low, high",
-    [
-        ("train.py", [], r"test error ([\d.]+) %", 0, 3),
-        ("language_model.py", ["40"], r"([\d.]+) bits a character", 2, 4.5),
-        ("gan.py", ["300"], r"radius ([\d.]+)", 0.7, 1.3),
-        ("asynchronous.py", [], r"mean squared error ([\d.]+)", 0.009, 0.03),
-    ],
-)
-def test_a_script_trains(
-    name: str,
-    arguments: list[str],
-    said: str,
-    low: float,
-    high: float,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_plain_torch_loads_what_the_first_script_saves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert low <= figure(name, arguments, said, monkeypatch, capsys) <= high
+    error = figure("train.py", [], r"test error ([\d.]+) %", monkeypatch, capsys)
+    assert error < 3
+    if WORLD.rank == 0:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+        model.load_state_dict(torch.load("model.pt", weights_only=True))
+        torch.manual_seed(0)
+        x = torch.randn(12_000, 2)[10_000:]
+        wrong = model(x).argmax(1) != (x.norm(dim=1) > 1.18).long()
+        assert round(100 * wrong.float().mean().item(), 1) == error
 
 
-def test_a_tree_trains(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert 0.009 <= figure("tree.py", [], r"mean squared error ([\d.]+)", monkeypatch, capsys) <= 0.03
+@pytest.mark.parametrize("name", ["asynchronous.py", "tree.py"])
+def test_nobody_waits_and_all_learn(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert 0.009 <= figure(name, [], r"mean squared error ([\d.]+)", monkeypatch, capsys) <= 0.03
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="needs the package lightning")

@@ -35,7 +35,6 @@ def script(name: str, workers: int, arguments: list[str], monkeypatch: pytest.Mo
     [
         ("language_model.py", 2, ["40"], r"([\d.]+) bits a character", 2, 4.5),
         ("gan.py", 2, ["300"], r"radius ([\d.]+)", 0.7, 1.3),
-        ("asynchronous.py", 3, [], r"mean squared error ([\d.]+)", 0.009, 0.03),
         ("tree.py", 7, [], r"mean squared error ([\d.]+)", 0.009, 0.03),
     ],
 )
@@ -58,20 +57,6 @@ def test_a_script_trains(
     assert low <= float(found[1]) <= high, told
 
 
-def test_plain_torch_loads_what_the_first_script_saves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    script("train.py", 4, [], monkeypatch)
-    model = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
-    model.load_state_dict(torch.load("model.pt", weights_only=True))
-    torch.manual_seed(0)
-    x = torch.randn(12_000, 2)[10_000:]
-    error = (model(x).argmax(1) != (x.norm(dim=1) > 1.18).long()).float().mean()
-    assert capsys.readouterr().out == f"test error {100 * error:.1f} %\n"
-    assert error < 0.03
-
-
 def test_examples_are_short() -> None:
     files = [path for path in EXAMPLES.iterdir() if path.suffix == ".py"]
     assert len(files) >= 8
@@ -81,7 +66,7 @@ def test_examples_are_short() -> None:
 def test_the_cells_of_the_notebook_run(capsys: pytest.CaptureFixture[str]) -> None:
     cells = json.loads((EXAMPLES / "notebook.ipynb").read_text())["cells"]
     names: dict[str, Any] = {}
-    for cell in cells + cells[-3:]:  # some a second time
+    for cell in cells + cells[4:5]:  # one a second time
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     assert names["errors"][-1] < 0.05 < names["errors"][0]

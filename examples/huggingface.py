@@ -27,7 +27,8 @@ data = torch.tensor([letters[letter] for letter in text]).split(64)[:-1]
 mine = [{"input_ids": one, "labels": one} for one in data[rank::size]]  # this rank's part
 
 torch.manual_seed(0)
-config = GPT2Config(len(letters), 64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+size_of = {"vocab_size": len(letters), "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
+config = GPT2Config(**size_of, bos_token_id=0, eos_token_id=0)
 model = GPT2LMHeadModel(config)
 losses = deque(maxlen=10)
 

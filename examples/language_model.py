@@ -47,7 +47,7 @@ steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 topo = mpilsgd.Topology()
 torch.manual_seed(topo.world.rank)  # each rank reads other places
 model = GPT()
-opt = mpilsgd.LocalSGD(torch.optim.AdamW(model.parameters(), lr=3e-3), topo, period=16)
+opt = mpilsgd.LocalSGD(torch.optim.AdamW(model.parameters(), lr=1e-2), topo, period=16)
 for _ in range(steps):
     opt.zero_grad()
     loss = bits(model, train, torch.randint(len(train) - CONTEXT, (BATCH,)))

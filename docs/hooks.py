@@ -109,14 +109,21 @@ class Runtime(griffe.Extension):
             return
         real: Any = griffe.dynamic_import(cls.path)
         head, arguments, rows = (inspect.getdoc(real) or "").partition("\nArgs:\n")
-        cls.docstring.value = head + arguments + rows.replace("\n        ", " ")  # one line an argument
+        rows = rows.replace("\n        ", " ")  # one line an argument, and the default from the signature
+        rows = re.sub(r"(?m)^(    \w+) \((.*?)(?:, )?default .*?\):", r"\1 (\2):", rows).replace(" ():", ":")
+        cls.docstring.value = head + arguments + rows
         given = [
             griffe.Parameter(
                 p.name,
                 kind=griffe.ParameterKind[p.kind.name.lower()],
                 default=None if p.default is p.empty else repr(p.default),
+                annotation=_type(real.fields[p.name].type) if p.name in real.fields else None,
             )
             for p in inspect.signature(real).parameters.values()
         ]
         own = griffe.Parameter("self", kind=griffe.ParameterKind.positional_or_keyword)
         cls.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(own, *given)))
+
+
+def _type(of: Any) -> str:
+    return of.__name__ if isinstance(of, type) else str(of).removeprefix("typing.")

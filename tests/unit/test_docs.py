@@ -166,6 +166,7 @@ def test_the_readme_is_short_and_shows_the_example() -> None:
 
 COMMAND = re.compile(r"(?<![\w./-])mpilsgd (?:" + "|".join(COMMANDS) + r")\b[^`\n|;&]*")
 STAND_INS: dict[str, str | None] = {"PACKAGE.MODULE:CALLABLE": "mlp", "N": "3", "RUN...": "runs/x"}
+NEEDED = {"report": ["runs/x"], "bench": ["kernels"], "plan": ["--parameters", "1", "--step_s", "1"]}
 STAND_INS |= dict.fromkeys(("--option", "value", "..."))  # left out
 
 
@@ -201,9 +202,9 @@ def check(words: list[str]) -> None:
         return
     parser = argparse.ArgumentParser(exit_on_error=False)
     importlib.import_module(_MODULES.get(command, f"mpilsgd.train.{command}")).add_arguments(parser)
-    parser.parse_args(
-        rest or (["runs/x"] if command == "report" else ["kernels"] if command == "bench" else [])
-    )
+    if not rest or command == "plan":
+        rest = [*NEEDED.get(command, ()), *rest]
+    parser.parse_args(rest)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import mpilsgd
 topo = mpilsgd.Topology()  # starts MPI, which has read the launcher's variables now
 rank, size = topo.world.rank, topo.world.size
 for name in [name for name in os.environ if name.startswith(("PMI", "OMPI_", "MPI_", "MV2_", "SLURM_"))]:
-    del os.environ[name]  # accelerate would take them for its own, and wait for ranks of torch.distributed
+    del os.environ[name]  # accelerate would take them for its own, and start torch.distributed
 
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments  # noqa: E402
 

@@ -48,7 +48,7 @@ def test_lenet() -> None:
     assert sum(p.numel() for p in model.parameters()) == 431_080
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt"])
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 28, 28), (3, 32, 32), (2, 24, 40)])
 def test_models_fit_images(name: str, shape: tuple[int, ...]) -> None:
     model = build(name, shape, 7)

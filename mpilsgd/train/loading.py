@@ -244,12 +244,17 @@ class _Passes(IterableDataset):
             yield batch
 
 
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
 def _loader(dataset: Any, workers: int, **more: Any) -> DataLoader[Any]:
     """By processes that are spawned: one that is forked after MPI has started may hang. Draws nothing here."""
     return DataLoader(
         dataset,
         batch_size=None,
         num_workers=workers,
+        collate_fn=_as_it_is,  # not the default, which would make other types of what the user's own gives
         multiprocessing_context="spawn",
         generator=torch.Generator(),
         **more,

@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
+from mpilsgd.train import networks
 from mpilsgd.train.callables import InputError, accepted, check_call, is_path, names_any, resolve
+from mpilsgd.train.networks import Shape, image
 
-Shape = tuple[int, ...]
 CLASSES_UNKNOWN = (
     "how many classes are there? Give --classes N, or the training set an attribute `classes`, or (inputs, labels) "
     "tensors in its place"
@@ -34,7 +35,7 @@ def mlp(input_shape: Shape, classes: int) -> nn.Sequential:
 
 def lenet(input_shape: Shape, classes: int) -> nn.Sequential:
     """LeNet in the size usual for MNIST: convolutions of 20 and 50 5 x 5 filters, each pooled, and 500 hidden units."""
-    channels, height, width = _image(input_shape, "lenet", least=16)
+    channels, height, width = image(input_shape, "lenet", least=16)
     features = 50 * _pooled(height, 5, 5) * _pooled(width, 5, 5)
     return nn.Sequential(
         *(nn.Conv2d(channels, 20, 5), nn.MaxPool2d(2), nn.ReLU()),
@@ -49,7 +50,7 @@ def cnn7(input_shape: Shape, classes: int) -> nn.Sequential:
     (3,28,28) -C,R 5x5-> (64,24,24) -P-> (64,12,12) -C,R 5x5-> (128,8,8) -P-> (128,4,4) -C,R 3x3-> (64,2,2)
     -L,R,D-> 256 -L,S-> 10 (the softmax is in the loss). Other input sizes change the first linear layer only.
     """
-    channels, height, width = _image(input_shape, "cnn7", least=24)
+    channels, height, width = image(input_shape, "cnn7", least=24)
     features = 64 * (_pooled(height, 5, 5) - 2) * (_pooled(width, 5, 5) - 2)
     model = nn.Sequential(
         *(nn.Conv2d(channels, 64, 5), nn.MaxPool2d(2), nn.ReLU()),
@@ -71,7 +72,7 @@ class ResNet20(nn.Module):
 
     def __init__(self, input_shape: Shape, classes: int):
         super().__init__()
-        channels, _, _ = _image(input_shape, "resnet20", least=8)
+        channels, _, _ = image(input_shape, "resnet20", least=8)
         self.stem = nn.Sequential(
             nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
         )
@@ -161,6 +162,11 @@ MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "lenet": lenet,
     "cnn7": cnn7,
     "resnet20": ResNet20,
+    "vgg16": networks.vgg16,
+    "resnet18": networks.resnet18,
+    "resnet50": networks.resnet50,
+    "cifar_lowrank": networks.cifar_lowrank,
+    "imagenet11": networks.imagenet11,
     "gpt": GPT,
 }
 
@@ -208,14 +214,6 @@ def _positional(function: Callable[..., nn.Module], offered: tuple[Any, Any]) ->
         if len([p for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) == 2
         else ()
     )
-
-
-def _image(input_shape: Shape, model: str, least: int) -> tuple[int, int, int]:
-    if len(input_shape) != 3 or min(input_shape[1:]) < least:
-        shape = " x ".join(map(str, input_shape))
-        raise InputError(f"{model} needs images of at least {least} x {least} pixels; the data has {shape}")
-    channels, height, width = input_shape
-    return channels, height, width
 
 
 def _pooled(size: int, *kernels: int) -> int:

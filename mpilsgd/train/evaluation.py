@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mpilsgd.comm import Topology
-from mpilsgd.train.formats import DataError
+from mpilsgd.train.callables import InputError
 from mpilsgd.train.samples import Dataset
 from mpilsgd.train.task import Classification, Task
 
@@ -42,26 +42,33 @@ def evaluate(
 ) -> Result:
     """Evaluates the whole test set; with a topology each rank takes its share of it (collective).
 
+    An InputError, with a topology on every rank, says what is wrong with a sample.
+
     autocast: gives what forward pass and loss are computed in. Numbers are taken from the device at the end only.
     """
     task = task or Classification(test.classes)
     rank, size = (topology.world.rank, topology.world.size) if topology is not None else (0, 1)
     sums: dict[str, Any] = {}
-    count = 0
-    with evaluating(model), torch.no_grad():
-        for batch, samples in test.share(rank, size):
-            with autocast():
-                found = task.sums(model, batch, samples)
-            count += samples
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + value
-    own = count, {name: float(value) for name, value in sums.items()}
+    count, wrong = 0, None
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch, samples in test.share(rank, size):
+                with autocast():
+                    found = task.sums(model, batch, samples)
+                count += samples
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value
+    except InputError as error:  # of this rank's share: all are to know
+        wrong = f"rank {rank}: the test set: {error}"
+    own = count, {name: float(value) for name, value in sums.items()}, wrong
     parts = [own] if topology is None else topology.allgather(own)
-    total = sum(samples for samples, _ in parts)
+    for wrong in [wrong for _, _, wrong in parts if wrong]:
+        raise InputError(wrong)
+    total = sum(samples for samples, _, _ in parts)
     if not total:
-        raise DataError("the test set holds no samples")
-    names = dict.fromkeys(name for _, part in parts for name in part)
-    means = {name: sum(part.get(name, 0.0) for _, part in parts) / total for name in names}
+        raise InputError("the test set holds no samples")
+    names = dict.fromkeys(name for _, part, _ in parts for name in part)
+    means = {name: sum(part.get(name, 0.0) for _, part, _ in parts) / total for name in names}
     return Result(means.pop("loss"), means.pop("error", None), means)
 
 

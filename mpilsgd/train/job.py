@@ -95,8 +95,8 @@ def _main(argv: Sequence[str], base: Topology) -> int:
             opt.close()
             topology.free()
         raise
-    except InputError as error:  # of data that are read as they are needed, on this rank alone
-        raise Stopped(f"rank {rank}: {error}") from None
+    except InputError as error:  # of data that are read as they are needed; perhaps on this rank alone
+        raise Stopped(str(error)) from None
     finally:
         heartbeat.stop()
     heartbeat.free()

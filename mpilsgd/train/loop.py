@@ -16,6 +16,7 @@ from mpilsgd.comm import Place, Topology, seconds
 from mpilsgd.methods import Method
 from mpilsgd.train import checkpoint, devices, diverging
 from mpilsgd.train.batches import Batches
+from mpilsgd.train.callables import InputError
 from mpilsgd.train.config import Config
 from mpilsgd.train.display import Display
 from mpilsgd.train.evaluation import Result, evaluate
@@ -167,7 +168,10 @@ class Trainer:
 
         timer.begin()
         first = at.step * self.config.accumulate
-        batches = [self.batches.take(first + k) for k in range(self.config.accumulate)]
+        try:
+            batches = [self.batches.take(first + k) for k in range(self.config.accumulate)]
+        except InputError as error:
+            raise InputError(f"rank {self.rank}: {error}") from None
         timer.loaded()
         opt.zero_grad()
         loss = self.gradient.of(batches)

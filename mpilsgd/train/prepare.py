@@ -84,6 +84,10 @@ def sampler_of(config: Config, train: Dataset, opt: Method, topology: Topology) 
     lengths = topology.allgather(train.samples)
     if opt.buffers == "recalibrate":
         raise InputError("buffers=recalibrate: needs a data set with __getitem__; this one is iterable")
+    if not train.whole and workers < topology.world.size:
+        raise InputError(
+            "the training set gives every rank its own part, and some ranks do not compute: let it be the whole set"
+        )
     if config.sampling != "partition":
         raise InputError(f"sampling={config.sampling}: an iterable data set is partitioned")
     if None in lengths:

@@ -50,7 +50,7 @@ def _where(module_name: str, found: Any, error: Exception) -> str:
     if isinstance(error, AttributeError) and found is not None:
         close = difflib.get_close_matches(str(error.name), dir(found), 1)
         meant = f"; did you mean {close[0]}?" if close else ""
-        return f"; looked in {getattr(found, '__file__', None) or found!r}{meant}"
+        return f"; looked in {getattr(found, '__file__', None) or repr(found)}{meant}"
     return ""
 
 

@@ -6,6 +6,7 @@ import functools
 import itertools
 import pickle
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -178,12 +179,16 @@ class StreamSet(_Read):
         return self._length
 
     def _one(self) -> Any:
-        for item in self.dataset:
-            return item
-        raise DataError(f"{self.dataset!r} holds no samples")
+        return self._begin()[0]
 
     def first(self) -> Batch:
-        return self._arrived((self.collate(list(itertools.islice(iter(self.dataset), 2))), None))
+        return self._arrived((self.collate(self._begin()), None))
+
+    def _begin(self) -> list[Any]:
+        found = list(itertools.islice(iter(self.dataset), 2))
+        if not found:
+            raise DataError(f"{self.dataset!r} holds no samples")
+        return found
 
     def training(self, sampler: Any, number: int) -> Iterator[Batch]:
         passes = _Passes(self.dataset, self.collate, sampler, number, self._length is not None)
@@ -263,7 +268,9 @@ def _loader(dataset: Any, workers: int, **more: Any) -> DataLoader[Any]:
 
 def _begun(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
-        return iter(loader)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice to fork
+            return iter(loader)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise InputError(
             f"workers: the data set cannot be sent to another process ({error}): take --workers 0"

@@ -106,7 +106,7 @@ def _no_number(row: list[str]) -> str:
 def read_npz(name: str, loss: str, seed: int) -> tuple[Pair, Pair]:
     """The arrays x_train, y_train, x_test and y_test; targets that are no whole numbers are for a regression."""
     try:
-        with np.load(name, allow_pickle=False) as file:
+        with open(name, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             missing = [key for key in _NAMES if key not in file]
             if missing:
                 raise DataError(

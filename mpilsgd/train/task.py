@@ -23,8 +23,8 @@ class Task:
     def model(self, config: Config, train: Dataset, first: Batch, seed: int) -> torch.nn.Module:
         """A new model. first: two samples of the training set; the seed fixes the initial parameters."""
         inputs = first[0] if isinstance(first, tuple | list) else None
-        known = config.model in models.MODELS and isinstance(inputs, Tensor)
-        if known and inputs.is_floating_point() == (config.model == "gpt"):
+        built_in = config.model in models.MODELS
+        if built_in and isinstance(inputs, Tensor) and inputs.is_floating_point() == (config.model == "gpt"):
             raise InputError(
                 f"{config.model} does not take inputs of {inputs.dtype} from {config.data}: gpt is for texts, the "
                 "other models are for numbers"

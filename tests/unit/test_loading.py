@@ -129,7 +129,7 @@ def test_streams_that_end_too_early() -> None:
     with pytest.raises(DataError, match="used up after one pass"):
         StreamSet(iter([1, 2]), None)
     with pytest.raises(DataError, match="holds no samples"):
-        StreamSet(Counting(0), None)
+        StreamSet(Counting(0), None).first()
 
 
 def test_the_test_set_is_shared_out_too() -> None:
@@ -177,11 +177,11 @@ def test_a_table_of_numbers(tmp_path: Path) -> None:
         ("1,2\n", "too few rows"),
         ("1,2\n1,99999\n1,3\n", "whole numbers up to 99999, .* --loss mse"),
         ("1,-1\n1,0\n1,1\n", "is below 0"),
-        ('1,"2\n', "holds no rows of numbers|no table"),
+        ("1,2\n3,\xff\n", "line 2: column 2 holds 'ÿ', which is no number"),
     ],
 )
 def test_bad_tables(tmp_path: Path, content: str, message: str) -> None:
-    with pytest.raises(DataError, match=rf"t\.csv.*{message}" if "|" not in message else message):
+    with pytest.raises(DataError, match=rf"t\.csv.*{message}"):
         load(csv(tmp_path, content))
 
 

@@ -37,9 +37,11 @@ def wrapped(pair: Any, path: str, reading: Reading, own_part: bool = False) -> t
         _wrap(dataset, known, classes, reading, own_part, where)
         for dataset, known, where in zip(pair, labels, wheres, strict=True)
     )
-    shapes = train.input_shape, test.input_shape
-    if isinstance(train, TensorSet) and isinstance(test, TensorSet) and shapes[0] != shapes[1]:
-        raise DataError(f"{path}: training inputs have the shape {shapes[0]}, test inputs {shapes[1]}")
+    in_memory = isinstance(train, TensorSet) and isinstance(test, TensorSet)
+    if in_memory and train.input_shape != test.input_shape:
+        raise DataError(
+            f"{path}: training inputs have the shape {train.input_shape}, test inputs {test.input_shape}"
+        )
     return train, test
 
 
@@ -56,7 +58,7 @@ def _wrap(
     dataset: Any, labels: Any, classes: int | None, reading: Reading, own_part: bool, where: str
 ) -> Dataset:
     pair = _tensors(dataset)
-    if pair is not None or hasattr(dataset, "__getitem__"):
+    if pair is not None or not _is_iterable(dataset):
         if own_part:
             raise DataError(
                 f"{where}: its callable takes rank and size, which is for iterable data sets: one with __getitem__ is "
@@ -66,6 +68,13 @@ def _wrap(
             return TensorSet(torch.as_tensor(pair[0]), labels, classes)
         return MapSet(dataset, classes, reading)
     return StreamSet(dataset, classes, reading, not own_part)
+
+
+def _is_iterable(dataset: Any) -> bool:
+    """Whether it can only be gone through. torch gives every Dataset of its own a __getitem__."""
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return True
+    return hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")
 
 
 def _tensors(dataset: Any) -> Any:
@@ -79,8 +88,8 @@ def _labels(dataset: Any, where: str, loss: str) -> torch.Tensor | None:
     """All targets of a pair in memory, seen to fit the loss; None where they are read as they are needed."""
     pair = _tensors(dataset)
     if pair is None:
-        readable = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        if not readable and not (hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__")):
+        readable = not _is_iterable(dataset) and hasattr(dataset, "__len__")
+        if not readable and not _is_iterable(dataset):
             raise DataError(
                 f"{where}: must be a torch Dataset with __getitem__ and __len__ or with __iter__, or a pair of "
                 f"tensors; it is {dataset!r}"

@@ -158,7 +158,7 @@ class Config:
         None, "Run", f"continue the run of this directory; may come with {', '.join(RESUMABLE[:8])}"
     )
     checkpoint_every: float | str | None = _option(
-        1, "Run", "epochs between checkpoints, or '200 steps' (null: at the start and the end)"
+        1.0, "Run", "epochs between checkpoints, or '200 steps' (null: at the start and the end)"
     )
     threads: int | None = _option(
         None, "Run", "threads a rank (null: OMP_NUM_THREADS, or a fair share of the cores)"

@@ -85,7 +85,7 @@ install_torch() {
       wanted+=+cpu index=(--extra-index-url "$CPU_TORCH")
       told=" without CUDA, as no NVIDIA GPU is here (MPILSGD_TORCH=$TORCH takes the other)"
     else
-      told=" with CUDA, as $CPU_TORCH cannot be reached"
+      told=", perhaps with CUDA, as $CPU_TORCH cannot be reached"
     fi
   fi
   say "installing $TORCH$told (up to some minutes)"

@@ -10,7 +10,7 @@ trap 'rm -rf "$scratch"' EXIT
 empty=$scratch/venv
 
 say "an sdist, and a wheel from it"
-CMAKE_ARGS=-DMPILSGD_CUDA=OFF quietly "python -m build" "$PY" -m build --outdir "$scratch/dist" "$ROOT"
+CMAKE_ARGS="${CMAKE_ARGS:-} -DMPILSGD_CUDA=OFF" quietly "python -m build" "$PY" -m build --outdir "$scratch/dist" "$ROOT"
 "$PY" - "$scratch"/dist/*.tar.gz "$scratch"/dist/*.whl <<'END'
 import sys, tarfile, zipfile
 

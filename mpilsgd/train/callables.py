@@ -42,7 +42,7 @@ def resolve(path: str) -> Any:
     return found
 
 
-def _where(module_name: str, found: Any, error: Exception) -> str:
+def _where(module_name: str, found: Any, error: BaseException) -> str:
     """Where was looked for what is missing; nothing if the module itself raises."""
     if isinstance(error, ModuleNotFoundError) and module_name.startswith(str(error.name)):
         folders = [folder or os.getcwd() for folder in sys.path if not folder.endswith(".zip")]

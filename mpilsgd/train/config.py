@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from mpilsgd.train import logs
 from mpilsgd.train.callables import InputError, is_path, resolve
 from mpilsgd.train.data import DATASETS
 from mpilsgd.train.models import MODELS
@@ -32,6 +33,7 @@ RESUMABLE = (
     "compile",
     "resume",
     "device",
+    "log",
 )
 
 
@@ -123,6 +125,9 @@ class Config:
     checkpoint_every: float | str | None = _option(
         1, "Run", "epochs between checkpoints, or '200 steps' (null: at the start and the end)"
     )
+    log: Literal["tensorboard", "wandb", "csv"] | None = _option(
+        None, "Run", "write the evaluations in the format of another tool, too (null: to metrics.jsonl alone)"
+    )
     threads: int | None = _option(
         None, "Run", "threads a rank (null: OMP_NUM_THREADS, or a fair share of the cores)"
     )
@@ -195,6 +200,8 @@ class Config:
                 parse_every(getattr(self, name))
             except ValueError as error:
                 yield f"{name}: {error}"
+        if (lacking := logs.problem(self.log)) is not None:
+            yield f"log: {lacking}"
         try:
             self.slow = str(parse_slow(self.slow)) or None
         except ValueError as error:

@@ -12,7 +12,7 @@ from mpilsgd.train.evaluation import Result
 from mpilsgd.train.progress import Progress, histogram, mean
 from mpilsgd.train.run_directory import METRICS
 
-_OF_PROGRESS = ("step", "wall", "compute", "data", "comm", "loss_sum", "loss_count")
+_OF_PROGRESS = ("step", "wall", "compute", "data", "comm", "wait", "loss_sum", "loss_count", "leads")
 _OF_METHOD = ("rounds", "bytes_group", "bytes_across")
 
 
@@ -21,6 +21,11 @@ def measured(at: Progress, opt: Method) -> dict[str, Any]:
     return {
         key: getattr(of, key) for of, keys in ((at, _OF_PROGRESS), (opt.metrics, _OF_METHOD)) for key in keys
     }
+
+
+def figures_of(result: Result) -> dict[str, float]:
+    """What an evaluation found, as it stands in metrics.jsonl and summary.json."""
+    return {"test_loss": result.loss, "test_error": result.error}
 
 
 def metrics_line(
@@ -43,13 +48,19 @@ def metrics_line(
         "bytes_group": totals["bytes_group"],
         "bytes_across": totals["bytes_across"],
         "train_loss": totals["loss_sum"] / max(totals["loss_count"], 1),
-        "test_loss": result.loss,
-        "test_error": result.error,
+        **figures_of(result),
         "leader": leader if leader >= 0 else None,
-        **{f"t_{key}": totals[key] / workers for key in ("compute", "data", "comm")},
+        **{f"t_{key}": totals[key] / workers for key in ("compute", "data", "comm", "wait")},
     }
     assert tuple(line) == METRICS
     return line
+
+
+def ranks_of(rows: Sequence[dict[str, Any]], workers: Sequence[int], step: float) -> dict[str, Any]:
+    """What ranks.json holds: where each rank is at an evaluation. rows: `measured` of every rank."""
+    seconds = {f"t_{key}": [row[key] for row in rows] for key in ("compute", "data", "comm", "wait")}
+    steps, leads = ([row[key] for row in rows] for key in ("step", "leads"))
+    return {"step": step, "workers": list(workers), "steps": steps, "leads": leads, **seconds}
 
 
 def summary_of(

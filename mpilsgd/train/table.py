@@ -14,10 +14,6 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def percent(fraction: float | None) -> str:
-    return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.2f}"
-
-
 def count(value: float) -> str:
     return f"{value:.0f}" if math.isfinite(value) else "-"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import threading
 import time
 from typing import Any, TextIO
 
@@ -18,6 +19,13 @@ from mpilsgd.train.terminal import columns_of
 _LIVE_PERIOD = 0.2  # seconds between changes of the bar
 _QUIET = 60.0  # seconds after which a log is told that the run is alive
 _BAR = "{percentage:3.0f} % {bar} {n_fmt}/{total_fmt}  {postfix}  {rate_fmt}  {remaining} left"
+
+
+class _Bar(tqdm):
+    """Without the thread and the locks between processes that tqdm makes for bars in many of them."""
+
+    monitor_interval = 0
+    _lock = threading.RLock()
 
 
 class Display:
@@ -67,7 +75,7 @@ class Display:
 
     def _draw(self, step: int, now: float, loss: float | None) -> None:
         if self._bar is None:
-            self._bar = tqdm(
+            self._bar = _Bar(
                 total=self.total,
                 initial=step,
                 file=self.stream,

@@ -92,21 +92,26 @@ def _iterate(state: State) -> dict[str, Tensor]:
     x = {name: state["model"][name] for name in _about(state)["places"]}
     optimizer = state["optimizer"].get("optimizer", state["optimizer"])  # RunningAverage's
     names = _about(state)["parameters"]
+    moved = {}
     for group in optimizer["param_groups"]:
         for index in group["params"] if group.get("lookahead") else ():
             velocity, name = optimizer["state"].get(index, {}).get("velocity"), names[index]
             if velocity is not None and name in x:
-                x[name] = x[name].sub(velocity, alpha=float(group["lookahead"]))
-    return x
+                moved[name] = x[name].sub(velocity, alpha=float(group["lookahead"]))
+    return _with(state, x, moved)
 
 
-def _averaged(state: State) -> dict[str, Tensor]:
-    """As `_iterate`, with the average over time in its place where the worker keeps one."""
-    x = _iterate(state)
-    for name, z in zip(_about(state)["parameters"], state["optimizer"].get("average", ()), strict=False):
-        if z is not None and name in x:
-            x[name] = z.to(x[name].dtype)
-    return x
+def _averaged(state: State, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the average over time in place of the parameters, where the worker keeps one."""
+    pairs = zip(_about(state)["parameters"], state["optimizer"].get("average", ()), strict=False)
+    return _with(state, x, {name: z.to(x[name].dtype) for name, z in pairs if z is not None and name in x})
+
+
+def _with(state: State, x: dict[str, Tensor], changed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Some tensors by their new values, under all names that lie at the same place (tied weights)."""
+    places = _about(state)["places"]
+    by_place = {tuple(places[name][:2]): value for name, value in changed.items()}
+    return {name: by_place.get(tuple(places[name][:2]), value) for name, value in x.items()}
 
 
 def _mean(about: State, load: Callable[[int], State], ranks: int) -> dict[str, Tensor]:
@@ -116,10 +121,12 @@ def _mean(about: State, load: Callable[[int], State], ranks: int) -> dict[str, T
     count = 0
     for rank in range(ranks):
         state = load(rank)
-        averages = about["vector"] is not None and "average" not in state["optimizer"]
-        x = _pieces(state, _vectors(state)[about["vector"]]) if averages else _averaged(state)
-        if not all(bool(v.isfinite().all()) for v in _iterate(state).values()):
+        x = _iterate(state)
+        if not all(bool(v.isfinite().all()) for v in x.values()):
             continue
+        if about["vector"] is not None:
+            x = _pieces(state, _vectors(state)[about["vector"]])
+        x = _averaged(state, x)
         kinds, count = {name: state["model"][name].dtype for name in x}, count + 1
         total = {name: v.double() + total.get(name, 0.0) for name, v in x.items()}
     if not count:

@@ -18,6 +18,14 @@ def count(value: float) -> str:
     return f"{value:.0f}" if math.isfinite(value) else "-"
 
 
+def count_text(value: float) -> str:
+    """Three significant digits, large numbers with k and M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if abs(value) >= 10 * size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "-"

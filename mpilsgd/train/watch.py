@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Follows a run in the terminal, from its directory alone: on the same machine, over ssh, or on a file system "
         "that both see. The page changes with every evaluation. It ends with the run, or with q or Ctrl-C; the run "
-        "does not notice. Needs rich and plotext: pip install 'mpilsgd[report]'."
+        "does not notice. Needs rich: pip install 'mpilsgd[report]'."
     )
     parser.add_argument("run", metavar="RUN", help="run directory (what `mpilsgd train --output` wrote)")
     parser.add_argument("--once", action="store_true", help="print the page once, as it is now")

@@ -1,4 +1,4 @@
-"""The page of `mpilsgd watch`, made with rich; its curves with plotext."""
+"""The page of `mpilsgd watch`, made with rich."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 from typing import Any
 
 import numpy as np
-import plotext
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mpilsgd.colors import PARTS, colors_of
+from mpilsgd.colors import METHODS, PARTS, colors_of
+from mpilsgd.train.braille import curve
 from mpilsgd.train.judged import TRAIN, Figure, figure_of, is_finite
 from mpilsgd.train.run_reader import Run
 from mpilsgd.train.table import duration, ranges
@@ -57,9 +57,9 @@ def _head(run: Run) -> RenderableType:
     bar.add_row(
         ProgressBar(total=total or 1.0, completed=min(step, total or 1.0) if total else 0.0, width=40),
         f"step {step:g}" + (f" of {total:g}" if total else ""),
-        Text(_standing(run, total, step), style="bold" if ended(run) else ""),
     )
     told.add_row(bar)
+    told.add_row(Text(_standing(run, total, step), style="bold" if ended(run) else ""))
     return Panel(told, title="mpilsgd watch", title_align="left", border_style="dim")
 
 
@@ -103,24 +103,13 @@ def _curves(run: Run, figures: list[Figure], width: int, rows: int) -> Renderabl
 
 def _curve(run: Run, figure: Figure, columns: int, rows: int, color: str) -> Text:
     x, y = run.curve("step", figure.key)
-    known = np.isfinite(y)
-    x, y = x[known], y[known] * figure.scale
-    plotext.clear_figure()
-    plotext.theme("clear")
-    plotext.plotsize(columns, rows)
-    plotext.title(figure.label)
-    plotext.frame(False)
-    if len(x):
-        # black would not be seen on a dark terminal
-        seen = (150, 150, 150) if color == "#000000" else tuple(int(color[k : k + 2], 16) for k in (1, 3, 5))
-        plotext.plot(x.tolist(), y.tolist(), marker="braille", color=seen)
-        positive = float(y.min()) > 0 and float(y.max()) > 10 * float(y.min())
-        plotext.xlim(0, max(float(x.max()), 1.0))
-        if positive:
-            plotext.yscale("log")
-        elif y.min() < 0.4 * y.max():
-            plotext.ylim(0, float(y.max()) or 1.0)
-    return Text.from_ansi(plotext.build())
+    told = Text(figure.label + "\n", style="bold")
+    # black would not be seen on a dark terminal
+    style = "default" if color == METHODS["AllreduceSGD"] else color
+    for line in curve(x, y * figure.scale, columns, rows):
+        axis, bar, dots = line.partition("│")
+        told.append(axis + bar, "dim not bold").append(dots + "\n", style + " not bold")
+    return told
 
 
 def _latest(run: Run, figure: Figure) -> RenderableType:

@@ -308,7 +308,7 @@ def test_a_log_is_told_that_the_run_is_alive(monkeypatch: pytest.MonkeyPatch) ->
         now[0] += 7
         display.step(step, 0.25)
     lines = log.getvalue().splitlines()
-    assert len(lines) == 11
+    assert len(lines) == 10
     assert lines[0] == "step 10/100 (10 %)  epoch 0.25  loss 0.2500  0.143 steps/s  10 min 30 s left"
 
 

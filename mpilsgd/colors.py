@@ -36,5 +36,5 @@ def colors_of(methods: Sequence[str]) -> list[str]:
 def _shade(color: str, paler: float) -> str:
     """The colour itself (0) to one with much more white (1)."""
     hue, light, full = colorsys.rgb_to_hls(*(int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)))
-    parts = colorsys.hls_to_rgb(hue, light + (max(0.72, light) - light) * paler, full)
+    parts = colorsys.hls_to_rgb(hue, light + (max(0.62, light) - light) * paler, full)
     return "#" + "".join(f"{round(255 * part):02X}" for part in parts)

@@ -31,7 +31,7 @@ def curve(x: np.ndarray, y: np.ndarray, columns: int, rows: int) -> list[str]:
         return across * (2 * wide - 1), min(max(float(down), 0.0), 1.0) * (4 * tall - 1)
 
     dots = np.zeros((4 * tall, 2 * wide), dtype=bool)
-    drawn = np.flatnonzero(known)
+    drawn = np.flatnonzero(known).tolist()
     for k, after in zip(drawn, [*drawn[1:], drawn[-1]], strict=True):
         (a, b), (c, d) = dot(k), dot(after if after == k + 1 else k)
         count = int(max(abs(c - a), abs(d - b))) + 1

@@ -18,7 +18,7 @@ from mpilsgd.train.terminal import columns_of
 
 _LIVE_PERIOD = 0.2  # seconds between changes of the bar
 _QUIET = 60.0  # seconds after which a log is told that the run is alive
-_BAR = "{percentage:3.0f} % {bar} {n_fmt}/{total_fmt}  {postfix}  {rate_fmt}  {remaining} left"
+_BAR = "{percentage:3.0f} % {bar} {n_fmt}/{total_fmt}  {desc}  {rate_fmt}  {remaining} left"
 
 
 class _Bar(tqdm):
@@ -79,7 +79,8 @@ class Display:
                 total=self.total,
                 initial=step,
                 file=self.stream,
-                ncols=self.columns,
+                ncols=(self.columns or 1) - 1,  # a full line would go on in the next
+                desc=self._where(step, loss),
                 mininterval=_LIVE_PERIOD,
                 leave=False,
                 unit=" steps",
@@ -88,7 +89,7 @@ class Display:
         elif now - self._drawn < _LIVE_PERIOD:  # reading the loss makes a GPU wait
             return
         self._drawn = now
-        self._bar.set_postfix_str(self._where(step, loss), refresh=False)
+        self._bar.set_description_str(self._where(step, loss), refresh=False)
         # in an asynchronous run a fast rank goes on for the slow ones
         self._bar.n = min(step, self.total)
         self._bar.refresh()

@@ -42,9 +42,10 @@ def open_log(kind: str, directory: Path) -> Log:
     known = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     if kind == "csv":
         return _Csv(directory / "metrics.csv", known)
-    make = {"tensorboard": _Tensorboard, "wandb": _Wandb}[kind]
+    make: Any = {"tensorboard": _Tensorboard, "wandb": _Wandb}[kind]
     try:
-        return make(directory, known)  # type: ignore[no-any-return]
+        made: Log = make(directory, known)
+        return made
     except OSError:
         raise
     except Exception as error:  # of the library, which has many

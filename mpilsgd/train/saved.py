@@ -76,7 +76,7 @@ def worker_of(state: State) -> State:
 
 def _about(state: State) -> State:
     try:
-        return state["centre"]  # type: ignore[no-any-return]
+        return state["centre"]
     except KeyError:
         raise InputError(
             "the checkpoint is of an earlier version, which does not say where its centre lies"
@@ -171,4 +171,4 @@ def _pieces(state: State, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _vectors(state: State) -> dict[str, dict[str, Tensor]]:
-    return state["optimizer"]["mpilsgd"]["vectors"]  # type: ignore[no-any-return]
+    return state["optimizer"]["mpilsgd"]["vectors"]

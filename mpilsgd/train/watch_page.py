@@ -24,6 +24,7 @@ from mpilsgd.train.watch import ended, total_steps
 _NAMES = {"compute": "computing", "data": "loading", "comm": "communicating", "wait": "waiting"}
 _RANKS = 12  # that have a line of their own
 _BAR = 36  # columns of a rank's time
+_AROUND = 16  # lines of the page around the curves
 _SIDE_BY_SIDE = 96  # columns from which on the two curves stand beside each other
 
 
@@ -32,8 +33,7 @@ def page(run: Run, width: int, height: int | None = None) -> RenderableType:
     parts: list[RenderableType] = [_head(run)]
     if run.metrics:
         figure = figure_of(run.metrics)
-        rows = 12 if height is None else max(7, min(14, height - 17))
-        parts.append(_curves(run, [figure, TRAIN], width, rows))
+        parts.append(_curves(run, [figure, TRAIN], width, height))
         parts.append(_latest(run, figure))
     else:
         parts.append(Text("no evaluation yet", style="dim"))
@@ -55,7 +55,13 @@ def _head(run: Run) -> RenderableType:
     told.add_row(Text(" on ".join(task) + f"   {run.path}", style="dim"))
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
-        ProgressBar(total=total or 1.0, completed=min(step, total or 1.0) if total else 0.0, width=40),
+        ProgressBar(
+            total=total or 1.0,
+            completed=min(step, total or 1.0) if total else 0.0,
+            width=40,
+            complete_style="green",
+            finished_style="green",
+        ),
         f"step {step:g}" + (f" of {total:g}" if total else ""),
     )
     told.add_row(bar)
@@ -89,8 +95,10 @@ def _silence(run: Run) -> float:
         return math.nan
 
 
-def _curves(run: Run, figures: list[Figure], width: int, rows: int) -> RenderableType:
+def _curves(run: Run, figures: list[Figure], width: int, height: int | None) -> RenderableType:
     beside = width >= _SIDE_BY_SIDE
+    room = 16 if height is None else height - _AROUND  # for the curves, one above the other or side by side
+    rows = max(5, min(14, room if beside else room // 2 - 1))
     columns = (width - 3) // 2 if beside else width - 1
     (color,) = colors_of([run.method])
     drawn = [_curve(run, figure, columns, rows, color) for figure in figures]
@@ -109,6 +117,7 @@ def _curve(run: Run, figure: Figure, columns: int, rows: int, color: str) -> Tex
     for line in curve(x, y * figure.scale, columns, rows):
         axis, bar, dots = line.partition("│")
         told.append(axis + bar, "dim not bold").append(dots + "\n", style + " not bold")
+    told.rstrip()
     return told
 
 
@@ -148,11 +157,11 @@ def _times(run: Run, ranks: dict[str, Any]) -> RenderableType:
     half = _RANKS // 2
     shown = range(count) if count <= _RANKS else sorted([*order[:half], *order[-half:]])
     led = any(ranks["leads"])
-    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table = Table(box=None, padding=(0, 1), header_style="")
     for name in ["rank", "steps", *(["led"] if led else [])]:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name, "dim"), justify="right")
     table.add_column(_legend())
-    table.add_column("waiting", justify="right")
+    table.add_column(Text("waiting", "dim"), justify="right")
     most = max(map(int, ranks["leads"]))
     for r in shown:
         times = led and ranks["leads"][r]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,7 +98,7 @@ class _Wandb:
         remembered = directory / "wandb-id"
         if not known:
             remembered.unlink(missing_ok=True)
-        name = remembered.read_text() if remembered.exists() else wandb.util.generate_id()
+        name = remembered.read_text() if remembered.exists() else uuid.uuid4().hex[:8]
         remembered.write_text(name)
         self._run = wandb.init(
             project="mpilsgd",
@@ -110,7 +111,7 @@ class _Wandb:
 
     def write(self, line: dict[str, Any]) -> None:
         told = {_titled(key): value for key, value in line.items() if value is not None}
-        self._run.log(told, step=round(line["step"]))
+        self._run.log(told, step=round(line["step"]), commit=True)  # else it waits for the next
 
 
 def _titled(key: str) -> str:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,7 +54,10 @@ class Reader(html.parser.HTMLParser):
         self.texts.setdefault(self.tags[-1] if self.tags else "", []).append(data)
 
 
-def test_a_page_holds_all_that_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_holds_all_that_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "PICTURES", {name: report.PICTURES[name] for name in ("leaders", "time")})
     folders = [made_up_run(tmp_path / name, method) for name, method in (("a", "LSGD"), ("b", "EASGD"))]
     (folders[0] / "config.yaml").write_text("method: LSGD\nlr: 0.1\npull: 0.2\n")
     (folders[1] / "config.yaml").write_text("method: EASGD\nlr: 0.1\n")
@@ -123,7 +127,10 @@ def test_the_figure_that_is_drawn() -> None:
     assert judged.ERROR.text(0.0425) == "4.25 %" and judged.LOSS.text(None) == "-"
 
 
-def test_runs_that_know_no_error_are_judged_by_their_loss(tmp_path: Path, capsys: Any) -> None:
+def test_runs_that_know_no_error_are_judged_by_their_loss(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "PICTURES", {"curves": "draw_curves"})
     folder = made_up_run(tmp_path / "run")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     more = {"test_error": None, "test_bits": 3.25}
@@ -396,6 +403,27 @@ def test_a_log_of_tensorboard(tmp_path: Path) -> None:
     assert [(one.step, one.value) for one in read.Scalars("test/error")] == [(20, 0.25), (40, 0.125)]
     assert {"train/loss", "seconds/comm", "epoch"} <= set(read.Tags()["scalars"])
     assert "test/loss" not in read.Tags()["scalars"]
+
+
+def test_a_log_of_wandb_goes_on_in_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is asked of the library, which is none of those that tests need."""
+    begun: list[dict[str, Any]] = []
+    told: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def init(**options: Any) -> SimpleNamespace:
+        begun.append(options)
+        return SimpleNamespace(log=lambda values, **where: told.append((values, where)))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    folder = started(tmp_path / "run")
+    logs.open_log("wandb", folder).write(LINE)
+    logs.open_log("wandb", started(folder, LINE))  # resumed
+    logs.open_log("wandb", started(folder))  # begun anew
+    first, resumed, anew = (options["id"] for options in begun)
+    assert first == resumed != anew
+    assert begun[0]["name"] == "run" and begun[0]["config"] == {"method": "LSGD"}
+    ((values, where),) = told
+    assert values["test/error"] == 0.25 and "test/loss" not in values and where["step"] == 20
 
 
 def test_a_missing_library_is_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:

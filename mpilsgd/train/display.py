@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from mpilsgd.train.config import Config
 from mpilsgd.train.judged import ERROR, LOSS, figure_of, more_of
-from mpilsgd.train.scored import text
 from mpilsgd.train.stragglers import parse_slow
+from mpilsgd.train.table import forecast_text
 from mpilsgd.train.terminal import columns_of
 
 _LIVE_PERIOD = 0.2  # seconds between changes of the bar
@@ -191,7 +191,7 @@ def closing(summary: dict[str, Any], directory: str) -> str:
             ("messages left out", f"{told}   (rank: how many of those due; those before were not taken yet)")
         )
     if "forecast" in summary:
-        lines.append(("forecast / measured", text(summary["forecast"])))
+        lines.append(("forecast / measured", forecast_text(summary["forecast"])))
     lines.append(("run directory", directory))
     lines += _usage(directory)
     width = max(len(name) for name, _ in lines)

@@ -12,8 +12,7 @@ import numpy as np
 from mpilsgd.train.judged import ERROR, TRAIN, Figure, figure_of
 from mpilsgd.train.page import write_page
 from mpilsgd.train.run_reader import Run, RunError, read_runs
-from mpilsgd.train.scored import text
-from mpilsgd.train.table import columns, count, duration, in_bytes
+from mpilsgd.train.table import columns, count, duration, forecast_text, in_bytes
 
 PICTURES = {"curves": "draw_curves", "leaders": "draw_leaders", "time": "draw_time"} | {
     name: f"draw_{name}" for name in ("asynchrony", "periods")
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"mpilsgd report: the folder for the figures cannot be made: {error}", file=sys.stderr)
         return 2
     print(table(runs))
-    told = [f"{one.name}: {text(pairs)}" for one in runs if (pairs := _forecast(one))]
+    told = [f"{one.name}: {forecast_text(pairs)}" for one in runs if (pairs := _forecast(one))]
     if told:
         print("\n".join(["", "forecast by the machine and the settings / measured:", *told]))
     for one in runs:

@@ -25,6 +25,7 @@ METRICS = (
 )
 _PROBE_BYTES = 1 << 20
 _FILES = ("config.yaml", "command", "metrics.jsonl", "leaders.jsonl", "ranks.json", "summary.json")
+_LOGS = ("metrics.csv", "wandb-id")  # of --log
 
 
 class RunDirectory:
@@ -132,8 +133,9 @@ class RunDirectory:
             self.path.rmdir()
 
     def _clear(self) -> None:
-        for name in _FILES:
+        for name in (*_FILES, *_LOGS):
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         self.manifest.unlink(missing_ok=True)  # first: without it the files count for nothing
         for pattern in ("step-*.pt*", "center.pt*", "best.pt*", ".probe-*"):
             for path in self.checkpoint.glob(pattern):
@@ -190,7 +192,9 @@ class RunDirectory:
             kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return {key: value for key, value in kept.items() if key != "model"}
         except Exception as error:
-            raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
+            raise InputError(
+                f"{path}: cannot be read (remove it to go on without): {first_line(error)}"
+            ) from error
 
     # Checkpoints
 

@@ -62,3 +62,23 @@ def ranges(ranks: Sequence[int]) -> str:
         else:
             parts.append([rank, rank])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def forecast_text(told: dict[str, list[float]]) -> str:
+    """What a run was forecast, beside what it measured."""
+    ms = [
+        f"{in_ms(a)} / {in_ms(b)} ms a {what}"
+        for what in ("step", "round")
+        for a, b in _of(told, f"{what}_s")
+    ]
+    read = [
+        f"{in_bytes(a)} / {in_bytes(b)} {where}"
+        for key, where in (("bytes_group", "in groups"), ("bytes_across", "across"))
+        for a, b in _of(told, key)
+        if a or b
+    ]
+    return ", ".join(ms + read)
+
+
+def _of(told: dict[str, list[float]], key: str) -> list[list[float]]:
+    return [told[key]] if key in told else []

@@ -8,8 +8,10 @@ import time
 from typing import Any, TextIO
 
 from mpilsgd.train.config import Config
+from mpilsgd.train.run_directory import METRICS
 from mpilsgd.train.scored import text
 from mpilsgd.train.stragglers import parse_slow
+from mpilsgd.train.table import judged, judged_by
 
 _LIVE_PERIOD = 0.2  # seconds between changes of the live line
 
@@ -59,9 +61,12 @@ class Display:
         width = len(str(self.total))
         text = (
             f"epoch {row['epoch']:6.2f}  step {int(row['step']):{width}}  {duration(row['wall_s']):>8}  "
-            f"train loss {number(row['train_loss'])}  test loss {number(row['test_loss'])}  "
-            f"test error {100 * row['test_error']:5.2f} %"
+            f"train loss {number(row['train_loss'])}  test loss {number(row['test_loss'])}"
         )
+        if row["test_error"] is not None:
+            text += f"  test error {100 * row['test_error']:5.2f} %"
+        more = {key: value for key, value in row.items() if key.startswith("test_") and key not in METRICS}
+        text += "".join(f"  {key[5:]} {number(value).strip()}" for key, value in more.items())
         self.say(text + (f"  leader {row['leader']}" if row["leader"] is not None else ""))
 
     def _erase(self) -> None:
@@ -71,16 +76,27 @@ class Display:
 
 
 def opening(
-    config: Config, world_size: int, groups: list[list[int]], threads: int, samples: int, parameters: int
+    config: Config,
+    world_size: int,
+    groups: list[list[int]],
+    threads: int,
+    samples: int | None,
+    parameters: int,
 ) -> str:
     """What will be done, in two lines; a third where ranks are slowed down."""
     sizes = sorted({len(group) for group in groups})
     of = "" if len(groups) == 1 else f" in {len(groups)} groups of {' or '.join(map(str, sizes))}"
-    options = "".join(f" {key}={value}" for key, value in config.method_options.items())
+    options = "".join(f" {key}={value}" for key, value in config.set_options.items())
+    size, of_data = f"({parameters} parameters)", "" if samples is None else f" ({samples} samples)"
+    what = (
+        f"{config.task} {size}{of_data}"
+        if config.task
+        else f"{config.model} {size} on {config.data}{of_data}"
+    )
     slowdown = parse_slow(config.slow)
     slowed = f"\nslowed down on purpose: {slowdown.told()}" if slowdown else ""
     return (
-        f"{config.method}{options}: {config.model} ({parameters} parameters) on {config.data} ({samples} samples)\n"
+        f"{config.method}{options}: {what}\n"
         f"{world_size} rank(s){of}, {threads} thread(s) each; {config.optimizer} lr={config.lr:g}, "
         f"batches of {config.batch_size}{f', {config.amp}' if config.amp else ''}{slowed}"
     )
@@ -96,12 +112,10 @@ def closing(summary: dict[str, Any], directory: str) -> str:
     waited = sum(summary["t_wait"]) / workers
     times += f", of which {duration(waited)} waiting for other ranks"
     best = summary["best_worker"]
+    loss = f"   (loss {number(summary['test_loss'])})" if judged_by(summary) == "test_error" else ""
     lines = [
-        (
-            "test error of the centre",
-            f"{100 * summary['test_error']:.2f} %   (loss {number(summary['test_loss'])})",
-        ),
-        ("of the best worker", f"{100 * best['test_error']:.2f} %   (rank {best['rank']})"),
+        (f"{judged_by(summary).replace('_', ' ')} of the centre", f"{judged(summary)}{loss}"),
+        ("of the best worker", f"{judged(best)}   (rank {best['rank']})"),
     ]
     if any(summary["leads"]):
         lines.append(("times each rank led", "  ".join(f"{r}: {n}" for r, n in enumerate(summary["leads"]))))

@@ -66,7 +66,6 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
     """Test error and loss of the centre over wall-clock time and gradient evaluations, all runs together."""
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 7.2), layout="constrained")
-        axes = figure.subplots(2, 2, sharex="col", sharey="row")
         unit, seconds = _time_unit(max(np.nanmax([*run.column("wall_s"), 0.0]) for run in runs))
         columns = [
             ("wall_s", f"training time [{unit}]", seconds),
@@ -76,6 +75,8 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
             ("test_error", "test error of the centre [%]", 100.0),
             ("test_loss", "test loss of the centre", 1.0),
         ]
+        rows = [row for row in rows if any(len(run.curve("step", row[0])[1]) for run in runs)] or rows[1:]
+        axes = figure.subplots(len(rows), 2, sharex="col", sharey="row", squeeze=False)
         handles: list[Any] = []
         for row, (y, y_label, y_scale) in zip(axes, rows, strict=True):
             for axis, (x, x_label, x_unit) in zip(row, columns, strict=True):
@@ -87,7 +88,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
                 handles = handles or lines
                 axis.grid(color=FAINT, linewidth=0.6)
                 axis.set_xlim(left=0)
-                if axis in axes[1]:
+                if axis in axes[-1]:
                     axis.set_xlabel(x_label)
                 if x == "grad_evals":
                     axis.xaxis.set_major_formatter(EngFormatter(sep=""))

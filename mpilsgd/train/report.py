@@ -11,7 +11,7 @@ import numpy as np
 
 from mpilsgd.train.run_reader import Run, RunError, read_runs
 from mpilsgd.train.scored import text
-from mpilsgd.train.table import columns, count, duration, in_bytes, percent
+from mpilsgd.train.table import columns, count, duration, in_bytes, judged_by, percent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,23 +145,25 @@ def leads_text(one: Run) -> str:
 
 
 def _row(one: Run) -> list[str]:
-    wall, errors = one.curve("wall_s", "test_error")
+    name = judged_by(
+        {"test_error": one.total("test_error") if np.isfinite(one.total("test_error")) else None}
+    )
+    wall, errors = one.curve("wall_s", name)
     seen = np.isfinite(errors)
     best = int(np.nanargmin(errors)) if seen.any() else -1
     best_worker = one.summary.get("best_worker")
     seconds = {part: float(np.mean(values)) for part, values in one.seconds().items()}
     whole = sum(seconds.values())
     groups = f" ({one.n_groups} groups)" if one.n_groups > 1 else ""
-    final = one.total("test_error")
     return [
         one.name,
         one.method,
         f"{_workers(one)}{groups}",
         _steps(one),
-        percent(final),
-        percent(float(errors[best])) if best >= 0 else "-",
+        _figure(name, one.total(name)),
+        _figure(name, float(errors[best])) if best >= 0 else "-",
         duration(float(wall[best])) if best >= 0 else "-",
-        percent(best_worker.get("test_error")) if isinstance(best_worker, dict) else "-",
+        _figure(name, best_worker.get(name)) if isinstance(best_worker, dict) else "-",
         duration(one.total("wall_s")),
         f"{100 * seconds['comm'] / whole:.2g} %" if whole > 0 else "-",
         count(one.total("rounds")),
@@ -169,6 +171,13 @@ def _row(one: Run) -> list[str]:
         in_bytes(one.total("bytes_across")),
         _resets(one),
     ]
+
+
+def _figure(name: str, value: float | None) -> str:
+    """An error in percent, a loss as such."""
+    if name == "test_error" or value is None or not np.isfinite(value):
+        return percent(value)
+    return f"loss {value:.4g}"
 
 
 def _workers(one: Run) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -154,8 +155,10 @@ class RunDirectory:
         return _step_of(written[-1]) if written else 0
 
     def summarize(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json."""
-        text = json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n"
+        """Writes summary.json, with what lies in the files of lines: `report` sees whether they were changed."""
+        contents = {path.name: path.read_bytes() for path in self.path.glob("*.jsonl")}
+        files = {name: Written(len(lines), digest(lines))._asdict() for name, lines in contents.items()}
+        text = json.dumps(_plain({**summary, "files": files}), indent=2, allow_nan=False) + "\n"
         replace(self.path / "summary.json", lambda file: file.write(text.encode()))
 
     def save_center(self, state: dict[str, Any]) -> None:
@@ -219,6 +222,9 @@ class RunDirectory:
                 return torch.load(file, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise InputError(f"{path}: is missing") from None
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            told = " ".join(str(error).split())[:200]
+            raise InputError(f"{path}: is nothing that this version of torch can load: {told}") from error
 
     def check_config(self) -> None:
         """Whether config.yaml is what the run was told.

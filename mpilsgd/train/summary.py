@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from mpilsgd.train.config import Config
 from mpilsgd.train.evaluation import Result
 from mpilsgd.train.progress import Progress, histogram, mean
 from mpilsgd.train.run_directory import METRICS
+from mpilsgd.train.table import judged_by
 
 _OF_PROGRESS = ("step", "wall", "compute", "data", "comm", "loss_sum", "loss_count")
 _OF_METHOD = ("rounds", "bytes_group", "bytes_across")
@@ -49,7 +51,12 @@ def metrics_line(
         **{f"t_{key}": totals[key] / workers for key in ("compute", "data", "comm")},
     }
     assert tuple(line) == METRICS
-    return line
+    return line | named(result)
+
+
+def named(result: Result) -> dict[str, float]:
+    """The further figures as they stand in the files."""
+    return {f"test_{name}": value for name, value in result.more.items()}
 
 
 def summary_of(
@@ -63,12 +70,15 @@ def summary_of(
     """What summary.json holds.
 
     Args:
-        rows: of every rank its progress, its method's metrics, its own test error ("error") and its "peak" memory.
+        rows: of every rank its progress, its method's metrics, what its "own" model is worth and its "peak" memory.
         batches: in an epoch; result: of the centre.
     """
     columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0]}
     workers, size = opt.workers, len(rows)
-    best = min(workers, key=lambda r: (columns["error"][r], r))
+    own: list[Result] = columns["own"]
+    judged = [one.judged for one in own]
+    best = min(workers, key=lambda r: (math.isnan(judged[r]), judged[r], r))
+    name = judged_by({"test_error": result.error})
     steps = mean(columns["step"], len(workers))
     summary = {
         "method": config.method,
@@ -80,8 +90,11 @@ def summary_of(
         "grad_evals": sum(columns["step"]),
         "test_error": result.error,
         "test_loss": result.loss,
-        "best_worker": {"rank": best, "test_error": columns["error"][best]},
-        "worker_test_errors": [columns["error"][r] for r in workers],
+        **named(result),
+        "best_worker": {"rank": best, name: judged[best]},
+        {"test_error": "worker_test_errors", "test_loss": "worker_test_losses"}[name]: [
+            judged[r] for r in workers
+        ],
         "leads": columns["leads"],
         "resets": columns["resets"],
         "rounds": max(columns["rounds"]),

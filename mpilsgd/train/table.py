@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -16,6 +17,22 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 def percent(fraction: float | None) -> str:
     return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.2f}"
+
+
+def judged_by(found: Mapping[str, Any]) -> str:
+    """The figure that a run is judged by: its test error, or where nothing is classified its test loss.
+
+    found: a line of metrics.jsonl, or summary.json.
+    """
+    return "test_loss" if found.get("test_error") is None else "test_error"
+
+
+def judged(found: Mapping[str, Any]) -> str:
+    """Its value for a reader. found: what holds one of the two."""
+    value = found.get(judged_by(found))
+    if judged_by(found) == "test_error":
+        return f"{percent(value)} %"
+    return "-" if value is None else f"{value:.4g}"
 
 
 def count(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `mpilsgd train`, `simulate`, `report`, `info`, `bench`, `plan`, `reproduce`."""
+"""The command line: `mpilsgd train`, `simulate`, `report`, `watch`, `export`, `info`, `bench`, `plan`, `reproduce`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ COMMANDS = {
     "train": "train a model on all ranks: mpiexec -n 4 mpilsgd train",
     "simulate": "the same without MPI, in the time that a cluster would take: mpilsgd simulate --workers 8",
     "report": "draw figures of one or several run directories",
+    "watch": "follow a run in the terminal: curves, who leads, who waits",
+    "export": "write the trained model of a run as one file",
     "info": "show MPI, ranks, shared memory, CUDA and the extension as they are here",
     "bench": "measure the kernels, or the exchange between ranks",
     "plan": "say what exchanges will cost on a cluster, and which periods keep them cheap",

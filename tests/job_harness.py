@@ -31,7 +31,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in row.items() if key not in ("wall_s", "t_compute", "t_data", "t_comm")}
+        {
+            key: value
+            for key, value in row.items()
+            if key not in ("wall_s", "t_compute", "t_data", "t_comm", "t_wait")
+        }
         for row in rows
     ]
 

@@ -165,6 +165,13 @@ class Exchange:
         for d, mean in means.items():
             m.x[d].mine.copy_(mean)
 
+    def kept(self, vector: Vector | None) -> dict[str, Any]:
+        """Where a saved state holds what `put` shows, for those who read it without workers (`train.saved`)."""
+        return {
+            "per": "worker" if vector is None else vector.per,
+            "vector": None if vector is None else vector.name,
+        }
+
     def state(self) -> dict[str, Any]:
         return {"updates": self.updates}
 

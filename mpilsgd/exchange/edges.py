@@ -251,6 +251,10 @@ class Edges(Exchange):
             square += float(torch.dist(x, m.x[d].mine[: m.n[d]])) ** 2
         m.metrics.distance = square**0.5
 
+    def kept(self, vector: Vector | None) -> dict[str, Any]:
+        own = [node.index for node in self._own]
+        return {"per": "root", "node": own.index(self.tree.root) if self.tree.root in own else None}
+
     def state(self) -> dict[str, Any]:
         nodes = []
         for node in self._own:

@@ -9,12 +9,13 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from mpilsgd.colors import colors_of
 from mpilsgd.plan.advice import Advice
 from mpilsgd.plan.costs import Sizes
 from mpilsgd.plan.forecast import forecast
 from mpilsgd.plan.machine import Machine
 from mpilsgd.plan.trial import Seen
-from mpilsgd.train.figures import DASHES, MARKERS, PALETTE, STYLE
+from mpilsgd.train.figure_style import DASHES, MARKERS, STYLE
 
 MOST = 65536  # ranks
 
@@ -27,11 +28,12 @@ def draw(found: Sequence[Advice], sizes: Sizes, machine: Machine, step_s: float,
     with rc_context(STYLE):
         figure = Figure(figsize=(8.5, 5.0), layout="constrained")
         axis = figure.subplots()
-        for k, one in enumerate(found):
+        methods = [one.method.__name__ for one in found]
+        for k, (one, color) in enumerate(zip(found, colors_of(methods), strict=True)):
             if one.seen is None:
                 continue
             points = _points(one.seen, sizes, machine, step_s, counts)
-            style = {"color": PALETTE[k % len(PALETTE)], "linestyle": DASHES[k // len(PALETTE) % len(DASHES)]}
+            style = {"color": color, "linestyle": DASHES[methods[:k].count(methods[k]) % len(DASHES)]}
             x, y = zip(*points, strict=True)
             axis.plot(x, y, marker=MARKERS[k % len(MARKERS)], markersize=4, label=one.name, **style)
         axis.axhline(step_s, color="#888888", linewidth=1, label="no exchange")

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpilsgd.colors import INK, PALETTE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, PAPER, FAINT = "#222222", "#B5341A", "#C8C8C8"  # what is the paper's is drawn in this red
+COLORS = PALETTE
+PAPER, FAINT = "#B5341A", "#C8C8C8"  # what is the paper's is drawn in this red
 BOX = {"color": "white", "pad": 1, "alpha": 0.75}  # behind text on a map
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31"]
 
 
 def save(
@@ -24,7 +26,7 @@ def save(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from mpilsgd.train.figures import STYLE
+    from mpilsgd.train.figure_style import STYLE
 
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpilsgd.colors import METHODS
 from mpilsgd.reproduce import drawing
 from mpilsgd.reproduce.judge import Row, beyond, number, stated
 from mpilsgd.reproduce.registry import Options, Reproduction, Result
@@ -167,8 +168,9 @@ def fig_1(options: Options) -> Result:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0]
+        colors = (METHODS["EASGD"], METHODS["LSGD"], drawing.INK)
         for axis, r in zip(axes, ranks, strict=True):
-            for name, color, dash in zip(makes, drawing.COLORS, ("-", "-", ":"), strict=False):
+            for name, color, dash in zip(makes, colors, ("-", "-", ":"), strict=True):
                 for k, run in enumerate(best[name, r]):
                     axis.semilogy(run, dash, color=color, linewidth=1.3, label=None if k else name)
             axis.set_title(f"r = {r}", loc="left")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpilsgd import theory
+from mpilsgd.colors import METHODS
 from mpilsgd.reproduce import drawing
 from mpilsgd.reproduce.judge import number, stated
 from mpilsgd.reproduce.registry import Options, Reproduction, Result
@@ -149,8 +150,10 @@ def fig_3_3(options: Options) -> Result:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(1, 2)
-        for axis, (name, whole), color in zip(axes, maps.items(), drawing.COLORS, strict=False):
-            axis.plot(_P * steps[1:], whole[1:], color=color, linewidth=0.8, label="powers of the map")
+        for axis, (name, whole) in zip(axes, maps.items(), strict=False):
+            axis.plot(
+                _P * steps[1:], whole[1:], color=METHODS[name], linewidth=0.8, label="powers of the map"
+            )
             shown = real[name][1:]
             turns = _P * 5 * np.arange(1, len(shown) + 1)
             axis.plot(

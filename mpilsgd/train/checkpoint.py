@@ -10,7 +10,7 @@ import torch
 
 from mpilsgd.comm import Topology
 from mpilsgd.methods import Method
-from mpilsgd.train import devices
+from mpilsgd.train import devices, saved
 from mpilsgd.train.files import Written
 from mpilsgd.train.precision import Precision
 from mpilsgd.train.progress import Progress
@@ -29,6 +29,7 @@ def state_of(
         "progress": dataclasses.asdict(at),
         "metrics": dataclasses.asdict(opt.metrics),
         "scaler": precision.state(),
+        "centre": saved.told(model, opt),
         "random": random,
     }
 

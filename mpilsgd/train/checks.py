@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mpilsgd.train import logs
 from mpilsgd.train.callables import InputError, is_path, resolve
 from mpilsgd.train.data import DATASETS, is_file
 from mpilsgd.train.events import parse_every
@@ -70,6 +71,8 @@ def mistakes(config: Any, fields: Sequence[str]) -> Iterator[str]:
         config.slow = str(parse_slow(config.slow)) or None
     except ValueError as error:
         yield f"slow: {error}"
+    if (lacking := logs.problem(config.log)) is not None:
+        yield f"log: {lacking}"
 
 
 def _rules(config: Any) -> list[tuple[str, bool, str]]:

@@ -32,6 +32,7 @@ RESUMABLE = (
     "resume",
     "device",
     "workers",
+    "log",
 )
 
 
@@ -159,6 +160,9 @@ class Config:
     )
     checkpoint_every: float | str | None = _option(
         1.0, "Run", "epochs between checkpoints, or '200 steps' (null: at the start and the end)"
+    )
+    log: Literal["tensorboard", "wandb", "csv"] | None = _option(
+        None, "Run", "write the evaluations in the format of another tool, too (null: to metrics.jsonl alone)"
     )
     threads: int | None = _option(
         None, "Run", "threads a rank (null: OMP_NUM_THREADS, or a fair share of the cores)"

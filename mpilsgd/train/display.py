@@ -2,77 +2,126 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 import sys
+import threading
 import time
 from typing import Any, TextIO
 
-from mpilsgd.train.config import Config
-from mpilsgd.train.run_directory import METRICS
-from mpilsgd.train.scored import text
-from mpilsgd.train.stragglers import parse_slow
-from mpilsgd.train.table import judged, judged_by
+from tqdm import tqdm
 
-_LIVE_PERIOD = 0.2  # seconds between changes of the live line
+from mpilsgd.train.config import Config
+from mpilsgd.train.judged import ERROR, LOSS, figure_of, more_of
+from mpilsgd.train.stragglers import parse_slow
+from mpilsgd.train.table import forecast_text
+from mpilsgd.train.terminal import columns_of
+
+_LIVE_PERIOD = 0.2  # seconds between changes of the bar
+_QUIET = 60.0  # seconds after which a log is told that the run is alive
+_BAR = "{percentage:3.0f} % {bar} {n_fmt}/{total_fmt}  {desc}  {rate_fmt}  {remaining} left"
+
+
+class _Bar(tqdm):
+    """Without the thread and the locks between processes that tqdm makes for bars in many of them."""
+
+    monitor_interval = 0
+    _lock = threading.RLock()
 
 
 class Display:
-    """One line for each evaluation; on a terminal a live line below it, too. Silent on all ranks but 0."""
+    """One line for each evaluation; on a terminal a bar below it, elsewhere a line a minute. Silent on ranks but 0."""
 
     def __init__(self, rank: int, total_steps: int, batches: int, stream: TextIO | None = None):
         self.on = rank == 0
         self.stream = sys.stdout if stream is None else stream
         self.total, self.batches = total_steps, batches
-        self.live = self.on and self.stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._drawn = 0
-        self._last = 0.0
+        self.columns = columns_of(self.stream) if self.on else None
+        self._bar: Any = None
         self._start: tuple[float, int] | None = None
+        self._told = self._drawn = 0.0  # when there was last a line, and a change of the bar
+
+    @property
+    def live(self) -> bool:
+        """Whether there is a bar."""
+        return self.columns is not None
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        if self.on:
-            self._erase()
-            self.stream.write(text + "\n")
-            self.stream.flush()
+        if not self.on:
+            return
+        self._told = time.monotonic()
+        if self._bar is not None:
+            self._bar.clear()
+        self.stream.write(text + "\n")
+        self.stream.flush()
+        if self._bar is not None:
+            self._bar.refresh()
 
     def step(self, step: int, loss: float | None) -> None:
-        """The live line, a few times a second; loss: None on a rank that only averages."""
-        if not self.live:
+        """How far it is, a few times a second on a terminal; loss: None on a rank that only averages."""
+        if not self.on:
             return
         now = time.monotonic()
         if self._start is None:
             self._start = (now, step)
-        if now - self._last < _LIVE_PERIOD:
+            self._told = max(self._told, now)
+        if self.live:
+            self._draw(step, now, loss)
+        elif now - self._told > _QUIET and step < self.total:
+            seconds, steps = now - self._start[0], max(step - self._start[1], 1)
+            share = f"step {step}/{self.total} ({100 * step / self.total:.0f} %)"
+            left = duration((self.total - step) * seconds / steps)
+            self.say(f"{share}  {self._where(step, loss)}  {steps / seconds:.3g} steps/s  {left} left")
+
+    def _draw(self, step: int, now: float, loss: float | None) -> None:
+        if self._bar is None:
+            self._bar = _Bar(
+                total=self.total,
+                initial=step,
+                file=self.stream,
+                ncols=(self.columns or 1) - 1,  # a full line would go on in the next
+                desc=self._where(step, loss),
+                mininterval=_LIVE_PERIOD,
+                leave=False,
+                unit=" steps",
+                bar_format=_BAR,
+            )
+        elif now - self._drawn < _LIVE_PERIOD:  # reading the loss makes a GPU wait
             return
-        self._last = now
-        seconds, steps = now - self._start[0], step - self._start[1]
-        text = f"step {step}/{self.total}  epoch {step / self.batches:.2f}"
-        text += "" if loss is None else f"  loss {loss:.4f}"
-        if steps and seconds:
-            left = max(self.total - step, 0)  # in an asynchronous run a fast rank goes on for the slow ones
-            text += f"  {steps / seconds:.3g} steps/s  {duration(left * seconds / steps)} left"
-        self._erase()
-        self.stream.write(text)
-        self.stream.flush()
-        self._drawn = len(text)
+        self._drawn = now
+        self._bar.set_description_str(self._where(step, loss), refresh=False)
+        # in an asynchronous run a fast rank goes on for the slow ones
+        self._bar.n = min(step, self.total)
+        self._bar.refresh()
+
+    def _where(self, step: int, loss: float | None) -> str:
+        return f"epoch {step / self.batches:.2f}" + ("" if loss is None else f"  loss {loss:.4f}")
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """The line for a line of metrics.jsonl."""
         width = len(str(self.total))
-        text = (
-            f"epoch {row['epoch']:6.2f}  step {int(row['step']):{width}}  {duration(row['wall_s']):>8}  "
-            f"train loss {number(row['train_loss'])}  test loss {number(row['test_loss'])}"
-        )
-        if row["test_error"] is not None:
-            text += f"  test error {100 * row['test_error']:5.2f} %"
-        more = {key: value for key, value in row.items() if key.startswith("test_") and key not in METRICS}
-        text += "".join(f"  {key[5:]} {number(value).strip()}" for key, value in more.items())
-        self.say(text + (f"  leader {row['leader']}" if row["leader"] is not None else ""))
+        told = [
+            f"epoch {row['epoch']:6.2f}  step {int(row['step']):{width}}  {duration(row['wall_s']):>8}",
+            f"train loss {number(row['train_loss'])}  test loss {number(row['test_loss'])}",
+        ]
+        if row.get(ERROR.key) is not None:
+            told.append(f"test error {100 * row[ERROR.key]:5.2f} %")
+        told += [f"{one.name} {one.text(row[one.key])}" for one in more_of([row])]
+        if row["leader"] is not None:
+            told.append(f"leader {row['leader']}")
+        self.say("  ".join(told))
 
-    def _erase(self) -> None:
-        if self._drawn:
-            self.stream.write("\r" + " " * self._drawn + "\r")
-            self._drawn = 0
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self.columns = None, None
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def opening(
@@ -111,12 +160,14 @@ def closing(summary: dict[str, Any], directory: str) -> str:
     times = ", ".join(f"{words[k]} {duration(v)} ({100 * v / whole:.1f} %)" for k, v in parts.items())
     waited = sum(summary["t_wait"]) / workers
     times += f", of which {duration(waited)} waiting for other ranks"
-    best = summary["best_worker"]
-    loss = f"   (loss {number(summary['test_loss'])})" if judged_by(summary) == "test_error" else ""
+    figure, worker, best = figure_of([summary]), summary["best_worker"], summary.get("best")
+    loss = "" if figure is LOSS else f"   (loss {number(summary['test_loss'])})"
     lines = [
-        (f"{judged_by(summary).replace('_', ' ')} of the centre", f"{judged(summary)}{loss}"),
-        ("of the best worker", f"{judged(best)}   (rank {best['rank']})"),
+        (f"{figure.name} of the centre", figure.text(summary[figure.key]) + loss),
+        ("of the best worker", f"{figure.text(worker.get(figure.key))}   (rank {worker['rank']})"),
     ]
+    if best is not None and best["step"] != summary["steps"]:
+        lines.insert(1, ("at its best", f"{figure.text(best.get(figure.key))}   (step {best['step']:g})"))
     if any(summary["leads"]):
         lines.append(("times each rank led", "  ".join(f"{r}: {n}" for r, n in enumerate(summary["leads"]))))
     if any(summary["resets"]):
@@ -151,10 +202,20 @@ def closing(summary: dict[str, Any], directory: str) -> str:
             ("messages left out", f"{told}   (rank: how many of those due; those before were not taken yet)")
         )
     if "forecast" in summary:
-        lines.append(("forecast / measured", text(summary["forecast"])))
+        lines.append(("forecast / measured", forecast_text(summary["forecast"])))
     lines.append(("run directory", directory))
+    lines += _usage(directory)
     width = max(len(name) for name, _ in lines)
     return "\n" + "\n".join(f"{name:{width}}  {text}" for name, text in lines)
+
+
+def _usage(directory: str) -> list[tuple[str, str]]:
+    """How the trained model is used."""
+    center = f"{directory}/checkpoint/center.pt"
+    return [
+        ("load the result", f"model.load_state_dict(torch.load({center!r}))"),
+        ("or as one file", f"mpilsgd export {shlex.quote(directory)} -o model.safetensors"),
+    ]
 
 
 def _steps(summary: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -72,7 +73,8 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     except ValueError as error:  # raised on every rank
         raise Stopped(str(error)) from None
     sampler = together(topology, sampler_of, config, train, opt, topology)
-    directory = _directory(config, topology, model)
+    command = command_of(argv, size)
+    directory = _directory(config, topology, model, command)
     torch.manual_seed(derived_seed(config.seed, "dropout", rank))
     total = config.steps if config.steps is not None else (config.epochs or 0) * sampler.batches
     display = Display(rank, total, sampler.batches)
@@ -86,7 +88,8 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     if isinstance(opt, EASGDTree):
         display.say(f"tree: {summary_line(opt.tree)}, moving_rate={opt.moving_rate:.3g}")
     if config.resume:
-        _resume(config, trainer, directory, topology, display)
+        _resume(config, trainer, directory, topology, display, command)
+    trainer.journal.open_log(config.log)
     if left:
         display.say(f"resumed without {' and '.join(left)}, which are of whole runs")
     heartbeat = Heartbeat(topology, config.patience)
@@ -111,6 +114,12 @@ def _main(argv: Sequence[str], base: Topology) -> int:
         raise Stopped(str(error), FAILED) from None
     topology.free()
     return 0
+
+
+def command_of(argv: Sequence[str], ranks: int) -> str:
+    """The command that trains so, for a reader; the launcher's own options are not known."""
+    launcher = [] if ranks == 1 else ["mpiexec", "-n", str(ranks)]
+    return shlex.join([*launcher, "mpilsgd", "train", *argv])
 
 
 def _refuse_singletons(base: Topology) -> None:
@@ -226,7 +235,7 @@ def _device(config: Config, topology: Topology) -> tuple[torch.device, str | Non
         raise Stopped(str(error)) from None
 
 
-def _directory(config: Config, topology: Topology, model: torch.nn.Module) -> RunDirectory:
+def _directory(config: Config, topology: Topology, model: torch.nn.Module, command: str) -> RunDirectory:
     """The run directory, seen to be writable from every rank and to have room for the checkpoints."""
     assert config.output is not None
     directory = RunDirectory(config.output)
@@ -237,13 +246,18 @@ def _directory(config: Config, topology: Topology, model: torch.nn.Module) -> Ru
         vectors += 2  # what is kept of what travels
     copies = 1 if config.resume else 2  # old and new files are both there for a while
     need = copies * vectors * nbytes * topology.world.size
-    on_first(topology, directory.claim, config.text(), config.overwrite, bool(config.resume), need)
+    on_first(topology, directory.claim, config.text(), config.overwrite, bool(config.resume), need, command)
     together(topology, directory.probe)
     return directory
 
 
 def _resume(
-    config: Config, trainer: Trainer, directory: RunDirectory, topology: Topology, display: Display
+    config: Config,
+    trainer: Trainer,
+    directory: RunDirectory,
+    topology: Topology,
+    display: Display,
+    command: str,
 ) -> None:
     """Goes back to the last finished checkpoint, or to the start if there is none."""
     step = together(topology, directory.sealed_step, topology.world.size)
@@ -254,7 +268,7 @@ def _resume(
         except ValueError as error:  # raised on every rank
             raise Stopped(f"{directory.path}: {error}") from None
     trainer.resume()
-    on_first(topology, directory.begin, config.text(), True)
+    on_first(topology, directory.begin, config.text(), True, command)
     done = step is not None and step >= trainer.total
     left = ", which is its end: nothing is left to do" if done else ""
     display.say(

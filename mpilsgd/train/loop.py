@@ -32,7 +32,7 @@ from mpilsgd.train.schedule import scheduled
 from mpilsgd.train.scored import scored
 from mpilsgd.train.stopping import Signals, Stop, stop_of
 from mpilsgd.train.stragglers import parse_slow
-from mpilsgd.train.summary import measured, metrics_line, summary_of
+from mpilsgd.train.summary import figures_of, measured, metrics_line, summary_of
 from mpilsgd.train.task import Task
 from mpilsgd.train.timing import level, timer_of
 from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, on_first
@@ -87,7 +87,7 @@ class Trainer:
         if self._sealed is None:
             self._save(0)  # a run that is killed at any moment can be resumed, on as many ranks
             self.checkpoints.finish()
-        with Signals() as self._signals:
+        with Signals() as self._signals, self.display:
             self._stop: Stop = stop_of(self.opt, self.topology, self._signals, self.progress.step)
             self._train(collections.deque(self._events()))
             self._stop.free()
@@ -216,7 +216,7 @@ class Trainer:
         traffic = dataclasses.replace(self.opt.fabric.traffic)
         with self._centre():
             result = self.judged(topology=self.topology)
-            if last and self.rank == 0:
+            if self.rank == 0 and (last or self.journal.improves(figures_of(result))):
                 state = {n: v.detach().to("cpu", copy=True) for n, v in self.model.state_dict().items()}
         self.opt.fabric.traffic.group, self.opt.fabric.traffic.across = traffic.group, traffic.across
         level(self.timer, at, self.topology, self.opt.computes)
@@ -224,7 +224,7 @@ class Trainer:
         line = metrics_line(rows, len(self.opt.workers), self.sampler.batches, at.leader, result)
         if at.evaluated != line["step"]:  # else it is of a finished run that was resumed
             at.evaluated_at(line["step"])
-            self.journal.write(at.step, line)
+            self.journal.evaluated(at.step, line, rows, state)
             self.display.evaluation(line)
         diverging.refuse(self.topology, self.opt, at.last_loss, line["step"])
         return result, state
@@ -259,7 +259,7 @@ class Trainer:
         everything = {**dataclasses.asdict(self.opt.metrics), **dataclasses.asdict(self.progress)}
         rows = self.topology.allgather({**everything, "own": own, "peak": peak})
         summary = summary_of(rows, self.config, self.topology, self.opt, self.sampler.batches, result)
-        summary = self._summary(summary)
+        summary = self._summary(summary | {"best": self.journal.best or None})
         for more in (dict, lambda: scored(self.topology, self.opt, rows)):  # at first without the forecast
             summary |= more()
             on_first(self.topology, self.directory.summarize, summary, status=FAILED)

@@ -9,15 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
+from mpilsgd.train.judged import ERROR, TRAIN, Figure, figure_of
+from mpilsgd.train.page import write_page
 from mpilsgd.train.run_reader import Run, RunError, read_runs
-from mpilsgd.train.scored import text
-from mpilsgd.train.table import columns, count, duration, in_bytes, judged_by, percent
+from mpilsgd.train.table import columns, count, duration, forecast_text, in_bytes
+
+PICTURES = {"curves": "draw_curves", "leaders": "draw_leaders", "time": "draw_time"} | {
+    name: f"draw_{name}" for name in ("asynchrony", "periods")
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mpilsgd report`."""
     parser.description = (
-        "Draws PNG figures of one or more runs and prints a table of them: test error and loss over "
+        "Draws PNG figures of one or more runs and prints a table of them: test error and losses over "
         "wall-clock time and over gradient evaluations (curves.png), who led when and how often "
         "(leaders.png), the time spent computing, loading, communicating and waiting (time.png), and of "
         "asynchronous runs each rank's steps and how stale the centre was (asynchrony.png)."
@@ -30,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="DIR",
         help="folder for the figures (default: RUN/report for one run, ./report for several)",
+    )
+    parser.add_argument(
+        "--html",
+        action="store_true",
+        help="also write report.html: one page for a browser, with interactive curves, what differs between the runs, "
+        "and the command of each",
     )
 
 
@@ -57,12 +68,33 @@ def run(args: argparse.Namespace) -> int:
         print(f"mpilsgd report: the folder for the figures cannot be made: {error}", file=sys.stderr)
         return 2
     print(table(runs))
-    told = [f"{one.name}: {text(pairs)}" for one in runs if (pairs := _forecast(one))]
+    told = [f"{one.name}: {forecast_text(pairs)}" for one in runs if (pairs := _forecast(one))]
     if told:
         print("\n".join(["", "forecast by the machine and the settings / measured:", *told]))
     for one in runs:
         if one.leaders:
             print("\n" + leads_text(one))
+    print()
+    try:
+        drawn = _draw(runs, folder)
+        if args.html:
+            # the page has curves of its own
+            print(
+                write_page(
+                    runs,
+                    rows_of(runs),
+                    [path for path in drawn or () if path.stem != "curves"],
+                    folder / "report.html",
+                )
+            )
+    except OSError as error:
+        print(f"mpilsgd report: a figure cannot be written: {error}", file=sys.stderr)
+        return 2
+    return 0 if drawn is not None else 1
+
+
+def _draw(runs: Sequence[Run], folder: Path) -> list[Path] | None:
+    """The figures, each named when it is there; None without matplotlib."""
     try:
         from mpilsgd.train import figures
     except ImportError as error:
@@ -70,51 +102,48 @@ def run(args: argparse.Namespace) -> int:
             f"mpilsgd report: no figures: {error}; `pip install 'mpilsgd[report]'` brings matplotlib",
             file=sys.stderr,
         )
-        return 1
-    print()
-    try:
-        for draw, name in (
-            (figures.draw_curves, "curves.png"),
-            (figures.draw_leaders, "leaders.png"),
-            (figures.draw_time, "time.png"),
-            (figures.draw_asynchrony, "asynchrony.png"),
-            (figures.draw_periods, "periods.png"),
-        ):
-            path = draw(runs, folder / name)
-            if path is not None:
-                print(path)
-            elif (folder / name).exists():
-                (
-                    folder / name
-                ).unlink()  # of an earlier report in this folder: it would be taken for one of these runs
-    except OSError as error:
-        print(f"mpilsgd report: a figure cannot be written: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return None
+    drawn = []
+    for name, function in PICTURES.items():
+        path = folder / f"{name}.png"
+        if getattr(figures, function)(runs, path) is not None:
+            print(path)
+            drawn.append(path)
+        else:  # of an earlier report in this folder: it would be taken for one of these runs
+            path.unlink(missing_ok=True)
+    return drawn
 
 
 def table(runs: Sequence[Run]) -> str:
-    """The runs, a line each: errors of the centre, training time (without evaluation), exchange, resets."""
+    """The runs, a line each: figures of the centre, training time (without evaluation), exchange, resets."""
+    return columns(rows_of(runs))
+
+
+def rows_of(runs: Sequence[Run]) -> list[list[str]]:
+    """The table's head and lines."""
+    figure = figure_of(line for one in runs for line in one.metrics)
+    judged = ["error %", "best %"] if figure is ERROR else [figure.name, "best"]
+    worker = "worker %" if figure is ERROR else "worker"
     head = [
         "run",
         "method",
         "workers",
         "steps",
-        "error %",
-        "best %",
+        *judged,
         "at",
-        "worker %",
+        worker,
+        "train loss",
         "time",
         "comm",
         "rounds",
     ]
     head += ["in groups", "across", "resets"]
-    rows = [head] + [_row(one) for one in runs]
+    rows = [head] + [_row(one, figure) for one in runs]
     if any(one.worker_steps for one in runs):  # asynchronous runs: what says something of them
         rows[0] += ["waiting", "staleness"]
         for row, one in zip(rows[1:], runs, strict=True):
             row += [_waiting(one), _staleness(one)]
-    return columns(rows)
+    return rows
 
 
 def _forecast(one: Run) -> dict[str, list[float]]:
@@ -144,26 +173,28 @@ def leads_text(one: Run) -> str:
     return "\n".join([*lines, columns(rows)])
 
 
-def _row(one: Run) -> list[str]:
-    name = judged_by(
-        {"test_error": one.total("test_error") if np.isfinite(one.total("test_error")) else None}
-    )
-    wall, errors = one.curve("wall_s", name)
+def _row(one: Run, figure: Figure) -> list[str]:
+    wall, errors = one.curve("wall_s", figure.key)
     seen = np.isfinite(errors)
     best = int(np.nanargmin(errors)) if seen.any() else -1
     best_worker = one.summary.get("best_worker")
     seconds = {part: float(np.mean(values)) for part, values in one.seconds().items()}
     whole = sum(seconds.values())
     groups = f" ({one.n_groups} groups)" if one.n_groups > 1 else ""
+
+    def told(value: object) -> str:
+        return figure.text(value).removesuffix(" %")
+
     return [
         one.name,
         one.method,
         f"{_workers(one)}{groups}",
         _steps(one),
-        _figure(name, one.total(name)),
-        _figure(name, float(errors[best])) if best >= 0 else "-",
+        told(one.total(figure.key)),
+        told(float(errors[best])) if best >= 0 else "-",
         duration(float(wall[best])) if best >= 0 else "-",
-        _figure(name, best_worker.get(name)) if isinstance(best_worker, dict) else "-",
+        told(best_worker.get(figure.key)) if isinstance(best_worker, dict) else "-",
+        TRAIN.text(one.last(TRAIN.key)),
         duration(one.total("wall_s")),
         f"{100 * seconds['comm'] / whole:.2g} %" if whole > 0 else "-",
         count(one.total("rounds")),
@@ -171,13 +202,6 @@ def _row(one: Run) -> list[str]:
         in_bytes(one.total("bytes_across")),
         _resets(one),
     ]
-
-
-def _figure(name: str, value: float | None) -> str:
-    """An error in percent, a loss as such."""
-    if name == "test_error" or value is None or not np.isfinite(value):
-        return percent(value)
-    return f"loss {value:.4g}"
 
 
 def _workers(one: Run) -> str:

@@ -22,14 +22,15 @@ from mpilsgd.train.manifest import Manifest, file_name
 
 METRICS = (
     *("step", "epoch", "wall_s", "grad_evals", "rounds", "bytes_group", "bytes_across"),
-    *("train_loss", "test_loss", "test_error", "leader", "t_compute", "t_data", "t_comm"),
+    *("train_loss", "test_loss", "test_error", "leader", "t_compute", "t_data", "t_comm", "t_wait"),
 )
 _PROBE_BYTES = 1 << 20
-_FILES = ("config.yaml", "metrics.jsonl", "leaders.jsonl", "summary.json")
+_FILES = ("config.yaml", "command", "metrics.jsonl", "leaders.jsonl", "ranks.json", "summary.json")
+_LOGS = ("metrics.csv", "wandb-id")  # of --log
 
 
 class RunDirectory:
-    """config.yaml, metrics.jsonl, leaders.jsonl, summary.json and checkpoint/ of one run.
+    """config.yaml, command, metrics.jsonl, leaders.jsonl, ranks.json, summary.json and checkpoint/ of one run.
 
     Rank 0 writes all of them but the checkpoints, of which every rank writes its own file. A checkpoint counts once
     its manifest names its files; the manifest is written when all files are there, and every file is renamed into
@@ -46,11 +47,18 @@ class RunDirectory:
 
     # Rank 0, before training
 
-    def claim(self, config_text: str, overwrite: bool = False, resume: bool = False, need: int = 0) -> None:
+    def claim(
+        self,
+        config_text: str,
+        overwrite: bool = False,
+        resume: bool = False,
+        need: int = 0,
+        command: str = "",
+    ) -> None:
         """Makes the directory, and begins a new run.
 
         Args:
-            need: bytes that the run's checkpoints will take.
+            need: bytes that the run's checkpoints will take; command: that started it.
 
         Raises:
             InputError: it holds a run already, cannot be written, or the disk is full.
@@ -70,7 +78,7 @@ class RunDirectory:
                 self._clear()
             self._make_room(need)
             if not resume:
-                self.begin(config_text)
+                self.begin(config_text, command=command)
         except OSError as error:
             self._leave()
             raise InputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
@@ -81,8 +89,8 @@ class RunDirectory:
     def _holds_a_run(self) -> bool:
         return any((self.path / name).exists() for name in _FILES) or any(self.checkpoint.glob("step-*.pt"))
 
-    def begin(self, config_text: str, resume: bool = False) -> None:
-        """Writes config.yaml: a run begins or is taken up, perhaps with other options.
+    def begin(self, config_text: str, resume: bool = False, command: str = "") -> None:
+        """Writes config.yaml and a line of `command`: a run begins or is taken up, perhaps with other options.
 
         The manifest knows the new configuration before it is there, and the old one until the next checkpoint: whenever
         the job is killed, the two fit.
@@ -96,6 +104,9 @@ class RunDirectory:
             now.config.append(digest(content))
             now.write(self.manifest)
         replace(self.config, lambda file: file.write(content))
+        if command:
+            with named(self.path / "command"), open(self.path / "command", "a", encoding="utf-8") as file:
+                file.write(command + "\n")
 
     def probe(self, size: int = 1) -> None:
         """Writes and removes a file, to find out before training what would fail after it."""
@@ -123,10 +134,11 @@ class RunDirectory:
             self.path.rmdir()
 
     def _clear(self) -> None:
-        for name in _FILES:
+        for name in (*_FILES, *_LOGS):
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         self.manifest.unlink(missing_ok=True)  # first: without it the files count for nothing
-        for pattern in ("step-*.pt*", "center.pt*", ".probe-*"):
+        for pattern in ("step-*.pt*", "center.pt*", "best.pt*", ".probe-*"):
             for path in self.checkpoint.glob(pattern):
                 path.unlink(missing_ok=True)
 
@@ -154,16 +166,41 @@ class RunDirectory:
         written = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         return _step_of(written[-1]) if written else 0
 
-    def summarize(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json, with what lies in the files of lines: `report` sees whether they were changed."""
-        contents = {path.name: path.read_bytes() for path in self.path.glob("*.jsonl")}
-        files = {name: Written(len(lines), digest(lines))._asdict() for name, lines in contents.items()}
-        text = json.dumps(_plain({**summary, "files": files}), indent=2, allow_nan=False) + "\n"
-        replace(self.path / "summary.json", lambda file: file.write(text.encode()))
+    def summarize(self, summary: dict[str, Any], name: str = "summary.json") -> None:
+        """Writes summary.json, with what lies in the files of lines: `report` sees whether they were changed. Or
+        another such file."""
+        if name == "summary.json":
+            contents = {path.name: path.read_bytes() for path in self.path.glob("*.jsonl")}
+            files = {name: Written(len(lines), digest(lines))._asdict() for name, lines in contents.items()}
+            summary = {**summary, "files": files}
+        text = json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n"
+        replace(self.path / name, lambda file: file.write(text.encode()))
 
     def save_center(self, state: dict[str, Any]) -> None:
         """Writes the centre's state_dict, the model that was trained: torch.load and load_state_dict take it."""
         replace(self.checkpoint / "center.pt", lambda file: torch.save(state, file))
+
+    def save_best(self, state: dict[str, Any], found: dict[str, Any]) -> None:
+        """Keeps the centre that was the best so far, under "model", with what was found of it: step and figure."""
+        kept = {**_loadable(_plain(found)), "model": state}
+        replace(self.checkpoint / "best.pt", lambda file: torch.save(kept, file))
+
+    def best(self) -> dict[str, Any] | None:
+        """What was found of the best centre so far; None before there is one.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        path = self.checkpoint / "best.pt"
+        if not path.exists():
+            return None
+        try:
+            kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return {key: value for key, value in kept.items() if key != "model"}
+        except Exception as error:
+            raise InputError(
+                f"{path}: cannot be read (remove it to go on without): {first_line(error)}"
+            ) from error
 
     # Checkpoints
 
@@ -239,6 +276,11 @@ class RunDirectory:
                 f"{self.config}: is not the configuration that this run was started with (it was changed or damaged): "
                 "put that back; options that may change are given on the command line"
             )
+
+
+def first_line(error: Exception) -> str:
+    """What torch says of a file takes many lines."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _step_of(line: bytes) -> float:

@@ -10,7 +10,6 @@ from mpilsgd.comm import Topology, here
 from mpilsgd.devices import on_host
 from mpilsgd.methods import Method
 from mpilsgd.plan import Forecast, Machine, Seen, Sizes, costs, forecast, look, measure
-from mpilsgd.train.table import in_bytes, in_ms
 
 _SECONDS = 0.1  # to measure for
 
@@ -66,23 +65,3 @@ def _round(seen: Seen, sizes: Sizes, machine: Machine, found: Forecast) -> float
     each = costs(seen, sizes, machine)
     often = sum(1 / cost.every for cost in each)
     return sum(cost.seconds / cost.every for cost in each) / often if often else math.nan
-
-
-def text(told: dict[str, list[float]]) -> str:
-    """For a reader."""
-    ms = [
-        f"{in_ms(a)} / {in_ms(b)} ms a {what}"
-        for what in ("step", "round")
-        for a, b in _of(told, f"{what}_s")
-    ]
-    read = [
-        f"{in_bytes(a)} / {in_bytes(b)} {where}"
-        for key, where in (("bytes_group", "in groups"), ("bytes_across", "across"))
-        for a, b in _of(told, key)
-        if a or b
-    ]
-    return ", ".join(ms + read)
-
-
-def _of(told: dict[str, list[float]], key: str) -> list[list[float]]:
-    return [told[key]] if key in told else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = parse(rest)
         _check(config, own.workers)
-        return _run(own, config)
+        return _run(own, config, shlex.join(["mpilsgd", "simulate", *argv]))
     except ConfigError as error:
         reason, status = "\n  ".join(["the configuration is refused:", *error.mistakes]), BAD_INPUT
     except (InputError, ValueError) as error:
@@ -138,7 +139,7 @@ def _deaths(texts: Sequence[str]) -> dict[int, float]:
         raise InputError(f"die must be RANK:SECONDS, not {', '.join(texts)}") from None
 
 
-def _run(own: argparse.Namespace, config: Config) -> int:
+def _run(own: argparse.Namespace, config: Config, command: str) -> int:
     config.output = config.output or default_output(config)
     compute = compute_of(own.compute, parse_slow(config.slow), config.seed)
     network = Network(own.bandwidth, own.latency, own.memory)
@@ -150,7 +151,7 @@ def _run(own: argparse.Namespace, config: Config) -> int:
     directory = RunDirectory(config.output)
     cluster = {"nodes": own.nodes, "compute": own.compute, **dataclasses.asdict(network)}
     found = simulate(
-        lambda: train(config, task, train_set, test_set, directory, cluster),
+        lambda: train(config, task, train_set, test_set, directory, cluster, command),
         own.workers,
         seed=config.seed,
         nodes=own.nodes,
@@ -183,6 +184,7 @@ def train(
     test_set: Dataset,
     directory: RunDirectory,
     cluster: dict[str, Any],
+    command: str = "",
 ) -> dict[str, Any]:
     """The job of one worker: `job` without what belongs to processes. Gives the summary. Collective."""
     topology = Topology(group_size=config.group_size, shared=config.shared, across_dtype=config.across_dtype)
@@ -190,7 +192,7 @@ def train(
     model = prepared(config, task, train_set, test_set, topology, torch.device("cpu"))
     opt = make_method(config, topology, optimizers.build(config, model.parameters()), model)
     sampler = sampler_of(config, train_set, opt, topology)
-    on_first(topology, directory.claim, config.text(), config.overwrite)
+    on_first(topology, directory.claim, config.text(), config.overwrite, False, 0, command)
     torch.manual_seed(derived_seed(config.seed, "dropout", rank))
     total = config.steps if config.steps is not None else (config.epochs or 0) * sampler.batches
     display = Display(rank, total, sampler.batches)
@@ -201,6 +203,7 @@ def train(
         config, topology, task, model, opt, train_set, test_set, sampler, directory, display, total
     )
     trainer.cluster = cluster
+    trainer.journal.open_log(config.log)
     summary = trainer.run()
     opt.close()
     topology.free()
@@ -214,7 +217,7 @@ class _Trainer(Trainer):
 
     def run(self) -> dict[str, Any]:
         self.slowdown = Slowdown()
-        self.display.live = False
+        self.display.close()  # a bar goes by seconds that pass here
         self.model.train()
         self._signals, self._stop = Signals(), AtEvents()
         self._train(collections.deque(self._events()))

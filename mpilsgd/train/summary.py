@@ -10,11 +10,11 @@ from mpilsgd.comm import Topology
 from mpilsgd.methods import Method
 from mpilsgd.train.config import Config
 from mpilsgd.train.evaluation import Result
+from mpilsgd.train.judged import figure_of
 from mpilsgd.train.progress import Progress, histogram, mean
 from mpilsgd.train.run_directory import METRICS
-from mpilsgd.train.table import judged_by
 
-_OF_PROGRESS = ("step", "wall", "compute", "data", "comm", "loss_sum", "loss_count")
+_OF_PROGRESS = ("step", "wall", "compute", "data", "comm", "wait", "loss_sum", "loss_count", "leads")
 _OF_METHOD = ("rounds", "bytes_group", "bytes_across")
 
 
@@ -23,6 +23,11 @@ def measured(at: Progress, opt: Method) -> dict[str, Any]:
     return {
         key: getattr(of, key) for of, keys in ((at, _OF_PROGRESS), (opt.metrics, _OF_METHOD)) for key in keys
     }
+
+
+def figures_of(result: Result) -> dict[str, float | None]:
+    """What an evaluation found, as it stands in metrics.jsonl and summary.json."""
+    return {"test_loss": result.loss, "test_error": result.error}
 
 
 def metrics_line(
@@ -45,10 +50,9 @@ def metrics_line(
         "bytes_group": totals["bytes_group"],
         "bytes_across": totals["bytes_across"],
         "train_loss": totals["loss_sum"] / max(totals["loss_count"], 1),
-        "test_loss": result.loss,
-        "test_error": result.error,
+        **figures_of(result),
         "leader": leader if leader >= 0 else None,
-        **{f"t_{key}": totals[key] / workers for key in ("compute", "data", "comm")},
+        **{f"t_{key}": totals[key] / workers for key in ("compute", "data", "comm", "wait")},
     }
     assert tuple(line) == METRICS
     return line | named(result)
@@ -57,6 +61,13 @@ def metrics_line(
 def named(result: Result) -> dict[str, float]:
     """The further figures as they stand in the files."""
     return {f"test_{name}": value for name, value in result.more.items()}
+
+
+def ranks_of(rows: Sequence[dict[str, Any]], workers: Sequence[int], step: float) -> dict[str, Any]:
+    """What ranks.json holds: where each rank is at an evaluation. rows: `measured` of every rank."""
+    seconds = {f"t_{key}": [row[key] for row in rows] for key in ("compute", "data", "comm", "wait")}
+    steps, leads = ([row[key] for row in rows] for key in ("step", "leads"))
+    return {"step": step, "workers": list(workers), "steps": steps, "leads": leads, **seconds}
 
 
 def summary_of(
@@ -78,7 +89,7 @@ def summary_of(
     own: list[Result] = columns["own"]
     judged = [one.judged for one in own]
     best = min(workers, key=lambda r: (math.isnan(judged[r]), judged[r], r))
-    name = judged_by({"test_error": result.error})
+    name = figure_of([{"test_error": result.error, "test_loss": result.loss}]).key
     steps = mean(columns["step"], len(workers))
     summary = {
         "method": config.method,

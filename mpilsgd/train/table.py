@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -15,28 +14,16 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def percent(fraction: float | None) -> str:
-    return "-" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.2f}"
-
-
-def judged_by(found: Mapping[str, Any]) -> str:
-    """The figure that a run is judged by: its test error, or where nothing is classified its test loss.
-
-    found: a line of metrics.jsonl, or summary.json.
-    """
-    return "test_loss" if found.get("test_error") is None else "test_error"
-
-
-def judged(found: Mapping[str, Any]) -> str:
-    """Its value for a reader. found: what holds one of the two."""
-    value = found.get(judged_by(found))
-    if judged_by(found) == "test_error":
-        return f"{percent(value)} %"
-    return "-" if value is None else f"{value:.4g}"
-
-
 def count(value: float) -> str:
     return f"{value:.0f}" if math.isfinite(value) else "-"
+
+
+def count_text(value: float) -> str:
+    """Three significant digits, large numbers with k and M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if abs(value) >= 10 * size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.4g}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -75,3 +62,23 @@ def ranges(ranks: Sequence[int]) -> str:
         else:
             parts.append([rank, rank])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def forecast_text(told: dict[str, list[float]]) -> str:
+    """What a run was forecast, beside what it measured."""
+    ms = [
+        f"{in_ms(a)} / {in_ms(b)} ms a {what}"
+        for what in ("step", "round")
+        for a, b in _of(told, f"{what}_s")
+    ]
+    read = [
+        f"{in_bytes(a)} / {in_bytes(b)} {where}"
+        for key, where in (("bytes_group", "in groups"), ("bytes_across", "across"))
+        for a, b in _of(told, key)
+        if a or b
+    ]
+    return ", ".join(ms + read)
+
+
+def _of(told: dict[str, list[float]], key: str) -> list[list[float]]:
+    return [told[key]] if key in told else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ def test_every_method_learns_digits(method: str, folder: Path, capsys: pytest.Ca
         == WORLD.size
     )
     assert summary["best_worker"]["test_error"] == min(summary["worker_test_errors"])
+    best = min(rows, key=lambda row: row["test_error"])
+    assert summary["best"] == {"step": best["step"], "test_error": best["test_error"]}
+    ranks = json.loads((output / "ranks.json").read_text())
+    assert ranks["steps"] == [steps] * WORLD.size and len(ranks["t_wait"]) == WORLD.size
+    assert (output / "command").read_text().endswith(f"mpilsgd train {shlex.join(argv)}\n")
     assert yaml.safe_load((output / "config.yaml").read_text())["method"] == method
     elections = lines(output / "leaders.jsonl")
     assert bool(elections) == (method == "LSGD")

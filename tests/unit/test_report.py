@@ -171,7 +171,7 @@ def test_one_asynchronous_run(tmp_path: Path) -> None:
 def drawn(draw: Any, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The figure that is drawn of some runs."""
     kept: list[Any] = []
-    monkeypatch.setattr("mpilsgd.train.figures._save", lambda figure, path: kept.append(figure))
+    monkeypatch.setattr("mpilsgd.train.figure_time.save", lambda figure, path: kept.append(figure))
     draw(read_runs(folders), Path())
     return kept[0]
 
@@ -241,7 +241,7 @@ def test_a_label_names_the_method(tmp_path: Path, folder: str, config: dict[str,
 def test_no_leader_leads_beyond_the_end(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from mpilsgd.train.figures import _draw_lanes
+    from mpilsgd.train.figure_leaders import _draw_lanes
 
     (run,) = read_runs([made_up_run(tmp_path / "run", points=2)])
     for elections, last, end in ((10, 80, 80), (7, 80, 80), (10, 40, 80)):

@@ -42,10 +42,35 @@ def test_claim_makes_it_and_refuses_a_second_run(run: RunDirectory) -> None:
 def test_overwrite_leaves_nothing_of_the_old_run_but_what_is_not_its_own(run: RunDirectory) -> None:
     run.append("metrics.jsonl", [{"step": 1}])
     run.seal(5, [run.save(0, 5, {})])
-    (run.path / "notes.txt").write_text("mine")
+    run.save_best({}, {"step": 1, "test_error": 0.5})
+    for name in ("notes.txt", "metrics.csv", "ranks.json", "command", "tensorboard/events"):
+        (run.path / name).parent.mkdir(exist_ok=True)
+        (run.path / name).write_text("mine")
     run.claim("lr: 1\n", overwrite=True)
     assert sorted(path.name for path in run.path.iterdir()) == ["checkpoint", "config.yaml", "notes.txt"]
     assert list(run.checkpoint.iterdir()) == [run.manifest] and run.sealed_step(1) is None
+
+
+def test_the_commands_that_started_it(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.claim("lr: 1\n", command="mpilsgd train --lr 1")
+    run.begin("lr: 1\nepochs: 3\n", resume=True, command="mpilsgd train --resume run --epochs 3")
+    assert (run.path / "command").read_text().splitlines() == [
+        "mpilsgd train --lr 1",
+        "mpilsgd train --resume run --epochs 3",
+    ]
+    run.claim("lr: 2\n", overwrite=True, command="mpilsgd train --lr 2")
+    assert (run.path / "command").read_text() == "mpilsgd train --lr 2\n"
+
+
+def test_the_best_centre_is_remembered(run: RunDirectory) -> None:
+    assert run.best() is None
+    run.save_best({"w": torch.ones(2)}, {"step": np.float64(2.5), "test_error": 0.25})
+    assert run.best() == {"step": 2.5, "test_error": 0.25}
+    assert torch.equal(torch.load(run.checkpoint / "best.pt", weights_only=True)["model"]["w"], torch.ones(2))
+    (run.checkpoint / "best.pt").write_bytes(b"cut off")
+    with pytest.raises(InputError, match=r"best\.pt: cannot be read"):
+        run.best()
 
 
 def test_resume_wants_a_run(tmp_path: Path) -> None:

@@ -148,16 +148,6 @@ def test_a_log_file_gets_a_line_an_evaluation() -> None:
     assert "leader" not in lines[1]
 
 
-def test_a_terminal_gets_a_live_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    terminal = Terminal()
-    display = Display(0, 100, 40, terminal)
-    display.step(1, 0.5)
-    display.say("done")
-    assert terminal.getvalue().startswith("step 1/100  epoch 0.03  loss 0.5000")
-    assert terminal.getvalue().endswith("\rdone\n")
-
-
 def test_other_ranks_are_silent() -> None:
     terminal = Terminal()
     display = Display(1, 100, 40, terminal)

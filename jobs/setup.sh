@@ -4,7 +4,8 @@
 #
 #   MPILSGD_PYTHON    the Python that makes the environment (python3; 3.10 or newer)
 #   MPILSGD_VENV      where the environment lies (.venv in the checkout)
-#   MPILSGD_TORCH     the torch to install, as pip writes it (torch==2.13.0)
+#   MPILSGD_TORCH     the torch to install, as pip writes it. By default the one that the Python has already, else
+#                     torch==2.13.0, which on a Linux machine without an NVIDIA GPU is the build without CUDA
 #   MPILSGD_MPIEXEC   the MPI launcher to use (default: the first that works, PyPI's MPICH if none does)
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,13 +20,28 @@ die() {
   exit 1
 }
 
-# quietly WHAT COMMAND...: the output goes to a log; its end is shown only if the command fails.
+# quietly WHAT COMMAND...: the output goes to a log, whose end is shown if the command fails. Meanwhile one sees that it
+# goes on.
 quietly() {
-  local what=$1 log=$VENV/setup.log
+  local what=$1 log=$VENV/setup.log status=0
   shift
-  "$@" >"$log" 2>&1 </dev/null && return
+  exec 8> >(exec 9>&- && show_seconds "$what" "$log")
+  "$@" >"$log" 2>&1 </dev/null 8>&- || status=$?
+  exec 8>&-
+  [[ ! -t 1 ]] || printf '\r\033[K'
+  ((status == 0)) && return
   tail -n 60 "$log" >&2
   die "$what failed (the whole log: $log)"
+}
+
+show_seconds() { # until standard input ends: on a terminal every second, in a file every minute
+  local started=$SECONDS every=60
+  [[ ! -t 1 ]] || every=1
+  while read -r -t "$every" || (($? > 128)); do
+    if [[ -t 1 ]]; then printf '\r   %s s (log: %s)' $((SECONDS - started)) "$2"; else
+      printf '   %s: %s s so far (log: %s)\n' "$1" $((SECONDS - started)) "$2"
+    fi
+  done
 }
 
 # set_up EXTRAS: the environment with torch and this checkout, editable, with these extras ("report", "dev,report").
@@ -44,30 +60,69 @@ set_up() {
     say "making a virtual environment in $VENV"
     rm -rf "$VENV/bin" "$VENV/lib" "$VENV/built" "$VENV/torch"
     quietly "python -m venv (on Debian: apt-get install python3-venv)" "$base" -m venv "$VENV"
+    [[ -n ${MPILSGD_TORCH:-} ]] || "$base" -c "$FIND_TORCH" >"$("$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
   fi
   if [[ -z ${MPILSGD_TORCH:-} && ! -f $VENV/torch ]] && "$PY" -c 'from importlib.metadata import version; version("torch")' 2>/dev/null; then
     TORCH=as-found # the user's own environment, made with MPILSGD_VENV
   fi
-  if [[ $TORCH != as-found && $(cat "$VENV/torch" 2>/dev/null) != "$TORCH" ]]; then
-    say "installing $TORCH (up to some minutes)"
-    quietly "pip install $TORCH" "$PY" -m pip install "$TORCH" numpy
-    printf '%s' "$TORCH" >"$VENV/torch"
+  [[ $TORCH == as-found ]] || install_torch
+  install_package "$extras"
+  if command -v flock >/dev/null; then exec 9>&-; fi
+  export PATH=$VENV/bin:$PATH
+  ((SECONDS - started < 5)) || say "set up in $((SECONDS - started)) s"
+}
+
+# A machine without an NVIDIA GPU is spared the gigabytes of CUDA that PyPI's torch for Linux brings, unless it was said
+# which torch to take, or where from.
+CPU_TORCH=https://download.pytorch.org/whl/cpu
+install_torch() {
+  local have wanted=$TORCH told="" index=()
+  have=$(cat "$VENV/torch" 2>/dev/null || true)
+  [[ $have != "$TORCH" && (-n ${MPILSGD_TORCH:-} || $have != "$TORCH+cpu") ]] || return 0
+  if [[ $(uname) == Linux && -z ${MPILSGD_TORCH:-}${PIP_INDEX_URL:-}${PIP_FIND_LINKS:-}${PIP_NO_INDEX:-} ]] &&
+    ! compgen -G '/dev/nvidia[0-9]*' >/dev/null && ! command -v nvidia-smi >/dev/null; then
+    if timeout 10 "$PY" -c "import urllib.request as r; r.urlopen('$CPU_TORCH/torch/', timeout=5)" 2>/dev/null; then
+      wanted+=+cpu index=(--extra-index-url "$CPU_TORCH")
+      told=" without CUDA, as no NVIDIA GPU is here (MPILSGD_TORCH=$TORCH takes the other)"
+    else
+      told=", perhaps with CUDA, as $CPU_TORCH cannot be reached"
+    fi
   fi
-  local sources have
+  say "installing $TORCH$told (up to some minutes)"
+  # for pip 2.13.0+cpu is a 2.13.0, too, so that it would not install the other over it
+  [[ -z $have ]] || quietly "pip uninstall torch" "$PY" -m pip uninstall -y torch
+  quietly "pip install $wanted" "$PY" -m pip install ${index[@]+"${index[@]}"} "$wanted" numpy
+  printf '%s' "$wanted" >"$VENV/torch"
+}
+
+# install_package EXTRAS: builds this checkout if its sources changed, and else adds the packages of new extras alone.
+install_package() {
+  local extras=$1 sources have
   sources=$(source_hash)
   have=$(cat "$VENV/built" 2>/dev/null || true)
-  if [[ $have != "$sources "* ]] || ! has_extras "${have#* }" "$extras"; then
+  if [[ $have != "$sources "* ]]; then
     [[ -z $have ]] || extras=$(printf '%s' "${have#* },$extras" | tr ',' '\n' | sort -u | paste -sd, -)
     say "building mpilsgd and installing what it needs: ${extras//,/, } (up to some minutes)"
     rm -f "$VENV/built"
     # An editable build knows only the modules it saw: a new one counts as a change of sources.
     quietly "building mpilsgd" "$PY" -m pip install -e "$ROOT[$extras]"
     printf '%s %s' "$sources" "$extras" >"$VENV/built"
+  elif ! has_extras "${have#* }" "$extras"; then
+    say "installing what is needed beside it: ${extras//,/, } (up to some minutes)"
+    quietly "pip install mpilsgd[$extras]" "$PY" -m pip install "mpilsgd[$extras]" # it is there: nothing is built
+    printf '%s,%s' "$have" "$extras" >"$VENV/built"
   fi
-  if command -v flock >/dev/null; then exec 9>&-; fi
-  export PATH=$VENV/bin:$PATH
-  ((SECONDS - started < 5)) || say "set up in $((SECONDS - started)) s"
 }
+
+# Prints where the torch of this Python lies, if it has one that is new enough.
+FIND_TORCH='
+import importlib.metadata, importlib.util, pathlib, re
+try:
+    version = re.findall("[0-9]+", importlib.metadata.version("torch"))
+    if (int(version[0]), int(version[1])) >= (2, 2):
+        print(pathlib.Path(importlib.util.find_spec("torch").origin).parents[1])
+except Exception:
+    pass'
 
 # The files whose change asks for a new build, as one number; and the names of all modules.
 source_hash() {

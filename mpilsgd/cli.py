@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 COMMANDS = {
     "train": "train a model on all ranks: mpiexec -n 4 mpilsgd train",
@@ -35,6 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _told_once():
         command, rest = _command(arguments)
     module = importlib.import_module(_MODULES.get(command, f"mpilsgd.train.{command}"))
+    try:
+        return _run(command, module, rest)
+    except ImportError as error:
+        from mpilsgd.comm import NoMPI
+
+        if not isinstance(error, NoMPI):
+            raise
+        with _told_once():
+            if command == "train":
+                _without_ranks(rest)
+            print(f"mpilsgd {command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(command: str, module: Any, rest: list[str]) -> int:
     if command in ("train", "simulate"):
         return int(module.main(rest))
     parser = argparse.ArgumentParser(prog=f"mpilsgd {command}")
@@ -42,12 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _told_once():
         parsed = parser.parse_args(rest)
     try:
-        status = module.run(parsed)
+        status = int(module.run(parsed))
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough; nor shall Python's own flush at the end complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     return status
+
+
+def _without_ranks(rest: list[str]) -> None:
+    """What `mpilsgd train` does without any: --help, --print_config."""
+    from mpilsgd.train.command_line import ConfigError, parse
+
+    with contextlib.suppress(ConfigError):
+        parse(rest)
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:
@@ -80,7 +104,8 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
 @contextlib.contextmanager
 def _told_once() -> Iterator[None]:
     """Of many ranks that print the same help or complaint, only the first is heard."""
-    rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0")
+    names = (*_RANK_VARIABLES, *(["RANK"] if "TORCHELASTIC_RUN_ID" in os.environ else []))  # torchrun's
+    rank = next((os.environ[name] for name in names if name in os.environ), "0")
     if rank == "0":
         yield
         return

@@ -74,6 +74,28 @@ class Mapped:
             self.address = 0
 
 
+class Pinned:
+    """Host memory that a device's copies read and write while the host goes on."""
+
+    def __init__(self, place: torch.device):
+        self._place, self._address = place, 0
+
+    def pin(self, memory: Tensor) -> None:
+        core.device.pin(memory.data_ptr(), memory.nbytes, self._place.index)
+        self._address = memory.data_ptr()
+
+    def free(self) -> None:
+        if self._address:
+            finish_all(self._place)
+            core.device.unpin(self._address)
+            self._address = 0
+
+
+def copy(place: torch.device, to: int, source: int, nbytes: int) -> None:
+    """Between addresses of the device or of pinned memory, by the current stream."""
+    core.device.copy(place.index, to, source, nbytes, stream_of(place))
+
+
 def vector(place: torch.device, address: int, dtype: torch.dtype, numel: int) -> Tensor:
     """The memory at an address, which must outlive it."""
     if numel == 0:

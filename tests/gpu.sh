@@ -261,7 +261,7 @@ kernels+=(--device cuda)
 
 step "info, 2 ranks" 40 on_ranks 2 info
 with_kernels "kernels against NumPy and the reference" 120 unit_tests tests/unit/test_emulated_kernels.py tests/unit/test_bench.py
-with_kernels "2 ranks: IPC, staging, bench" 90 mpi_tests 2 tests/mpi/test_devices.py tests/mpi/test_info_bench.py
+with_kernels "2 ranks: IPC, staging, bench" 90 mpi_tests 2 tests/mpi/test_devices.py tests/mpi/test_staged.py tests/mpi/test_info_bench.py
 with_kernels "bench kernels, float32" 60 mpilsgd bench kernels --size "$many" "${kernels[@]}"
 with_kernels "bench exchange, 4 ranks" 60 on_ranks 4 bench exchange --device cuda "${exchange[@]}"
 with_kernels "bench exchange, 2 ranks" 40 on_ranks 2 bench exchange --device cuda "${exchange[@]}"

@@ -86,8 +86,13 @@ run() {
   echo "   $((SECONDS - started)) s"
 }
 
-unit() {
-  run "unit" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/unit
+unit() { # unit [rest]: without those that run beside, or these
+  local one paths=() name="unit" ignored=()
+  for one in tests/unit/test_{in_process,many,plan,reproduce,simulate*,theory*}.py; do
+    paths+=("$one") ignored+=("--ignore=$one")
+  done
+  if [[ -n ${1:-} ]]; then name="unit, simulations"; else paths=("${ignored[@]}" tests/unit); fi
+  run "$name" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} "${paths[@]}"
 }
 
 device() { # builds what has the CUDA part as C++, on a device that is emulated (csrc/emulated), where it is not there
@@ -110,7 +115,7 @@ emulated() { # its kernels
 }
 
 emulated_ranks() { # emulated_ranks RANKS [NODES]: methods whose vectors lie there
-  local select_tests=(-m "gpu and not slow") paths="tests/mpi/test_devices.py tests/mpi/test_launches.py tests/mpi/test_streams.py $paths"
+  local select_tests=(-m "gpu and not slow") paths="tests/mpi/test_devices.py tests/mpi/test_launches.py tests/mpi/test_streams.py tests/mpi/test_staged.py $paths"
   export MPILSGD_TEST_CORE
   MPILSGD_TEST_CORE=$(echo "$VENV"/emulated/mpilsgd/_core*.so)
   [[ -z ${2:-} ]] || export MPIR_CVAR_NUM_CLIQUES=$2 MPIR_CVAR_CLIQUES_BY_BLOCK=1
@@ -177,6 +182,7 @@ LIMIT=1200
 beside() { # what has one process, as the unit tests have
   [[ " ${parts[*]} " != *" mpi "* ]] || without=train all_ranks 1
   [[ " ${parts[*]} " == *" unit "* ]] || return 0
+  unit rest
   if [[ -z $all ]]; then tasks 2; else tasks 4x2; fi
   [[ $(uname) != Linux ]] || emulated
 }
@@ -186,7 +192,10 @@ if [[ -z $slow ]]; then
   alone=$!
   set +m
 fi
-[[ " ${parts[*]} " != *" unit "* ]] || unit
+if [[ " ${parts[*]} " == *" unit "* ]]; then
+  unit
+  [[ -z $slow ]] || unit rest
+fi
 if [[ -n $alone ]]; then
   wait "$alone" || true
   alone=""

@@ -17,7 +17,7 @@ from pathlib import Path
 # the machine lacks no run can have; another layout of the ranks some run has to have.
 MACHINE = (
     r"needs a GPU|needs an emulated device|needs (\d+|several) GPUs|needs a machine without GPU|needs root|"
-    r"this CPU has no "
+    r"this CPU has no |needs the package "
 )
 ONLY_ALL = r"in bash tests/run.sh --all"
 LAYOUT = r"needs (exactly |at least )?\d+ (ranks|nodes)|needs one node|needs several nodes|needs MPICH"

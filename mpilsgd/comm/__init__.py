@@ -14,7 +14,7 @@ from mpilsgd.comm.counting import Counter, Progress, progresses_alone, thread_pr
 from mpilsgd.comm.heartbeat import Heartbeat
 from mpilsgd.comm.inprocess import in_process
 from mpilsgd.comm.links import Edge, Inbox, Links, Outbox, Slot, tag_problem
-from mpilsgd.comm.mpi import MPI, here
+from mpilsgd.comm.mpi import MPI, NoMPI, here
 from mpilsgd.comm.onesided import Turns
 from mpilsgd.comm.shards import Shard, Shards
 from mpilsgd.comm.snapshots import Snapshots
@@ -34,6 +34,7 @@ __all__ = [
     "Heartbeat",
     "Inbox",
     "Links",
+    "NoMPI",
     "Outbox",
     "Place",
     "Progress",

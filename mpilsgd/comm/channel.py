@@ -6,6 +6,7 @@ An *island* is a set of ranks that see each other's vectors: a node, or a single
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,10 @@ from mpilsgd.comm.meeting import meeting
 from mpilsgd.comm.mpi import MPI
 
 _PIECE = 1 << 22  # bytes a message at most: those of a chunk follow each other, and MPI's counts are C ints
-_CHUNK = 1 << 24  # bytes that are received before they are used, while the next ones come
+_CHUNKS = (
+    1 << 20,
+    1 << 24,
+)  # bytes, from and to, that are received before they are used, while the next ones come
 _SMALLEST = 1 << 16  # bytes a message at least
 _PIECES = 16  # messages of a vector, for each rank that passes it on
 
@@ -61,9 +65,15 @@ class Channel:
             self.heads.Bcast([data[start : start + (1 << 30)], MPI.BYTE], root=island)
 
 
-def cuts(numel: int, wire: Any) -> Iterator[tuple[int, int]]:
-    """Consecutive parts of a vector that are used one after the other."""
-    most = wire.most(_CHUNK)
+def chunk_bytes(nbytes: int, ranks: int) -> int:
+    """Bytes of a vector that are used at once: as the link is idle for the first and the last ones, a sixteenth of it,
+    but enough for a message of each rank."""
+    return max(min(max(-(-nbytes // _PIECES), _CHUNKS[0]), _CHUNKS[1]), ranks * _SMALLEST)
+
+
+def cuts(numel: int, wire: Any, ranks: int) -> Iterator[tuple[int, int]]:
+    """Consecutive parts of a vector that are used one after the other, as they travel between so many ranks."""
+    most = wire.most(chunk_bytes(wire.nbytes(numel), ranks))
     return ((a, min(a + most, numel)) for a in range(0, numel, most))
 
 
@@ -95,7 +105,10 @@ class Posted:
 
     def __exit__(self, error: Any, *_: Any) -> None:
         if error is not None:
-            MPI.Request.Waitall(self._all)
+            self.finish()
+
+    def finish(self) -> None:
+        MPI.Request.Waitall(self._all)
 
     def forget(self, requests: Iterable[MPI.Request]) -> None:
         """They are done."""
@@ -124,28 +137,41 @@ def pass_along(
     direct, at = wire.direct(vector, mapped), wire.nbytes
     travels = vector.view(torch.uint8) if direct else wire.staging(vector, at(vector.numel()))
     wire.settle(travels)
-    every = [(a, b, [(i, min(i + size, b)) for i in range(a, b, size)]) for a, b in chunks]
-    coming = [
-        [heads.Irecv(memory_of(travels[at(i) : at(j)], wire.reaches), before) for i, j in pieces if place]
-        for *_, pieces in every
-    ]
-    going = []
-    for (a, b, pieces), requests in zip(every, coming, strict=True):
-        codes, known = travels[at(a) : at(b)], None if base is None else base[a:b]
-        for k, (i, j) in enumerate(pieces):
-            piece = travels[at(i) : at(j)]
-            if place:
-                requests[k].Wait()
-            elif not direct:  # while the one before is under way
-                wire.encode(vector[i:j], piece, base=None if base is None else base[i:j])
-                wire.settle(piece)
-            if place < n - 1:
-                going.append(heads.Isend(memory_of(piece, wire.reaches), after))
-        out = vector[a:b] if place and not direct else None
-        if out is not None or known is not None:
-            wire.decode(codes, out, base=known, follow=known is not None)
-        yield a, b
-    MPI.Request.Waitall(going)
+    parts = list(chunks)
+    with Posted() as posted:
+
+        def receive(i: int, j: int) -> Any:
+            piece = memory_of(travels[at(i) : at(j)], wire.reaches)
+            return posted.add(heads.Irecv(piece, before)) if place else None
+
+        pieces = [(i, min(i + size, b)) for a, b in parts for i in range(a, b, size)]
+        todo = deque((i, j, receive(i, j)) for i, j in pieces)
+
+        def pass_on(to: int) -> None:
+            while todo and todo[0][0] < to:
+                i, j, coming = todo[0]
+                piece = travels[at(i) : at(j)]
+                if place:
+                    coming.Wait()
+                elif not direct:  # while the one before is under way
+                    wire.encode(vector[i:j], piece, base=None if base is None else base[i:j])
+                    wire.settle(piece)
+                if place < n - 1:
+                    posted.add(heads.Isend(memory_of(piece, wire.reaches), after))
+                todo.popleft()
+
+        try:
+            for a, b in parts:
+                pass_on(b)
+                codes, known = travels[at(a) : at(b)], None if base is None else base[a:b]
+                out = vector[a:b] if place and not direct else None
+                if out is not None or known is not None:
+                    wire.decode(codes, out, base=known, follow=known is not None)
+                yield a, b
+        except BaseException:  # an interrupt: the others wait for the rest
+            pass_on(vector.numel())
+            raise
+        posted.finish()
 
 
 def sums(
@@ -172,8 +198,11 @@ def sums(
     def residual(a: int, b: int) -> dict[str, Any]:
         return {} if change is None else {"residual": change.residual[a:b]}
 
+    # slices lie side by side, so MPI may send from the vector itself, and when that is done receive the sums into it
+    direct = change is None and wire.direct(vector) and not wire.reaches
+
     def rooms(every: list[tuple[int, int]]) -> list[torch.Tensor]:
-        """What the others' slices travel in; this rank's own has none where it goes by no code."""
+        """What slices travel in."""
         sizes = [wire.nbytes(high - low) for low, high in every]
         whole = wire.staging(vector, sum(sizes))
         return list(whole.split(sizes))
@@ -196,7 +225,12 @@ def sums(
 
     def scatter(a: int, b: int) -> tuple[Any, ...]:
         every = slices(a, b, heads.size, wire)
-        sent, received = rooms(every), rooms([every[me]] * heads.size)
+        received = rooms([every[me] if k != me or not direct else (0, 0) for k in range(heads.size)])
+        if direct:
+            sent = [vector[low:high].view(torch.uint8) for low, high in every]
+            received[me] = sent[me]
+            return exchange(sent, received), a, b, sent, received, every
+        sent = rooms(every)
         for k, (low, high) in enumerate(every):
             if not (wire.coded and k == me):
                 codes = received[me] if k == me else sent[k]
@@ -218,10 +252,9 @@ def sums(
 
     def use(requests: list[MPI.Request], a: int, b: int, sent: Any, every: Any) -> tuple[int, int]:
         finish(requests)
-        for (low, high), codes in zip(every, sent, strict=True):
-            more = kept(low, high, "count")
-            follow = change is not None and change.follow
-            wire.decode(codes, vector[low:high], follow=follow, **more)
+        follow = change is not None and change.follow
+        for (low, high), codes in zip(every, sent, strict=True) if not direct else ():
+            wire.decode(codes, vector[low:high], follow=follow, **kept(low, high, "count"))
         return a, b
 
     scattered = gathered = None

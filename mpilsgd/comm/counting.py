@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,24 +31,41 @@ class Counter:
         self._all = Board(level.comm, 2, False) if level.n_islands > 1 else None
         self._level, self._size, self._batch = level, level.size, len(level.local_ranks)
         self._every = every
+        self._owed, self._handed = 0, 0
+        self._old: Callable[[bool], int | None] | None = None  # the total before what was handed on
 
     def add(self) -> None:
         """Counts a step of this worker."""
         give_way()
         before = self._island.add(0, self.COUNT, 1)
         if self._all is not None and (before + 1) % self._batch == 0:
-            handed = self._batch
-            old = self._all.add(0, self.TOTAL, handed)
-            self._island.raise_to(0, self.SEEN, old + handed)
-            if self._every is not None and (old + handed) // self._every > old // self._every:
+            self._owed += self._batch
+            self.hand_on(self._every is not None)
+
+    def hand_on(self, wait: bool) -> None:
+        """What is counted here, to all islands. Unless told to, it does not wait, as much else may be on its way there,
+        before it; what a worker counts meanwhile goes with the next. Rounds by the total wait: they come when it is
+        reached."""
+        while self._old is not None or self._owed:
+            assert self._all is not None
+            if self._old is None:
+                self._handed, self._owed = self._owed, 0
+                self._old = self._all.begin_to_add(0, self.TOTAL, self._handed)
+            old = self._old(wait)
+            if old is None:
+                return
+            self._old, total = None, old + self._handed
+            self._island.raise_to(0, self.SEEN, total)
+            if self._every is not None and total // self._every > old // self._every:
                 for rank in range(self._size):
-                    self._all.raise_to(rank, self.CROSSED, old + handed)
+                    self._all.raise_to(rank, self.CROSSED, total)
 
     def shift(self, steps: int) -> None:
         """Counts so many more, or fewer: those of a state that was loaded. Collective, with `add` by nobody."""
         if self._all is None:
             self._island.add(0, self.COUNT, steps)
         else:
+            self.hand_on(True)
             self._all.add(0, self.TOTAL, steps)
         self._level.barrier()
         if self._all is not None:  # what was known of another total
@@ -63,12 +81,14 @@ class Counter:
         seen = max(self._island.read(0, self.SEEN), self._all.peek(self.CROSSED))
         silent = self._island.read(0, self.COUNT) == 0  # nobody here takes steps, or not yet
         if near is not None and seen < near and (silent or near <= seen + 4 * self._size):
+            self.hand_on(True)
             seen = self._all.read(0, self.TOTAL)
             self._island.raise_to(0, self.SEEN, seen)
         return seen
 
     def free(self) -> None:
         if self._all is not None:
+            self.hand_on(True)
             self._all.free()
         self._island.free()
 

@@ -37,7 +37,7 @@ def info(comm: MPI.Comm | None = None) -> dict[str, Any]:
         library, library_version: "MPICH", "5.0.2"; standard: "5.0"; mpi4py: its version.
         thread_level: its name; cuda: a `CudaSupport`.
         progresses_alone: whether one-sided operations across nodes are served without the target's help.
-        size: number of ranks; launched: the number of processes that the launcher tells of (None: of none).
+        size: number of ranks; apart: what is wrong where the launcher started more (None: it did not).
         hosts: the host name of every rank; nodes: the ranks of every set that shares memory.
         shared_memory, memory: bytes free in /dev/shm and in all, for every set of `nodes`.
     """
@@ -59,7 +59,7 @@ def info(comm: MPI.Comm | None = None) -> dict[str, Any]:
         "cuda": min((row[4] for row in rows), key=lambda support: support.aware),
         "progresses_alone": progresses_alone(world, firsts),
         "size": world.size,
-        "launched": launched_processes(os.environ),
+        "apart": apart(world.size),
         "hosts": [row[1] for row in rows],
         "nodes": [[rank for rank, row in enumerate(rows) if row[0] == f] for f in firsts],
         "shared_memory": [rows[f][2] for f in firsts],
@@ -80,7 +80,7 @@ def hosts(comm: MPI.Comm) -> list[str]:
 def launched_processes(environment: Mapping[str, str]) -> int | None:
     """The number of processes that mpiexec, srun or torchrun started, by the variables it sets; None without them.
 
-    More than COMM_WORLD has means that the launcher belongs to another MPI than the one mpi4py has loaded:
+    More than COMM_WORLD has means that the launcher belongs to another MPI than the one mpi4py has loaded, or to none:
     every process then is a world of its own.
     """
     torchrun = ("WORLD_SIZE",) if "TORCHELASTIC_RUN_ID" in environment else ()
@@ -90,19 +90,33 @@ def launched_processes(environment: Mapping[str, str]) -> int | None:
     return None
 
 
+def apart(seen: int) -> str | None:
+    """What is wrong where a launcher started more processes than the `seen` ranks, and how to start them instead."""
+    launched = launched_processes(os.environ)
+    if launched is None or launched <= seen:
+        return None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        by_accelerate = any(name.startswith("ACCELERATE_") for name in os.environ)
+        return (
+            f"{'accelerate launch' if by_accelerate else 'torchrun'} started {launched} processes, which MPI does not "
+            f"know of, so they do not train together: use mpiexec -n {launched} python -m mpi4py SCRIPT instead"
+        )
+    name, version = MPI.get_vendor()
+    return (
+        f"the launcher started {launched} processes, but MPI sees {seen}, so they do not train together: mpi4py has "
+        f"loaded {name} {'.'.join(map(str, version))}, and the launcher is of another MPI; use the mpiexec that lies "
+        "beside this python, or under Slurm srun --mpi=pmi2 (MPICH) or srun --mpi=pmix (Open MPI)"
+    )
+
+
 @functools.cache
 def warn_if_apart() -> None:
-    """Says once in this process that a launcher of another MPI started more processes than MPI sees."""
-    launched = launched_processes(os.environ)
-    if launched is not None and launched > MPI.COMM_WORLD.size:
-        who = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "the launcher"
-        warnings.warn(
-            f"{who} started {launched} processes, but MPI sees {MPI.COMM_WORLD.size}, so they do not train "
-            "together: start them with the mpiexec that lies beside this python, or under Slurm with "
-            "srun --mpi=pmi2 (MPICH) or srun --mpi=pmix (Open MPI)",
-            RuntimeWarning,
-            stacklevel=4,  # who wraps an optimizer
-        )
+    """Says once in this process that the launcher is not the MPI's."""
+    if launched_processes(os.environ) is None:  # MPI need not be there yet
+        return
+    told = apart(MPI.COMM_WORLD.size)
+    if told is not None:
+        warnings.warn(told, RuntimeWarning, stacklevel=4)  # who wraps an optimizer
 
 
 def cuda_support() -> CudaSupport:

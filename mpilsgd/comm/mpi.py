@@ -7,11 +7,16 @@ MPI, is imported when a process first asks for one of them.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 _T = TypeVar("_T")
+
+
+class NoMPI(ImportError):
+    """No MPI library can be loaded."""
 
 
 class Rank:
@@ -44,8 +49,14 @@ class _Process(Rank):
     def __getattr__(self, name: str) -> Any:
         if name != "mpi":
             raise AttributeError(name)
-        from mpi4py import MPI
-
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            named = os.environ.get("MPI4PY_LIBMPI")
+            raise NoMPI(
+                f"no MPI library can be loaded{f' (MPI4PY_LIBMPI={named})' if named else ''}: "
+                'pip install "mpilsgd[mpi]" brings one, or let MPI4PY_LIBMPI name the libmpi.so of yours'
+            ) from error
         self.mpi = MPI
         return MPI
 

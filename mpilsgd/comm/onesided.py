@@ -90,6 +90,27 @@ class Board:
             return _core.word_add(self._addresses[rank] + 8 * word, value)
         return self._fetch(rank, word, value, MPI.SUM)
 
+    def begin_to_add(self, rank: int, word: int, value: int) -> Callable[[bool], int | None]:
+        """Adds, and does not wait for it: it may come behind much else that is on its way there.
+
+        Returns what gives the number that was there before, or None if it is not known yet; given True, it waits.
+        """
+        if self._addresses or not here.rank.is_process:
+            before = self.add(rank, word, value)
+            return lambda wait: before
+        given, result = np.array([value], np.int64), np.empty(1, np.int64)
+        request = self._win.Rget_accumulate(given, result, rank, [word, 1, MPI.INT64_T], MPI.SUM)
+
+        def done(wait: bool) -> int | None:
+            if wait:
+                request.Wait()
+            elif not request.Test():
+                return None
+            return int(result[0])
+
+        done.given = given  # type: ignore[attr-defined]  # MPI reads it until then
+        return done
+
     def read(self, rank: int, word: int) -> int:
         if self._addresses:
             return _core.word_load(self._addresses[rank] + 8 * word)

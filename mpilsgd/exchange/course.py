@@ -6,6 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from mpilsgd import sealed
 from mpilsgd.comm import Counter, Progress, Refused, Topology, progresses_alone, thread_problem
 from mpilsgd.fields import choice, fields_of, path
 from mpilsgd.transport import Fabric
@@ -13,7 +14,7 @@ from mpilsgd.transport import Fabric
 if TYPE_CHECKING:
     from mpilsgd.exchange.method import Method
 
-FORMAT = 2
+FORMAT = 3
 BEYOND = "this run goes on beyond the recorded one: it has taken other steps"
 
 
@@ -171,6 +172,8 @@ class Course:
         """This worker is about to meet all others, for its centre or its end: what it would wait for in vain if a
         replay took another way than its recording.
         """
+        if self._counter is not None:
+            self._counter.hand_on(True)  # this worker may count no more
         now = [purpose, t, self._next if self.replays else len(self._events)]
         self._meetings.append(now)
         if self._script is not None:
@@ -195,7 +198,9 @@ class Course:
                 try:
                     temporary = f"{os.fspath(self._record)}.{os.getpid()}"
                     with open(temporary, "w") as file:
-                        json.dump({"mpilsgd recording": FORMAT, "of": self._about, "ranks": rows}, file)
+                        file.write(
+                            sealed.text({"mpilsgd recording": FORMAT, "of": self._about, "ranks": rows})
+                        )
                     os.replace(temporary, self._record)
                 except OSError as problem:
                     error = f"the recording could not be written: {problem}"
@@ -221,15 +226,15 @@ class Course:
         error, found = None, None
         if self._topology.world.rank == 0:
             try:
-                with open(path) as file:
-                    found = json.load(file)
+                with open(path, "rb") as file:
+                    found = sealed.content(file.read())
                 if found["mpilsgd recording"] != FORMAT:
                     raise ValueError(f"of format {found['mpilsgd recording']}, this version reads {FORMAT}")
                 if found["of"] != self._about:
                     raise ValueError(_difference(found["of"], self._about))
             except FileNotFoundError:
                 error = f"replay={os.fspath(path)}: there is no such file"
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+            except (sealed.Foreign, KeyError):
                 error = f"replay={os.fspath(path)}: it is not a recording"
             except (OSError, ValueError) as problem:
                 error = f"replay={os.fspath(path)}: {problem}"

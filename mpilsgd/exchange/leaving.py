@@ -77,16 +77,27 @@ def abandon(m: Method) -> None:
 
 
 def reap(topology: Topology, parameters: Iterable[torch.Tensor]) -> None:
-    """Closes the methods of these workers that no rank holds any more. Collective. parameters: of the next one."""
+    """Closes the methods of these workers that no rank wants any more. Collective.
+
+    parameters: of the next one. Who wraps them anew wants the one before no more: a notebook's cell is run again.
+    """
+    alone = topology.world.size == 1
 
     def theirs(m: Method) -> bool:
-        return m.topology is topology or (m._owns_topology and m.p == topology.world.size)
+        same = m.topology is topology or (m._owns_topology and m.p == topology.world.size)
+        return same or (alone and m.p == 1)
 
-    own = books()
-    held = any(FlatParameters.of(p) for p in parameters)
-    if held or sum(map(theirs, list(own.living.values()))) >= _MANY:
+    own, parameters = books(), list(parameters)
+    if any(map(FlatParameters.of, parameters)) or sum(map(theirs, list(own.living.values()))) >= _MANY:
         gc.collect()  # a method is part of a cycle; what nobody holds may be there still
-    mine = {(m._owns_topology, m.number): m for m in list(own.abandoned.values()) if theirs(m)}
+    held = {id(flat) for flat in map(FlatParameters.of, parameters) if flat is not None}
+    mine: dict[tuple[bool, int, int], Method] = {}
+    for m in (*own.abandoned.values(), *own.living.values()):
+        if theirs(m) and (m.serial in own.abandoned or id(m.flat) in held):
+            mine[m._owns_topology, m.number, m.serial if alone else 0] = m
     everyone = topology.allgather(sorted(mine))
     for key in sorted(set.intersection(*map(set, everyone))):
-        mine[key].close()
+        m = mine[key]
+        if m.serial not in own.abandoned:
+            m.replaced = ", as its parameters were wrapped anew"
+        m.close()

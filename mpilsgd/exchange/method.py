@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 
@@ -14,13 +14,15 @@ from mpilsgd.exchange import centre, leaving, setup, state
 from mpilsgd.exchange.base import Exchange, without_grad
 from mpilsgd.exchange.clocks import Every
 from mpilsgd.exchange.rows import CLOSE, ROUND
-from mpilsgd.exchange.rules import check_free_name, check_names, check_rule, complete
+from mpilsgd.exchange.rules import check_arguments, check_free_name, check_rule, complete
 from mpilsgd.exchange.together import Together
 from mpilsgd.exchange.vectors import Vector
 from mpilsgd.exchange.worker import Diverged, Worker
 from mpilsgd.exchange.wrapped import local_step
 from mpilsgd.fields import Field, choice, fields_of
 from mpilsgd.optimizers.wrapped import gradient_at_x, known
+
+_M = TypeVar("_M", bound="Method")
 
 
 class Method(Worker):
@@ -78,7 +80,7 @@ class Method(Worker):
         self._open = self._lent = False
         check_rule(type(self), Method)
         super().__setstate__({})  # step hooks, without a copy of the parameter groups
-        check_names(type(self), given)
+        check_arguments(type(self), topology, given)
         inquiry.warn_if_apart()
         self.topology = Topology() if topology is None else topology
         self._owns_topology = topology is None
@@ -205,7 +207,7 @@ class Method(Worker):
             return local_step(self, closure)
 
     def _refuse(self) -> NoReturn:
-        self._refuse_if_closed()
+        self.refuse_if_closed()
         raise RuntimeError("step() inside center(): the parameters there are the centre, and go back")
 
     def _refuse_capture(self) -> NoReturn:
@@ -213,10 +215,6 @@ class Method(Worker):
             f"a round of {type(self).__name__} cannot be captured in a CUDA graph, as the workers meet on the host: "
             "capture steps that bring none"
         )
-
-    def _refuse_if_closed(self) -> None:
-        if not self._open:
-            raise RuntimeError(f"this {type(self).__name__} is closed")
 
     def reached(self, total_steps: int) -> bool:
         """Whether all workers together have taken so many steps. Loops over a total of steps end by it.
@@ -244,7 +242,7 @@ class Method(Worker):
             batches: for `buffers="recalibrate"`: model inputs (or tuples that begin with them) over which the
                 BatchNorm statistics of the centre are computed, each worker over its own, then averaged.
         """
-        self._refuse_if_closed()
+        self.refuse_if_closed()
         if batches is not None and self.buffers != "recalibrate":
             raise ValueError('center(batches) goes with buffers="recalibrate"')
         if batches is None and self.buffers == "recalibrate" and self.flat.buffers:
@@ -265,6 +263,14 @@ class Method(Worker):
                     leaving.forget(self)
                     setup.release(self)
 
+    def __enter__(self: _M) -> _M:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        """Closes it; not after an exception, as `close` would wait until the other ranks have trained to their end."""
+        if kind is None:
+            self.close()
+
     # State
 
     def state_dict(self) -> dict[str, Any]:
@@ -273,7 +279,7 @@ class Method(Worker):
         Each rank saves its own; what a node keeps once, its first rank saves. Where workers take turns at a centre
         (asynchronous methods, ADMM) nobody may step meanwhile: `settle()` and a barrier come first.
         """
-        self._refuse_if_closed()
+        self.refuse_if_closed()
         self.settle()
         return {**self.optimizer.state_dict(), "mpilsgd": state.of(self)}
 
@@ -283,14 +289,6 @@ class Method(Worker):
         A ValueError on every rank refuses the state of another method or model, or of ranks that lay otherwise.
         """
         state.load(self, dict(state_dict))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.optimizer!r})"
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            f"a {type(self).__name__} belongs to its processes and cannot be pickled or copied: save its state_dict()"
-        )
 
     def __del__(self) -> None:
         leaving.abandon(self)

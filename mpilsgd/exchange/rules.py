@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
+from mpilsgd.comm import Topology
 from mpilsgd.exchange.course import COURSE
 from mpilsgd.fields import REQUIRED, documented, fields_of, signature
 
@@ -81,8 +82,13 @@ def _asked(exchange: Any) -> frozenset[str]:
     return frozenset(node.attr for node in nodes if isinstance(node.value, ast.Name) and [node.value.id] == r)
 
 
-def check_names(cls: Any, given: dict[str, Any]) -> None:
-    """Of arguments, as Python does for a function."""
+def check_arguments(cls: Any, topology: Any, given: dict[str, Any]) -> None:
+    """A TypeError as Python raises it for a function: a setting without its name, a wrong name, one that is missing."""
+    if not isinstance(topology, Topology | None):
+        raise TypeError(
+            f"{cls.__name__}: topology must be a Topology, not {topology!r}; settings are given by name, as in "
+            f"{cls.__name__}(optimizer, {', '.join(f'{name}=...' for name in list(cls.fields)[:1])})"
+        )
     for name in given:
         if name not in cls.fields:
             close = difflib.get_close_matches(name, cls.fields, 1)

@@ -55,6 +55,8 @@ def build(m: Method, model: torch.nn.Module | None, given: dict[str, Any]) -> No
     """Everything of the constructor that is collective. ValueError on every rank if anything is wrong on any."""
     topology, cls = m.topology, type(m)
     problems = [wrap_problem(m.optimizer, cls.__name__, m.guard == "g")]
+    if not isinstance(model, torch.nn.Module | None):
+        problems.append(f"model must be a torch.nn.Module, not {model!r}")
     for field in m.fields.values():
         setattr(m, field.name, given.get(field.name, field.default))
         problems.append(field.check(getattr(m, field.name)))

@@ -25,6 +25,8 @@ class Worker(Wrapper):
     parameters; fresh: the rest as it was at the start. scratch, landing: one vector an island, for what arrives.
     """
 
+    replaced = ""  # by a method that wraps the same parameters: told where it is used all the same
+
     if TYPE_CHECKING:
         # what `setup` makes, and a rule's values
         def __getattr__(self, name: str) -> Any: ...
@@ -57,6 +59,10 @@ class Worker(Wrapper):
 
     def is_finite(self) -> bool:
         return all([check(stats=True).finite for check in self._checks])
+
+    def refuse_if_closed(self) -> None:
+        if not self._open:
+            raise RuntimeError(f"this {type(self).__name__} is closed{self.replaced}")
 
     def refuse_if_all(self, bad: set[int]) -> None:
         if bad.issuperset(self.workers):

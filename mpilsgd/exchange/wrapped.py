@@ -42,6 +42,14 @@ class Wrapper(torch.optim.Optimizer):
         """Refused: the parameters lie in flat vectors already."""
         raise RuntimeError("give the wrapped optimizer all its parameter groups before wrapping it")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} belongs to its processes and cannot be pickled or copied: save its state_dict()"
+        )
+
 
 class Members:
     """Which parameters are exchanged: one that comes to be trained later would silently not be."""

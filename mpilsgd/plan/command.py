@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from mpilsgd.comm import Topology
+from mpilsgd.comm import NoMPI, Topology, in_process, inquiry
 from mpilsgd.plan.advice import METHODS, Advice, advise, at
 from mpilsgd.plan.costs import Sizes
 from mpilsgd.plan.machine import Machine, measure
@@ -96,7 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures where several ranks are; rank 0 plans and prints. Exit status 2: an argument is wrong; 1: it failed."""
-    topology = Topology()
+    try:
+        topology = Topology()
+    except NoMPI:
+        if inquiry.launched_processes(os.environ) is not None:
+            raise
+        return in_process(lambda: run(args), 1)[0]  # for one rank there is nothing to measure
     status = _refused(args, topology)
     if not status:
         here = None

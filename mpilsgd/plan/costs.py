@@ -15,11 +15,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Mapping
 
 import torch
 
-from mpilsgd.comm.channel import _CHUNK, piece_bytes
+from mpilsgd.comm.channel import chunk_bytes, piece_bytes
 from mpilsgd.comm.coded import _VISITS
 from mpilsgd.comm.topology import ACROSS
 from mpilsgd.exchange.vectors import accumulation_dtype
@@ -100,7 +101,8 @@ def _together(seen: Seen, event: Event, sizes: Sizes, machine: Machine) -> Cost:
             volume = 2 * (machine.nodes - 1) / machine.nodes * sums * event.part
             link += volume
             across += volume * machine.nodes
-            parts = max(1.0, sums * event.part / _CHUNK)
+            nbytes = math.ceil(sums * event.part)
+            parts = math.ceil(nbytes / chunk_bytes(nbytes, machine.nodes))
             wire += volume / machine.bandwidth + 2 * parts * machine.latency
         group += inside * (bool(sums) or near)
         if far and several:

@@ -10,6 +10,8 @@ from mpilsgd.plan.costs import Cost, Sizes, costs, workers
 from mpilsgd.plan.machine import Machine
 from mpilsgd.plan.trial import Seen
 
+_BUSY = 0.9  # of the time: what is so busy holds the workers up
+
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
@@ -53,27 +55,45 @@ def forecast(seen: Seen, sizes: Sizes, machine: Machine, step_s: float) -> Forec
     if not (math.isfinite(step_s) and step_s >= 0):
         raise ValueError(f"step_s must be a finite number of seconds, at least 0, not {step_s!r}")
     each = costs(seen, sizes, machine)
-    waits = sum(_waited(cost, seen, step_s) / cost.every for cost in each)
+    waits = sum(_waited(cost, seen, step_s, machine.size) / cost.every for cost in each)
     alone = step_s + waits
     # what all workers' exchanges together keep busy cannot take longer than the steps between them
     most = max((cost.busy / cost.every for cost in each), default=0.0)
+    # ... but a tree's messages wait for nobody: those for which there is no room are left out
+    left = 1.0
+    if seen.tree is not None and not seen.tree["waits"] and most > alone:
+        left, most = alone / most, alone
     step = max(alone, most)
-    limit = "" if most <= alone else "turns" if seen.kind == "turns" else "link"
+    limit = "" if most <= _BUSY * alone else "turns" if seen.kind == "turns" else "link"
     return Forecast(
         step,
         step - step_s,
         max((cost.seconds for cost in each), default=0.0),
-        sum(cost.group / cost.every for cost in each),
-        sum(cost.across / cost.every for cost in each),
-        sum(cost.link / cost.every for cost in each),
+        left * sum(cost.group / cost.every for cost in each),
+        left * sum(cost.across / cost.every for cost in each),
+        left * sum(cost.link / cost.every for cost in each),
         _memory(seen, sizes, machine),
         workers(seen, machine),
         limit,
     )
 
 
-def _waited(cost: Cost, seen: Seen, step_s: float) -> float:
+def _waited(cost: Cost, seen: Seen, step_s: float, size: int) -> float:
+    if seen.kind == "turns" and not seen.behind:
+        return in_turns(cost.seconds, cost.busy / size, cost.every * step_s, size)
     return max(0.0, cost.seconds - seen.behind * step_s)
+
+
+def in_turns(alone: float, held: float, between: float, workers: int) -> float:
+    """Seconds R of an exchange for which workers take turns at shards, waiting for turns included.
+
+    alone: S, its seconds where nobody else is; held: D, those for which it keeps the busiest shard; between: Z, the
+    seconds of a worker between two. A worker that comes to a shard finds there, on the mean, (p-1)/p of the queue that
+    p workers make, R/(Z + R) of a worker each: R = S + D (p-1) R/(Z + R).
+    Source: Schweitzer's approximation of mean value analysis, for closed queueing networks.
+    """
+    b = alone + held * (workers - 1) - between
+    return (b + math.sqrt(b * b + 4 * alone * between)) / 2
 
 
 def _memory(seen: Seen, sizes: Sizes, machine: Machine) -> float:
@@ -111,7 +131,12 @@ def least_factor(seen: Seen, sizes: Sizes, machine: Machine, step_s: float, shar
     """
     if not 0 < share < 1:
         raise ValueError(f"share must lie between 0 and 1, ends excluded, not {share!r}")
-    return least(lambda factor: forecast(longer(seen, factor), sizes, machine, step_s).share <= share)
+
+    def fits(factor: int) -> bool:
+        found = forecast(longer(seen, factor), sizes, machine, step_s)
+        return found.share <= share and not (seen.tree and found.limit)  # nor shall messages be left out
+
+    return least(fits)
 
 
 def least(fits: Callable[[int], bool], most: int = 1 << 20) -> int | None:

@@ -259,5 +259,12 @@ def _seen(real: Any, opt: Any, log: _Log, often: dict[Due, float]) -> Seen:
         float(real.period if overlap is True else overlap),
         overlap is True,
         copies,
-        {"degree": opt.degree, "inner": opt.inner, "periods": opt.periods} if kind == "edges" else None,
+        {
+            "degree": opt.degree,
+            "inner": opt.inner,
+            "periods": opt.periods,
+            "waits": opt.order == "lock-step",
+        }
+        if kind == "edges"
+        else None,
     )

@@ -16,7 +16,7 @@ _CNN7 = "jobs/cnn7-cifar10.yaml"
 _RESNET20 = "jobs/resnet20-cifar10.yaml"
 _EAMSGD = "jobs/eamsgd-cifar10.yaml"
 _LENET = "jobs/lenet-mnist.yaml"
-_USERS = "--model PACKAGE.MODULE:CALLABLE"  # a model that is not in this package
+_IMAGES = "--data FOLDER"  # ImageNet's, with train/CLASS/ and val/CLASS/
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,18 @@ _THESIS = (
 _ERROR = [("test error of the centre over time", "LSGD ahead of EASGD, DOWNPOUR, SGD")]
 _LOSS = [("test loss of the centre over time", "as the test error")]
 _16 = "; and on 16 ranks with --group_size 4 --global_period 128"
-_VGG = _job(_RESNET20, 4, _USERS, "--augment pad", "--lr_drops [80,120]") + _BESIDE_LSGD
-_IMAGENET = _job(
-    _RESNET20, 4, _USERS, "--data PACKAGE.MODULE:CALLABLE --batch_size 32 --lr 0.2 --loss_window 64"
-)
-_ELEVEN = _job(_EAMSGD, 8, _USERS, "--data PACKAGE.MODULE:CALLABLE --period 10 --lr 0.001") + _THESIS
+_VGG = _job(_RESNET20, 4, "--model vgg16", "--augment pad", "--lr_drops [80,120]") + _BESIDE_LSGD
+_IMAGENET = _job(_RESNET20, 4, "--model resnet50", _IMAGES, "--batch_size 32 --lr 0.2 --loss_window 64")
+_ELEVEN = _job(_EAMSGD, 8, "--model imagenet11", _IMAGES, "--period 10 --lr 0.001") + _THESIS
 
 
 def _lsgd() -> list[_Deep]:
     cnn7 = _job(_CNN7, 4) + _16 + _BESIDE_LSGD
     resnet = _job(_RESNET20, 4) + _16 + _BESIDE_LSGD
-    imagenet = "ImageNet and ResNet50 (torchvision's)"
+    imagenet = "ImageNet"
     return [
         _Deep("fig2", "CNN7 on CIFAR-10", [*_ERROR, ("EASGD's time over LSGD's, 16 workers", "1.5")], cnn7),
-        _Deep("fig3", "VGG16 on CIFAR-10", [("time over EASGD's", "marginally faster")], _VGG, "VGG16"),
+        _Deep("fig3", "VGG16 on CIFAR-10", [("time over EASGD's", "marginally faster")], _VGG),
         _Deep(
             "fig4", "ResNet20 on CIFAR-10", [*_ERROR, ("EASGD's time over LSGD's, 16 workers", "2")], resnet
         ),
@@ -68,13 +66,13 @@ def _lsgd() -> list[_Deep]:
         ),
         _Deep("fig9", "CNN7, test loss", _LOSS, cnn7),
         _Deep("fig10", "ResNet20, test loss", _LOSS, resnet),
-        _Deep("fig11", "VGG16, test loss", _LOSS, _VGG, "VGG16"),
+        _Deep("fig11", "VGG16, test loss", _LOSS, _VGG),
         _Deep("fig12", "ResNet50, test loss", _LOSS, _IMAGENET, imagenet),
     ]
 
 
 def _thesis_4() -> list[_Deep]:
-    eleven = "ImageNet and the 11-layer network of 4.1"
+    eleven = "ImageNet"
     found = [
         _Deep(
             f"fig4.{k}",
@@ -189,22 +187,20 @@ def _thesis_6() -> list[_Deep]:
         says = says or [("first scheme against second", "better training, worse test error")]
         data = f"--augment none --sampling replacement --batch_size {1 if k in '34' else 16}"
         method = f"--method EASGDTree --degree 16 {options} --optimizer MSGD --momentum {momentum}"
-        job = _job(_CNN7, 273, _USERS, data, method)
-        found.append(_Deep(f"fig6.{k}", f"EASGD Tree, {title}", says, job, "the CIFAR-lowrank network"))
+        job = _job(_CNN7, 273, "--model cifar_lowrank", data, method)
+        found.append(_Deep(f"fig6.{k}", f"EASGD Tree, {title}", says, job))
     return found
 
 
 def _zhang_li() -> list[_Deep]:
-    resnet = _job(_RESNET20, 10, f"{_USERS} --method LocalSGD --period 100 --momentum 0")
+    resnet = _job(_RESNET20, 10, "--model resnet18 --method LocalSGD --period 100 --momentum 0")
     lenet = (
         _job(_LENET, 5, "--method LocalSGD --period 100 --momentum 0")
         + "; and on 10 ranks, and with other periods"
     )
     faster = [("loss over rounds", "falls faster for larger T")]
     return [
-        _Deep(
-            "fig4b", "ResNet-18 on CIFAR-10", faster, resnet, "ResNet-18 and whole gradients of 1000 images"
-        ),
+        _Deep("fig4b", "ResNet-18 on CIFAR-10", faster, resnet, "whole gradients of 1000 images"),
         _Deep("fig8", "LeNet on all of MNIST", [*faster, ("test loss", "better with larger T")], lenet),
     ]
 

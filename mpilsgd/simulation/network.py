@@ -1,12 +1,13 @@
 """What communication costs: nodes that are joined by a network, and ranks that share a node.
 
-Every node has one link with two directions. What leaves a node takes its turn on the way out, and what enters it on the
-way in, in the order in which it was begun; so the ranks of a node share its link. Switches between the nodes are never
+Every node has one link with two directions. A message takes the way out of its node and the way into the other at the
+same time, the first at which both are free; so the ranks of a node share its link. Switches between the nodes are never
 busy. In a node, ranks read each other's memory.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,35 @@ class Network:
         return None
 
 
+class Way:
+    """One direction of a link: the times at which it is busy, in order."""
+
+    def __init__(self) -> None:
+        self.busy: list[tuple[float, float]] = []
+
+    def forget(self, before: float) -> None:
+        self.busy = [span for span in self.busy if span[1] > before]
+
+    def free(self, start: float, length: float) -> float:
+        """From when on, at `start` or later, it is free for so long."""
+        for begin, end in self.busy:
+            if start + length <= begin:
+                break
+            start = max(start, end)
+        return start
+
+
+def taken(ways: Sequence[Way], now: float, start: float, length: float) -> float:
+    """Takes the first time, from `start` on, at which all ways are free for so long; when that ends."""
+    for way in ways:
+        way.forget(now)
+    while (later := max(way.free(start, length) for way in ways)) > start:
+        start = later
+    for way in ways:
+        bisect.insort(way.busy, (start, start + length))
+    return start + length
+
+
 class Links(Costs):
     """The links of a network at work.
 
@@ -69,7 +99,8 @@ class Links(Costs):
         self._now, self._moment, self._looking = now, moment, looking
         n = max(nodes) + 1
         self.sent, self.received = [0] * n, [0] * n
-        self._out, self._in, self._memory = ([0.0] * n for _ in range(3))  # when each is free
+        self._out, self._in = ([Way() for _ in range(n)] for _ in range(2))
+        self._memory = [0.0] * n  # when it is free
         self.looked_far = False
 
     def message(self, source: int, dest: int, nbytes: int) -> tuple[float, float]:
@@ -90,8 +121,7 @@ class Links(Costs):
         if nbytes <= _PACKET:
             end = start + nbytes / self.network.bandwidth
         else:
-            start = max(start, self._out[a], self._in[b])
-            self._out[a] = self._in[b] = end = start + nbytes / self.network.bandwidth
+            end = taken([self._out[a], self._in[b]], self._now(), start, nbytes / self.network.bandwidth)
         return end, end + self.network.latency
 
     def _read(self, start: float, node: int, nbytes: float) -> float:
@@ -136,14 +166,13 @@ class Links(Costs):
         if len(own) == 1:
             return self._moment(start)
         longest = max(*out.values(), *into.values())
-        if longest > _PACKET:
-            start = max(start, *(self._out[k] for k in own), *(self._in[k] for k in own))
-        for free, done, sizes_of in ((self._out, self.sent, out), (self._in, self.received, into)):
-            for k, nbytes in sizes_of.items():
-                done[k] += nbytes
-                if nbytes > _PACKET:
-                    free[k] = start + nbytes / net.bandwidth
         end = start + longest / net.bandwidth
+        for k in own:
+            self.sent[k] += out[k]
+            self.received[k] += into[k]
+        if longest > _PACKET:
+            ways = [way[k] for way in (self._out, self._in) for k in own]
+            end = taken(ways, self._now(), start, longest / net.bandwidth)
         return self._moment(end + times * _doublings(len(own)) * net.latency)
 
 

@@ -28,7 +28,8 @@ from mpilsgd.transport.devices import DeviceWindow, DeviceWindows
 
 KINDS = {"LSGD round": "LSGD", "EASGD exchange": "EASGD", "LocalSGD average": "LocalSGD"}
 KINDS |= {"AllreduceSGD exchange": "AllreduceSGD"}
-IPC, STAGED, DIRECT = "device memory (IPC)", "messages through the host", "messages from device memory"
+IPC, PINNED = "device memory (IPC)", "pinned memory of the node"
+STAGED, DIRECT = "messages through the host", "messages from device memory"
 BARE, COPY, NCCL = "bare pull", "copy of as many bytes", "NCCL all_reduce, div_"
 
 
@@ -51,7 +52,7 @@ class Row(NamedTuple):
 
 RATIOS = [
     *(((name, IPC), (name, STAGED), ">= 4" if name == "LSGD round" else "") for name in KINDS),
-    *(((name, DIRECT), (name, STAGED), "") for name in KINDS),
+    *(((name, way), (name, STAGED), "") for way in (PINNED, DIRECT) for name in KINDS),
     (("LSGD round", IPC), (BARE, ""), ""),
     ((BARE, ""), (COPY, ""), ">= 0.9"),
     (("AllreduceSGD exchange", IPC), (NCCL, ""), ""),
@@ -168,6 +169,8 @@ def _by_methods(
 def _path(fabric: Any) -> str:
     """Of the bytes that a rank takes in."""
     messages = DIRECT if fabric.reaches else STAGED
+    if fabric.world.stage is not None:
+        return PINNED
     if not isinstance(fabric.place, DeviceWindows):
         return messages if fabric.world.n_islands > 1 else ""
     return IPC if fabric.world.n_islands == 1 else f"{IPC}, between nodes {messages}"

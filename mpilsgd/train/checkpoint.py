@@ -37,8 +37,9 @@ def state_of(
 def restore(state: dict[str, Any], model: torch.nn.Module, opt: Method, precision: Precision) -> Progress:
     """Takes up what `state_of` gave. Collective.
 
-    Raises: ValueError on every rank if it is of another model or method.
+    Raises: ValueError on every rank if it is of another model, method or version.
     """
+    opt.topology.agree(None if _fits(state) else "the checkpoint is of another version of mpilsgd")
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
@@ -51,6 +52,14 @@ def restore(state: dict[str, Any], model: torch.nn.Module, opt: Method, precisio
     precision.load(state.get("scaler"))
     restore_random_state(state["random"])
     return Progress(**state["progress"])
+
+
+def _fits(state: Any) -> bool:
+    needed = {"model", "optimizer", "progress", "metrics", "random"}
+    if not isinstance(state, dict) or not needed <= state.keys():
+        return False
+    known = {field.name for field in dataclasses.fields(Progress)}
+    return isinstance(state["progress"], dict) and state["progress"].keys() <= known
 
 
 class Checkpoints:

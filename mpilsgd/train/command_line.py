@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import reprlib
 import shutil
 import sys
 import typing
@@ -11,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from mpilsgd.train.callables import InputError
@@ -27,6 +27,7 @@ from mpilsgd.train.options import (
     suggestion,
 )
 from mpilsgd.train.run_directory import RunDirectory
+from mpilsgd.train.yaml_file import options_in
 
 
 class ConfigError(InputError):
@@ -50,12 +51,12 @@ def parse(argv: Sequence[str]) -> Config:
     except InputError as error:
         raise ConfigError([str(error)], Config()) from None
     options = method_options(FIELDS)
-    parser = _parser(options)
-    argv = _regular(argv, parser)
+    hints = {**_hints(), **{key: option.type for key, option in options.items()}}
+    argv = _regular(argv, hints)
     if {"-h", "--help"} & set(argv):
-        parser.print_help()
+        _parser(options).print_help()
         raise SystemExit(0)
-    values, from_files, mistakes = _collect(argv, parser)
+    values, from_files, mistakes = _collect(argv, hints)
     own = {key: values.pop(key) for key in list(values) if key in options}
     _drop_foreign(own, from_files, values.get("method"), options)
     config = Config(**values, method_options=own)
@@ -70,12 +71,18 @@ def parse(argv: Sequence[str]) -> Config:
     return config
 
 
+def _hints() -> dict[str, Any]:
+    """The types of the options that are not a method's."""
+    hints = typing.get_type_hints(Config)
+    return {name: hints[name] for name in FIELDS}
+
+
 def _named_methods(argv: Sequence[str]) -> list[Any]:
     """What the command line and its files say the method is: a class of the user's brings options of its own."""
     items, loose = _items([a for a in argv])
     files = [value for key, value in items if key == "config"] + [a for a in loose if Path(a).is_file()]
     files += [str(Path(value) / "config.yaml") for key, value in items if key == "resume" and value]
-    return [_read(file)[0].get("method") for file in files] + [v for key, v in items if key == "method"]
+    return [options_in(file)[0].get("method") for file in files] + [v for key, v in items if key == "method"]
 
 
 def _parser(options: dict[str, MethodOption]) -> ArgumentParser:
@@ -90,7 +97,7 @@ def _parser(options: dict[str, MethodOption]) -> ArgumentParser:
     parser.add_argument(
         "--config", action="config", metavar="FILE", help="the same as CONFIG.yaml: lines `option: value`"
     )
-    hints = typing.get_type_hints(Config)
+    hints = _hints()
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(Config):
         title = field.metadata.get("group")
@@ -177,12 +184,11 @@ def _placeholder(name: str, hint: Any) -> str:
     return special.get(name) or words.get(members[0], "VALUE")
 
 
-def _regular(argv: Sequence[str], parser: ArgumentParser) -> list[str]:
+def _regular(argv: Sequence[str], kinds: dict[str, Any]) -> list[str]:
     """The arguments in one form.
 
     Leading files become --config, - in names becomes _, a bare true-or-false option means true, 30,40 is a list.
     """
-    kinds = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     regular, files = list[str](), True
     for i, argument in enumerate(argv):
         if not argument.startswith("--"):
@@ -214,25 +220,34 @@ def _drop_foreign(
             del own[key]
 
 
-def _collect(argv: Sequence[str], parser: ArgumentParser) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """The values that were given, those of the files, and all mistakes.
+def _collect(argv: Sequence[str], known: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The values that were given, those of the files, and all mistakes. known: the types of all options.
 
     Each is parsed by itself, so that one mistake does not hide the next.
     """
-    known = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
-    known = {key: hint for key, hint in known.items() if key not in ("help", "config", "print_config")}
     values: dict[str, Any] = {}
     mistakes: list[str] = []
 
     def take(key: str, value: Any, is_text: bool, where: str = "") -> None:
         if key not in known:
-            mistakes.append(f"{where}{key}: unknown option{suggestion(key, known)}")
+            name = key if key.isprintable() and len(key) < 50 else reprlib.repr(key)
+            mistakes.append(f"{where}{name}: unknown option{suggestion(name, known)}")
             return
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument(f"--{key}", type=known[key])
         try:
             parsed = parser.parse_args([f"--{key}={value}"]) if is_text else parser.parse_object({key: value})
-            values[key] = parsed[key]
+            nullable = known[key] is Any or type(None) in typing.get_args(known[key])
+            if parsed[key] is None and not nullable:
+                raise argparse.ArgumentError(None, "null")
         except argparse.ArgumentError:
-            mistakes.append(f"{where}{key}: expected {describe(known[key])}, found {value!r}")
+            mistakes.append(f"{where}{key}: expected {describe(known[key])}, found {reprlib.repr(value)}")
+            return
+        far = 2**63 if key == "seed" else 2**31
+        if isinstance(parsed[key], int) and abs(parsed[key]) >= far:
+            mistakes.append(f"{where}{key}: {reprlib.repr(parsed[key])} is too large a number")
+        else:
+            values[key] = parsed[key]
 
     items, loose = _items(argv)
     mistakes += [f"{argument}: not understood; options are written --option value" for argument in loose]
@@ -248,7 +263,7 @@ def _collect(argv: Sequence[str], parser: ArgumentParser) -> tuple[dict[str, Any
         except InputError as unfit:
             mistakes.append(str(unfit))
     for file in [value for key, value in items if key == "config"]:
-        content, error = _read(file)
+        content, error = options_in(file)
         mistakes += [error] if error else []
         for key, value in content.items():
             take(str(key), value, False, f"{file}: ")
@@ -282,19 +297,3 @@ def _items(argv: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[str]
         else:
             loose.append(argument)
     return items, loose
-
-
-def _read(file: str | None) -> tuple[dict[str, Any], str | None]:
-    if file is None:
-        return {}, "config: needs a file"
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        return {}, f"{file}: cannot be read: {error.strerror or error}"
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        return {}, f"{file}: not a YAML file: {' '.join(str(error).split())}"
-    if content is None:
-        return {}, None
-    if not isinstance(content, dict):
-        return {}, f"{file}: must hold lines of the form `option: value`"
-    return content, None

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import yaml
 
-from mpilsgd.train import logs
-from mpilsgd.train.callables import InputError, is_path, resolve
+from mpilsgd.train import checks
+from mpilsgd.train.checks import LOSSES, OPTIMIZERS, PATH, SHAPES
 from mpilsgd.train.data import DATASETS
+from mpilsgd.train.events import parse_every
 from mpilsgd.train.models import MODELS
-from mpilsgd.train.options import match, method_options, methods, names_of, required, suggestion
-from mpilsgd.train.stragglers import parse_slow
+from mpilsgd.train.options import NO_DEFAULT, method_options, names_of
 
-OPTIMIZERS = ("SGD", "MSGD", "Adam", "AdamW")
-PATH = "package.module:callable"
+__all__ = ["DEFAULT_EPOCHS", "FIELDS", "RESUMABLE", "Config", "default_output", "parse_every"]
+
 DEFAULT_EPOCHS = 20
 # What may change when a run is resumed: nothing that the state of its checkpoint depends on.
 RESUMABLE = (
@@ -34,6 +32,7 @@ RESUMABLE = (
     "resume",
     "device",
     "log",
+    "workers",
 )
 
 
@@ -49,14 +48,38 @@ def _option(default: Any, group: str, help: str) -> Any:
 class Config:
     """A training job. Options of the method that were set are in `method_options`."""
 
-    data: str = _option("digits", "Task", f"{', '.join(DATASETS)} or {PATH} (returns training set, test set)")
+    data: str = _option(
+        "digits",
+        "Task",
+        f"{', '.join(DATASETS)}; a .csv, .npz or .txt file; a folder of images (train/CLASS/, test/CLASS/); or {PATH} "
+        "(returns training set, test set)",
+    )
     data_dir: str = _option("data", "Task", "folder of the data set's files (digits needs none)")
     augment: Literal["auto", "none", "crop", "pad"] = _option(
         "auto",
         "Task",
         "crop: random 28x28 squares, half of them mirrored; pad: 4 pixels around first; auto: crop for cifar10",
     )
+    workers: int = _option(
+        0, "Task", "processes of each rank that read a data set of yours ahead (0: the rank reads it itself)"
+    )
     model: str = _option("mlp", "Task", f"{', '.join(MODELS)} or {PATH} (given input_shape, classes)")
+    classes: int | None = _option(None, "Task", "how many classes there are (null: the data tell)")
+    loss: str = _option(
+        "auto",
+        "Task",
+        f"{', '.join(LOSSES)} or {PATH} (given outputs, targets); auto: cross_entropy, mse for tables of numbers",
+    )
+    metrics: str | None = _option(
+        None,
+        "Task",
+        f"further figures of the test set: {PATH} (given outputs, targets; returns a dict of means)",
+    )
+    task: str | None = _option(
+        None,
+        "Task",
+        f"what does not fit the above: {PATH} (returns an object with loss(model, batch); docs/job.md)",
+    )
 
     method: str = _option("LSGD", "Method", "how the workers are kept together: {methods}")
     group_size: int | None = _option(None, "Method", "ranks in a group (null: all ranks of a node)")
@@ -90,6 +113,18 @@ class Config:
     )
     lr_drop_factor: float = _option(0.1, _OPTIMIZER, "see lr_drops")
     lr_gamma: float = _option(0.0, _OPTIMIZER, "decay of lr with the steps t: lr / (1 + lr_gamma t)^0.5")
+    schedule: str = _option(
+        "step",
+        _OPTIMIZER,
+        f"{', '.join(SHAPES)} or {PATH} (given the optimizer; returns a torch scheduler); step: as lr_drops and "
+        "lr_gamma say; cosine and linear fall to 0 at the end",
+    )
+    warmup: float | str | None = _option(
+        None, _OPTIMIZER, "epochs in which lr rises to its value at the start, or '200 steps'"
+    )
+    clip_norm: float | None = _option(
+        None, _OPTIMIZER, "shorten each worker's gradient to this length where it is longer"
+    )
     running_average: float | Literal["running"] | None = _option(
         None,
         _OPTIMIZER,
@@ -103,6 +138,7 @@ class Config:
         "in its own order; replacement: independent draws",
     )
     batch_size: int = _option(32, _COURSE, "samples a batch and worker")
+    accumulate: int = _option(1, _COURSE, "batches a step, whose mean gradient it takes")
     epochs: int | None = _option(
         None,
         _COURSE,
@@ -123,7 +159,7 @@ class Config:
         None, "Run", f"continue the run of this directory; may come with {', '.join(RESUMABLE[:8])}"
     )
     checkpoint_every: float | str | None = _option(
-        1, "Run", "epochs between checkpoints, or '200 steps' (null: at the start and the end)"
+        1.0, "Run", "epochs between checkpoints, or '200 steps' (null: at the start and the end)"
     )
     log: Literal["tensorboard", "wandb", "csv"] | None = _option(
         None, "Run", "write the evaluations in the format of another tool, too (null: to metrics.jsonl alone)"
@@ -162,119 +198,33 @@ class Config:
         values = dataclasses.asdict(self)
         for key in ("method_options", "resume", "overwrite"):
             values.pop(key)
-        return yaml.safe_dump({**values, **self.method_options}, sort_keys=False)
+        return yaml.safe_dump({**values, **self._defaults(), **self.method_options}, sort_keys=False)
+
+    @property
+    def set_options(self) -> dict[str, Any]:
+        """Those of the method's options that have another value than their default."""
+        usual = self._defaults()
+        return {k: v for k, v in self.method_options.items() if k not in usual or v != usual[k]}
+
+    def _defaults(self) -> dict[str, Any]:
+        """The method's options with their defaults; without those that have none."""
+        options = method_options(FIELDS)
+        own = names_of(self.method, options)
+        found = {key: options[key].defaults[self.method] for key in own}
+        return {key: value for key, value in found.items() if value is not NO_DEFAULT}
 
     def mistakes(self) -> list[str]:
         """Everything that is wrong with the values, and corrects the spelling of names."""
-        return list(self._mistakes())
-
-    def _mistakes(self) -> Iterator[str]:
-        yield from self._name("method", methods(), users=False)
-        yield from self._name("optimizer", OPTIMIZERS)
-        yield from self._name("model", MODELS)
-        yield from self._name("data", DATASETS)
-        if self.method in methods():
-            options = method_options(FIELDS)
-            own = names_of(self.method, options)
-            for key in [k for k in self.method_options if k not in own]:
-                yield f"{key}: not an option of {self.method}, which has {', '.join(own)}"
-            for key in required(self.method, options):
-                if key not in self.method_options:
-                    yield f"{key}: {self.method} needs it: {options[key].help}"
-            for key, value in self.method_options.items():
-                if key in options and options[key].takes_code and is_path(value):
-                    yield from _unresolved(key, value)
-        for name, good, rule in self._rules():
-            if not good:
-                yield f"{name}: must be {rule}, not {getattr(self, name)!r}"
-        if self.epochs is not None and self.steps is not None:
-            yield "epochs, steps: give one of them"
-        if self.optimizer in ("Adam", "AdamW") and (self.momentum or self.nesterov is not None):
-            yield f"momentum, nesterov: {self.optimizer} has neither; they are options of SGD and MSGD"
-        if self.optimizer == "SGD" and self.nesterov and not self.momentum:
-            yield "nesterov: needs a momentum above 0"
-        if self.amp == "fp16" and self.method_options.get("until_grad_norm") is not None:
-            yield "amp, until_grad_norm: a gradient that overflows in fp16 has no norm to judge by; take bf16"
-        for name in ("eval_every", "checkpoint_every"):
-            try:
-                parse_every(getattr(self, name))
-            except ValueError as error:
-                yield f"{name}: {error}"
-        if (lacking := logs.problem(self.log)) is not None:
-            yield f"log: {lacking}"
-        try:
-            self.slow = str(parse_slow(self.slow)) or None
-        except ValueError as error:
-            yield f"slow: {error}"
-
-    def _rules(self) -> list[tuple[str, bool, str]]:
-        count = "a whole number of at least 1"
-        counts = [
-            (name, value is None or value >= 1, count)
-            for name in ("group_size", "batch_size", "epochs", "steps", "threads")
-            for value in [getattr(self, name)]
-        ]
-        return [
-            *counts,
-            ("lr", 0 < self.lr < math.inf, "above 0"),
-            ("patience", 3 <= self.patience < math.inf, "at least 3 seconds"),
-            (
-                "momentum",
-                0 <= self.momentum < 1 or (self.optimizer == "MSGD" and -1 < self.momentum < 0),
-                "in [0, 1)",
-            ),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
-            ("lr_drops", all(drop > 0 for drop in self.lr_drops), "epochs above 0"),
-            ("lr_drop_factor", 0 < self.lr_drop_factor <= 1, "in (0, 1]"),
-            ("lr_gamma", 0 <= self.lr_gamma < math.inf, "at least 0"),
-            ("seed", 0 <= self.seed < 2**63, "a whole number of at least 0, below 2^63"),
-            ("running_average", _is_rate(self.running_average), "running or in (0, 1]"),
-        ]
-
-    def _name(self, field: str, names: Any, users: bool = True) -> Iterator[str]:
-        name = getattr(self, field)
-        known = match(name, names)
-        if known is not None:
-            setattr(self, field, known)
-        elif users and is_path(name):
-            yield from _unresolved(field, name)
-        else:
-            more = f" or {PATH}" if users else ""
-            yield f"{field}: {name!r} is not one of {', '.join(names)}{more}{suggestion(name, names)}"
+        return list(checks.mistakes(self, FIELDS))
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Config) if "group" in field.metadata)
 
 
-def parse_every(value: float | str | None) -> tuple[float, str] | None:
-    """An interval: "2" or "0.5" are epochs, "200 steps" are steps."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*(epochs?|steps?)?\s*", str(value))
-    try:
-        number = float(found[1]) if found else 0.0
-    except ValueError:
-        number = 0.0
-    unit = "steps" if found and (found[2] or "").startswith("step") else "epochs"
-    if number <= 0 or not math.isfinite(number) or (unit == "steps" and number % 1):
-        raise ValueError(f"must be a number of epochs above 0 or 'N steps', not {value!r}")
-    return number, unit
-
-
-def _unresolved(name: str, path: str) -> Iterator[str]:
-    try:
-        resolve(path)
-    except InputError as error:
-        yield f"{name}: {error}"
-
-
-def _is_rate(value: Any) -> bool:
-    return value is None or value == "running" or (isinstance(value, float) and 0 < value <= 1)
-
-
 def default_output(config: Config) -> str:
-    """runs/METHOD-MODEL-DATA, with the first number that is free."""
-    parts = [re.sub(r"[^\w.-]+", "_", name) for name in (config.method, config.model, config.data)]
+    """runs/METHOD-MODEL-DATA or runs/METHOD-TASK, with the first number that is free."""
+    names = (config.method, config.task) if config.task else (config.method, config.model, config.data)
+    parts = [re.sub(r"[^\w.-]+", "_", name).strip("_") for name in names]
     base = os.path.join("runs", "-".join(parts).lower())
     number = 1
     while os.path.exists(base if number == 1 else f"{base}-{number}"):

@@ -1,21 +1,35 @@
-"""Training and test sets in memory, and the batches that are cut from them."""
+"""The data sets that a configuration can name: the known images, files and folders, and the user's code."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.nn import functional
-from torch.utils.data import default_collate
 
-from mpilsgd.train.callables import accepted, is_path, resolve
+from mpilsgd.train import given, image_folder, tables, text
+from mpilsgd.train.callables import is_path
 from mpilsgd.train.devices import onto
 from mpilsgd.train.formats import CLASSES, DataError, Split, read_cifar10, read_digits, read_mnist
+from mpilsgd.train.loading import MapSet
+from mpilsgd.train.samples import Dataset, Reading, TensorSet
 
-DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10")
+__all__ = [
+    "DATASETS",
+    "Augmentation",
+    "Dataset",
+    "ImageSet",
+    "MapSet",
+    "Reading",
+    "TensorSet",
+    "is_file",
+    "load",
+]
+
+DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "charlm")
 AUGMENTATIONS = ("auto", "none", "crop", "pad")
 
 # Where the files are looked for, below --data_dir; the last ones are where other tools and Debian put them.
@@ -31,33 +45,6 @@ _STATISTICS = {
     "fashion-mnist": ([255 * 0.2860], [255 * 0.3530]),
     "cifar10": ([255 * m for m in (0.4914, 0.4822, 0.4465)], [255 * s for s in (0.2023, 0.1994, 0.2010)]),
 }
-
-
-class Dataset(Protocol):
-    """What the training loop needs of a training or test set.
-
-    on_host: whether a batch is put together in the host's memory, whatever the device.
-    """
-
-    on_host: bool
-
-    @property
-    def input_shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def classes(self) -> int: ...
-
-    def __len__(self) -> int: ...
-
-    def batch(
-        self, indices: torch.Tensor, generator: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of the samples; a generator asks for random augmentation (training)."""
-        ...
-
-    def to(self, device: torch.device) -> None:
-        """Batches are wanted on this device from now on."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +66,7 @@ class Augmentation:
     flip: bool = False
 
 
-class ImageSet:
+class ImageSet(Dataset):
     """Images kept as bytes; a batch is cropped, mirrored and normalised, (x - mean) / std, when it is asked for.
 
     Args:
@@ -92,7 +79,6 @@ class ImageSet:
         self, split: Split, classes: int, mean: list[float], std: list[float], augmentation: Augmentation
     ):
         images, labels = split
-        self.on_host = False
         self.images = torch.from_numpy(np.array(images))  # a copy: files may be mapped read-only
         self.labels = torch.from_numpy(labels.astype(np.int64))
         self.classes = classes
@@ -138,67 +124,53 @@ class ImageSet:
         return images
 
 
-class TensorSet:
-    """Inputs and labels of the user's that lie in memory; uint8 inputs are brought to [0, 1]."""
-
-    def __init__(self, inputs: torch.Tensor, labels: torch.Tensor, classes: int):
-        self.inputs, self.labels, self.classes = inputs, labels, classes
-        self.on_host = False
-        self.input_shape = tuple(inputs.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device) -> None:
-        self.inputs, self.labels = self.inputs.to(device), self.labels.to(device)
-
-    def batch(
-        self, indices: torch.Tensor, generator: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = onto(indices, self.labels.device)
-        inputs = self.inputs[indices]
-        return (inputs / 255 if inputs.dtype == torch.uint8 else inputs), self.labels[indices]
+def is_file(name: str) -> bool:
+    """Whether the name is of a file or a folder: a table, arrays, a text or images."""
+    return name.endswith((".csv", ".npz", ".txt")) or os.path.isdir(name)
 
 
-class MapSet:
-    """A torch Dataset of the user's with `__getitem__` and `__len__`; it does its own augmentation."""
-
-    def __init__(self, dataset: Any, classes: int):
-        self.dataset, self.classes = dataset, classes
-        self.on_host = True
-        self.input_shape = tuple(torch.as_tensor(dataset[0][0]).shape)
-        self.device = torch.device("cpu")
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def to(self, device: torch.device) -> None:
-        self.device = device
-
-    def batch(
-        self, indices: torch.Tensor, generator: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, labels = default_collate([self.dataset[i] for i in indices.tolist()])
-        return onto(inputs, self.device), onto(labels, self.device)
-
-
-def load(name: str, data_dir: str = "data", augment: str = "auto", seed: int = 0) -> tuple[Dataset, Dataset]:
+def load(
+    name: str,
+    data_dir: str = "data",
+    augment: str = "auto",
+    seed: int = 0,
+    reading: Reading | None = None,
+) -> tuple[Dataset, Dataset]:
     """The training and the test set.
 
     Args:
-        name: one of `DATASETS`, or `package.module:callable`, which returns (training set, test set): torch
-            Datasets of (input, label) pairs, or (inputs, labels) pairs of tensors. It is given `data_dir` and
-            `seed` if it takes them.
+        name: one of `DATASETS`; a .csv (or two with a comma between them), .npz or .txt file or a folder of images;
+            or `package.module:callable`, which returns (training set, test set): torch Datasets, map-style or
+            iterable, or (inputs, targets) pairs of tensors. It is given `data_dir`, `seed`, `rank` and `size` if it
+            takes them.
         data_dir: the folder of the files (or a folder that contains it).
         augment: "crop" (random 28 x 28 squares, mirrored), "pad" (4 black pixels around, random squares of the
-            original size, mirrored), "none", or "auto": "crop" for cifar10, "none" for the others.
-        seed: offered to the user's callable.
+            original size, mirrored), "none", or "auto": "crop" for cifar10, random crops of a folder's images, "none"
+            for the others.
+        seed: offered to the user's callable; it splits a table.
+        reading: what else there is to know of the user's data.
 
     Raises:
         DataError: missing, truncated or wrong files, unfit labels or shapes.
     """
+    reading = reading or Reading()
+    known = name in DATASETS
+    if augment not in ("auto", "none") and (not known or name == "charlm"):
+        raise DataError(
+            f"augment={augment} is for the built-in image sets; {name} is augmented by its own code"
+        )
+    if name == "charlm":
+        return text.library()
+    if not known and name.endswith(".txt"):
+        return text.from_file(Path(name))
+    if not known and name.endswith((".csv", ".npz")):
+        read = tables.read_csv if name.endswith(".csv") else tables.read_npz
+        pair = read(name, reading.loss, seed)
+        return given.wrapped(pair, name, reading._replace(loss=tables.loss_of(pair, reading.loss)))
+    if not known and os.path.isdir(name):
+        return given.wrapped(image_folder.read(Path(name), augment == "auto"), name, reading)
     if is_path(name):
-        return _load_users(name, data_dir, augment, seed)
+        return given.load(name, data_dir, seed, reading)
     if name == "digits":
         splits = read_digits()
     else:
@@ -217,65 +189,3 @@ def load(name: str, data_dir: str = "data", augment: str = "auto", seed: int = 0
     }[choice]
     train, test = (ImageSet(split, CLASSES, *_STATISTICS[name], augmentation) for split in splits)
     return train, test
-
-
-def _load_users(path: str, data_dir: str, augment: str, seed: int) -> tuple[Dataset, Dataset]:
-    if augment not in ("auto", "none"):
-        raise DataError(
-            f"augment={augment} is for the built-in image sets; let {path} augment its training set itself"
-        )
-    function = resolve(path)
-    pair = function(**accepted(function, {"data_dir": data_dir, "seed": seed}))
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise DataError(f"{path} must return (training set, test set), not {type(pair).__name__}")
-    labels = [
-        _labels(dataset, f"{path}: {part} set")
-        for dataset, part in zip(pair, ("training", "test"), strict=True)
-    ]
-    classes = max(int(labels[0].max()) + 1, len(getattr(pair[0], "classes", ())))
-    train, test = (_wrap(dataset, known, classes) for dataset, known in zip(pair, labels, strict=True))
-    if int(labels[1].max()) >= classes:
-        raise DataError(
-            f"{path}: test set: label {int(labels[1].max())} does not occur in training (0..{classes - 1})"
-        )
-    if train.input_shape != test.input_shape:
-        raise DataError(
-            f"{path}: training inputs have the shape {train.input_shape}, test inputs {test.input_shape}"
-        )
-    return train, test
-
-
-def _wrap(dataset: Any, labels: torch.Tensor, classes: int) -> Dataset:
-    pair = _tensors(dataset)
-    return MapSet(dataset, classes) if pair is None else TensorSet(torch.as_tensor(pair[0]), labels, classes)
-
-
-def _tensors(dataset: Any) -> Any:
-    """(inputs, labels) of a data set that is a pair of tensors or arrays or a TensorDataset, else None."""
-    pair = dataset.tensors if isinstance(dataset, torch.utils.data.TensorDataset) else dataset
-    is_pair = isinstance(pair, tuple | list) and len(pair) == 2
-    return pair if is_pair and all(isinstance(t, torch.Tensor | np.ndarray) for t in pair) else None
-
-
-def _labels(dataset: Any, where: str) -> torch.Tensor:
-    """All labels, checked; a data set that does not hold them as a list is read through once."""
-    pair = _tensors(dataset)
-    if pair is None and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise DataError(
-            f"{where}: must be a torch Dataset with __getitem__ and __len__, or a pair of tensors; it is {dataset!r}"
-        )
-    if len(dataset if pair is None else pair[1]) == 0:
-        raise DataError(f"{where}: holds no samples")
-    if pair is not None:
-        found = torch.as_tensor(pair[1])
-        if len(pair[0]) != len(found):
-            raise DataError(f"{where}: {len(pair[0])} inputs, but {len(found)} labels")
-    else:
-        found = torch.stack([torch.as_tensor(dataset[i][1]) for i in range(len(dataset))])
-    if found.dtype.is_floating_point or found.dim() != 1:
-        raise DataError(
-            f"{where}: labels must be whole numbers, one a sample; found {found.dtype} {tuple(found.shape)}"
-        )
-    if int(found.min()) < 0:
-        raise DataError(f"{where}: label {int(found.min())} of sample {int(found.argmin())} is below 0")
-    return found.to(torch.int64)

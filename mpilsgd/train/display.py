@@ -106,7 +106,7 @@ class Display:
         ]
         if row.get(ERROR.key) is not None:
             told.append(f"test error {100 * row[ERROR.key]:5.2f} %")
-        told += [f"{one.name} {one.text(row[one.key])}" for one in more_of([row])]
+        told += [f"{one.name.removeprefix('test ')} {number(row[one.key]).strip()}" for one in more_of([row])]
         if row["leader"] is not None:
             told.append(f"leader {row['leader']}")
         self.say("  ".join(told))
@@ -125,16 +125,27 @@ class Display:
 
 
 def opening(
-    config: Config, world_size: int, groups: list[list[int]], threads: int, samples: int, parameters: int
+    config: Config,
+    world_size: int,
+    groups: list[list[int]],
+    threads: int,
+    samples: int | None,
+    parameters: int,
 ) -> str:
     """What will be done, in two lines; a third where ranks are slowed down."""
     sizes = sorted({len(group) for group in groups})
     of = "" if len(groups) == 1 else f" in {len(groups)} groups of {' or '.join(map(str, sizes))}"
-    options = "".join(f" {key}={value}" for key, value in config.method_options.items())
+    options = "".join(f" {key}={value}" for key, value in config.set_options.items())
+    size, of_data = f"({parameters} parameters)", "" if samples is None else f" ({samples} samples)"
+    what = (
+        f"{config.task} {size}{of_data}"
+        if config.task
+        else f"{config.model} {size} on {config.data}{of_data}"
+    )
     slowdown = parse_slow(config.slow)
     slowed = f"\nslowed down on purpose: {slowdown.told()}" if slowdown else ""
     return (
-        f"{config.method}{options}: {config.model} ({parameters} parameters) on {config.data} ({samples} samples)\n"
+        f"{config.method}{options}: {what}\n"
         f"{world_size} rank(s){of}, {threads} thread(s) each; {config.optimizer} lr={config.lr:g}, "
         f"batches of {config.batch_size}{f', {config.amp}' if config.amp else ''}{slowed}"
     )

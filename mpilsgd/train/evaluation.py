@@ -1,4 +1,4 @@
-"""Test loss and test error of the model as it stands."""
+"""What the model is worth as it stands: test loss and test error, or the user's figures."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional
 
 from mpilsgd.comm import Topology
-from mpilsgd.train.data import Dataset
-
-_BATCH = 500  # samples at a time
+from mpilsgd.train.callables import InputError
+from mpilsgd.train.samples import Dataset
+from mpilsgd.train.task import Classification, Task
 
 
 class Result(NamedTuple):
-    """Mean cross-entropy, and the share of samples that were classified wrongly."""
+    """Means over the test set.
+
+    Attributes:
+        loss: the task's, as the mean cross-entropy.
+        error: the share of samples that were classified wrongly; None where nothing is classified.
+        more: further figures by their names.
+    """
 
     loss: float
-    error: float
+    error: float | None = None
+    more: dict[str, float] = {}  # noqa: RUF012
+
+    @property
+    def judged(self) -> float:
+        """What the best has least of: the error, or the loss where nothing is classified."""
+        return self.loss if self.error is None else self.error
 
 
 def evaluate(
@@ -27,26 +38,38 @@ def evaluate(
     test: Dataset,
     topology: Topology | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    task: Task | None = None,
 ) -> Result:
     """Evaluates the whole test set; with a topology each rank takes its share of it (collective).
 
+    An InputError, with a topology on every rank, says what is wrong with a sample.
+
     autocast: gives what forward pass and loss are computed in. Numbers are taken from the device at the end only.
     """
+    task = task or Classification(test.classes)
     rank, size = (topology.world.rank, topology.world.size) if topology is not None else (0, 1)
-    loss: Any = 0.0
-    wrong: Any = 0
-    with evaluating(model), torch.no_grad():
-        for indices in torch.arange(rank, len(test), size).split(_BATCH):
-            inputs, targets = test.batch(indices)
-            with autocast():
-                outputs = model(inputs)
-                loss = loss + functional.cross_entropy(outputs, targets, reduction="sum").double()
-            # argmax of a NaN row is an index all the same: what is not finite is an error
-            right = (outputs.argmax(1) == targets) & outputs.isfinite().all(1)
-            wrong = wrong + (len(indices) - right.sum())
-    own = float(loss), int(wrong)
+    sums: dict[str, Any] = {}
+    count, wrong = 0, None
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch, samples in test.share(rank, size):
+                with autocast():
+                    found = task.sums(model, batch, samples)
+                count += samples
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value
+    except InputError as error:  # of this rank's share: all are to know
+        wrong = f"rank {rank}: the test set: {error}"
+    own = count, {name: float(value) for name, value in sums.items()}, wrong
     parts = [own] if topology is None else topology.allgather(own)
-    return Result(sum(part[0] for part in parts) / len(test), sum(part[1] for part in parts) / len(test))
+    for wrong in [wrong for _, _, wrong in parts if wrong]:
+        raise InputError(wrong)
+    total = sum(samples for samples, _, _ in parts)
+    if not total:
+        raise InputError("the test set holds no samples")
+    names = dict.fromkeys(name for _, part, _ in parts for name in part)
+    means = {name: sum(part.get(name, 0.0) for _, part, _ in parts) / total for name in names}
+    return Result(means.pop("loss"), means.pop("error", None), means)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import NamedTuple
-
-from mpilsgd.train.config import parse_every
 
 
 class Event(NamedTuple):
@@ -32,3 +32,18 @@ def events_between(start: int, end: int, evaluations: int, saves: int) -> list[E
         for step in range(start // interval * interval + interval, end, interval)
     ]
     return sorted(events)
+
+
+def parse_every(value: float | str | None) -> tuple[float, str] | None:
+    """An interval: "2" or "0.5" are epochs, "200 steps" are steps."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*(epochs?|steps?)?\s*", str(value))
+    try:
+        number = float(found[1]) if found else 0.0
+    except ValueError:
+        number = 0.0
+    unit = "steps" if found and (found[2] or "").startswith("step") else "epochs"
+    if number <= 0 or not math.isfinite(number) or (unit == "steps" and number % 1):
+        raise ValueError(f"must be a number of epochs above 0 or 'N steps', not {value!r}")
+    return number, unit

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import math
 import pickle
+import pickletools
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ CLASSES = 10  # of every data set here
 CIFAR_SHAPE = (3, 32, 32)
 CIFAR_RECORDS = 10_000  # in each of its six files
 CIFAR_RECORD_BYTES = 1 + math.prod(CIFAR_SHAPE)
+LARGEST = 1 << 28  # bytes of an idx file, unpacked: more than in any data set of ten classes in this format
+_PIECE = 1 << 20
 
 Split = tuple[np.ndarray, np.ndarray]  # images, uint8 (N, C, H, W), and labels, uint8 (N)
 
@@ -61,7 +65,7 @@ def read_mnist(folders: Sequence[Path]) -> tuple[Split, Split]:
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The uint8 array of an idx file: magic 00 00 08 d, then d big-endian sizes, then the bytes."""
-    content, damage = _unpacked(path)
+    content, damage = _content(path)
     header = 4 * (1 + dimensions)
     magic = bytes([0, 0, 8, dimensions])
     if content[:4] != magic[: len(content)] or not content:
@@ -101,8 +105,8 @@ def read_cifar10(folders: Sequence[Path]) -> tuple[Split, Split]:
 
 def read_cifar_binary(path: Path) -> Split:
     """One batch of the binary version: 10000 records of a label byte and 3 x 32 x 32 bytes."""
-    content = _bytes_of(path)
     expected = CIFAR_RECORDS * CIFAR_RECORD_BYTES
+    content, _ = _content(path, 2 * expected)
     if len(content) != expected:
         what = "truncated" if len(content) < expected else "too long"
         raise DataError(
@@ -116,48 +120,123 @@ def read_cifar_binary(path: Path) -> Split:
 
 def read_cifar_python(path: Path) -> Split:
     """One batch of the Python version: a pickled dict with b"data" and b"labels", read without running its code."""
+    content = bytes(_content(path, 2 * CIFAR_RECORDS * CIFAR_RECORD_BYTES)[0])
     try:
-        batch = _ArrayUnpickler(io.BytesIO(_bytes_of(path)), encoding="bytes").load()
+        found = _unpickled(content)
+        batch = found if isinstance(found, dict) else {}
+        batch = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
+        images, labels = (_values(batch.get(key)) for key in ("data", "labels"))
     except Exception as error:  # a damaged pickle can raise nearly anything
-        size = path.stat().st_size
-        raise DataError(f"{path}: not a CIFAR-10 batch, or truncated ({size} bytes): {error}") from error
-    batch = (
-        {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
-        if isinstance(batch, dict)
-        else {}
-    )
-    images, labels = batch.get("data"), np.asarray(batch.get("labels", []))
+        told = repr(str(error)[:200])[1:-1]  # in one line
+        raise DataError(
+            f"{path}: not a CIFAR-10 batch, or truncated ({len(content)} bytes): {told}"
+        ) from error
     shape = (CIFAR_RECORDS, math.prod(CIFAR_SHAPE))
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape != shape:
-        found = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise DataError(f"{path}: expected data of uint8 {shape}, found {found}")
-    if labels.shape != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{path}: expected data of uint8 {shape}, found {_described(images)}")
+    if not isinstance(labels, np.ndarray) or labels.dtype == object or labels.shape != shape[:1]:
         raise DataError(
-            f"{path}: expected {CIFAR_RECORDS} whole numbers as labels, found {labels.dtype} {labels.shape}"
+            f"{path}: expected {CIFAR_RECORDS} whole numbers as labels, found {_described(labels)}"
         )
     _check_labels(labels, path)
-    return images.reshape(-1, *CIFAR_SHAPE), labels.astype(np.uint8)
+    return images.reshape(-1, *CIFAR_SHAPE).copy(), labels.astype(np.uint8)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds plain containers and NumPy arrays only: a pickle from the network must not be able to run code."""
+def _values(told: Any) -> Any:
+    """An array, also for a list of whole numbers; anything else as it is."""
+    if isinstance(told, _Array):
+        return told.values()
+    whole = isinstance(told, list) and all(type(value) is int for value in told)
+    return np.array(told) if whole else told
 
-    ALLOWED = frozenset(
-        {
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        }
-    )
+
+def _described(found: Any) -> str:
+    return f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
+
+
+def _unpickled(content: bytes) -> Any:
+    """What the pickle holds. It is from the network: it must neither run code nor make gigabytes out of little."""
+    others, references = 0, 0
+    for operations, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if opcode.name.endswith("GET"):
+            references += 1
+        elif not opcode.name.endswith(_PLAIN):
+            others += 1
+        memo = (
+            int(argument or 0) if opcode.name.endswith("PUT") else 0
+        )  # a place in an array that grows to hold it
+        if max(operations, memo) > 20 * CIFAR_RECORDS + 1000 or others > 1000 or references > 20:
+            raise pickle.UnpicklingError("it does more than a CIFAR-10 batch needs")
+    return _Unpickler(io.BytesIO(content), encoding="bytes").load()
+
+
+# Operations for a text, a number, or the remembering of one, and for a list's next item.
+_PLAIN = ("INT", "INT1", "INT2", "LONG", "LONG1", "STRING", "UNICODE", "BYTES", "PUT", "MEMOIZE", "APPEND")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds plain containers, and stand-ins for arrays: nothing of NumPy's is called."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
+        found = _STAND_INS.get((module.replace("numpy._core", "numpy.core"), name))
+        if found is None:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 batch needs")
-        if name == "_reconstruct":
-            return np.ndarray.__reduce__(np.empty(0))[0]
-        return super().find_class(module, name)
+        return found
+
+
+class _Array:
+    """What a pickle tells of an array."""
+
+    def __init__(self, *_: Any):
+        self.state: Any = ()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def values(self) -> np.ndarray:
+        _, shape, kind, in_columns, content = self.state
+        return np.frombuffer(content, kind.dtype()).reshape(shape, order="F" if in_columns else "C")
+
+
+class _Kind:
+    """What a pickle tells of a dtype."""
+
+    def __init__(self, name: Any = "", *_: Any):
+        self.name = name.decode() if isinstance(name, bytes) else name
+        self.order = "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = ">" if state[1] in (">", b">") else "<"
+
+    def dtype(self) -> np.dtype:
+        if self.name not in ("u1", "i1", "i2", "i4", "i8"):
+            raise ValueError(f"it holds an array of {self.name!r}")
+        return np.dtype(self.order + self.name)
+
+
+class _Encoded(bytes):
+    """Bytes, as protocols before 3 write them."""
+
+    def __new__(cls, text: str, encoding: str) -> Any:
+        return text.encode("latin1")
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _from_buffer(content: Any, kind: Any, shape: Any, order: str) -> _Array:
+    """An array, as protocol 5 writes it."""
+    array = _Array()
+    array.state = (1, shape, kind, order == "F", content)
+    return array
+
+
+_STAND_INS = {
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Kind,
+    ("_codecs", "encode"): _Encoded,
+}
 
 
 def _check_labels(labels: np.ndarray, path: Path) -> None:
@@ -182,21 +261,25 @@ def _not_found(what: str, folders: Sequence[Path]) -> str:
     return f"{what} not found; looked in {', '.join(map(str, folders))} (choose the folder with --data_dir)"
 
 
-def _bytes_of(path: Path) -> bytes:
+def _content(path: Path, most: int = LARGEST) -> tuple[bytearray, str]:
+    """The file's bytes, unpacked as far as that goes, and what is wrong with the packing.
+
+    Raises:
+        DataError: they cannot be read, or are more than `most`.
+    """
+    content, damage = bytearray(), ""
+    open_it: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        return path.read_bytes()
+        size = path.stat().st_size
+        with open_it(path, "rb") as file:
+            while len(content) <= most and size <= most and (piece := file.read1(_PIECE)):
+                content += piece
+    except EOFError:
+        damage = "truncated gzip file"
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: not a gzip file, or damaged ({size} bytes): {error}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _unpacked(path: Path) -> tuple[bytes, str]:
-    """The file's bytes, unpacked as far as that goes, and what is wrong with the packing."""
-    content = _bytes_of(path)
-    if path.suffix != ".gz":
-        return content, ""
-    unpacker = zlib.decompressobj(wbits=31)  # gzip with its header and checksum
-    try:
-        unpacked = unpacker.decompress(content)
-    except zlib.error as error:
-        raise DataError(f"{path}: not a gzip file, or damaged ({len(content)} bytes): {error}") from error
-    return unpacked, "" if unpacker.eof else "truncated gzip file"
+    if max(size, len(content)) > most:
+        raise DataError(f"{path}: holds more than {most} bytes, which no file of this data set does")
+    return content, damage

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mpilsgd import kernels
-from mpilsgd.comm import Topology, inquiry
+from mpilsgd.comm import NoMPI, Topology, inquiry
 from mpilsgd.train import tree_text
 from mpilsgd.train.table import ranges
 from mpilsgd.transport import probe
@@ -42,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Gathers the facts of all ranks; rank 0 prints them. Exit status 2: `group_size` does not fit."""
-    nodes = Topology()
+    try:
+        nodes = Topology()
+    except NoMPI as missing:
+        if args.tree:
+            raise
+        print(_aligned([*_versions([_own_facts()], f"none: {missing}"), *_machine([_own_facts()])]))
+        return 0
     try:
         if args.tree:
             return tree_text.run(args, nodes)
@@ -89,7 +95,8 @@ def _device_paths(topology: Topology) -> list[str]:
     problems = [problem for problem in topology.allgather(unreachable(topology, place)) if problem]
     direct, why = probe.path(topology, place)
     return [
-        f"within a node: messages, as ranks cannot read each other's GPU memory ({problems[0]})"
+        "within a node: through pinned memory that its ranks share, but rounds of several nodes by messages, as ranks "
+        f"cannot read each other's GPU memory ({problems[0]})"
         if problems
         else "within a node: ranks read each other's GPU memory where it lies (CUDA IPC)",
         f"between nodes: {'from and into GPU memory' if direct else 'through pinned memory of the host'} ({why})",
@@ -127,32 +134,43 @@ def _text(
     groups: Sequence[Sequence[int]],
     rows: Sequence[dict[str, Any]],
 ) -> str:
-    from mpilsgd import __version__
-
+    library = "{library} {library_version} (standard {standard}), mpi4py {mpi4py}".format(**facts)
     lines = [
-        ("mpilsgd", __version__),
-        ("Python", _by_rank([row["python"] for row in rows])),
-        ("MPI", "{library} {library_version} (standard {standard}), mpi4py {mpi4py}".format(**facts)),
+        *_versions(rows, library),
         ("thread level", facts["thread_level"]),
         ("progress", _progress_text(facts["progresses_alone"], len(facts["nodes"]))),
         ("ranks", f"{facts['size']} on {len(facts['nodes'])} node(s) in {len(groups)} group(s)"),
     ]
-    if (facts["launched"] or 0) > facts["size"]:
-        told = (
-            f"the launcher started {facts['launched']} processes, but MPI sees {facts['size']}: they are of "
-        )
-        lines.append(("  WARNING", told + "different MPIs; use the mpiexec that lies beside this python"))
+    if facts["apart"] is not None:
+        lines.append(("  WARNING", facts["apart"]))
     for ranks, shared, memory in zip(facts["nodes"], facts["shared_memory"], facts["memory"], strict=True):
         lines.append((f"  {facts['hosts'][ranks[0]]}", _node_text(ranks, groups)))
         lines += [("", text) for text in _memory_text(len(ranks), shared, memory)]
-    lines += [
-        ("threads", _by_rank([row["threads"] for row in rows])),
-        ("CUDA devices", _by_rank(["; ".join(row["devices"]) for row in rows])),
+    cuda = [
         ("CUDA and MPI", _cuda_text(facts["cuda"])),
         ("", facts["cuda"].why),
         *(("", path) for path in paths),
+    ]
+    return _aligned([*lines, *_machine(rows, cuda)])
+
+
+def _versions(rows: Sequence[dict[str, Any]], library: str) -> list[tuple[str, str]]:
+    from mpilsgd import __version__
+
+    return [("mpilsgd", __version__), ("Python", _by_rank([row["python"] for row in rows])), ("MPI", library)]
+
+
+def _machine(rows: Sequence[dict[str, Any]], cuda: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
+    """What is known without MPI; cuda: what is known with it."""
+    return [
+        ("threads", _by_rank([row["threads"] for row in rows])),
+        ("CUDA devices", _by_rank(["; ".join(row["devices"]) for row in rows])),
+        *cuda,
         ("extension", _by_rank([row["extension"] for row in rows])),
     ]
+
+
+def _aligned(lines: Sequence[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:{width}}  {text}".rstrip() for name, text in lines)
 

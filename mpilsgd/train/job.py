@@ -13,24 +13,25 @@ from typing import Any
 
 import torch
 
-from mpilsgd.comm import Heartbeat, Topology, inquiry
+from mpilsgd.comm import Heartbeat, Topology, end_job, inquiry
 from mpilsgd.methods import EASGDTree, Method
-from mpilsgd.train import data, devices, optimizers
-from mpilsgd.train.batches import ChannelsLast
+from mpilsgd.train import devices, optimizers, problem
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.command_line import ConfigError, parse
 from mpilsgd.train.config import FIELDS, Config, default_output
 from mpilsgd.train.display import Display, closing, opening
 from mpilsgd.train.loop import Trainer
 from mpilsgd.train.options import enlist, keyword_arguments, method_options, methods, names_of, required
-from mpilsgd.train.prepare import prepared, refuse_channels_last
+from mpilsgd.train.outlet import lasting_output
+from mpilsgd.train.prepare import prepared, sampler_of
 from mpilsgd.train.run_directory import RunDirectory
-from mpilsgd.train.sampling import Sampler, derived_seed
+from mpilsgd.train.sampling import derived_seed
 from mpilsgd.train.stragglers import parse_slow
 from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, all_here, on_first, together
 from mpilsgd.train.tree_text import summary_line
 
 
+@lasting_output()
 def main(argv: Sequence[str]) -> int:
     """Runs `mpilsgd train` with these arguments on all ranks; returns the exit status, the same on every rank."""
     base = Topology()
@@ -44,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
             sys.stderr.flush()
         if not everyone:
             base.world.Abort(status)
+    except SystemExit as exit:  # of the user's code, perhaps on this rank alone
+        end_job(type(exit), exit, exit.__traceback__)
     base.free()
     return status
 
@@ -61,29 +64,25 @@ def _main(argv: Sequence[str], base: Topology) -> int:
         cuda_aware=config.cuda_aware,
     )
     _set_threads(config.threads, topology)
-    train, test = together(topology, data.load, config.data, config.data_dir, config.augment, config.seed)
     size, rank = topology.world.size, topology.world.rank
+    task, train, test = together(topology, problem.load, config, rank, size)
     device, shared = _device(config, topology)
-    if config.channels_last:
-        together(topology, refuse_channels_last, config, train)
-        train, test = ChannelsLast(train), ChannelsLast(test)
-    model = together(topology, prepared, config, train, test, topology, device)
+    model = together(topology, prepared, config, task, train, test, topology, device)
     try:
         opt = make_method(config, topology, optimizers.build(config, model.parameters()), model)
     except ValueError as error:  # raised on every rank
         raise Stopped(str(error)) from None
-    seat = opt.workers.index(rank) if opt.computes else 0
-    sampler = together(
-        topology, Sampler, config.sampling, len(train), config.batch_size, seat, len(opt.workers), config.seed
-    )
+    sampler = together(topology, sampler_of, config, train, opt, topology)
     command = command_of(argv, size)
     directory = _directory(config, topology, model, command)
     torch.manual_seed(derived_seed(config.seed, "dropout", rank))
     total = config.steps if config.steps is not None else (config.epochs or 0) * sampler.batches
     display = Display(rank, total, sampler.batches)
-    trainer = Trainer(config, topology, model, opt, train, test, sampler, directory, display, total)
+    trainer = together(
+        topology, Trainer, config, topology, task, model, opt, train, test, sampler, directory, display, total
+    )
     parameters = sum(p.numel() for p in model.parameters())
-    display.say(opening(config, size, topology.groups, torch.get_num_threads(), len(train), parameters))
+    display.say(opening(config, size, topology.groups, torch.get_num_threads(), train.samples, parameters))
     if shared is not None:
         display.say(shared)
     if isinstance(opt, EASGDTree):
@@ -103,6 +102,8 @@ def _main(argv: Sequence[str], base: Topology) -> int:
             opt.close()
             topology.free()
         raise
+    except InputError as error:  # of data that are read as they are needed; perhaps on this rank alone
+        raise Stopped(str(error)) from None
     finally:
         heartbeat.stop()
     heartbeat.free()
@@ -122,13 +123,10 @@ def command_of(argv: Sequence[str], ranks: int) -> str:
 
 
 def _refuse_singletons(base: Topology) -> None:
-    """mpiexec of one MPI and mpi4py of another: every process believes to be alone."""
-    launched = inquiry.launched_processes(os.environ)
-    if launched is not None and launched > base.world.size:
-        raise Stopped(
-            f"the launcher started {launched} processes, but MPI sees {base.world.size}: mpiexec and mpi4py belong to "
-            "different MPIs; use the mpiexec that lies beside this python (`mpilsgd info` shows the library)"
-        )
+    """A launcher that is not the MPI's: every process believes to be alone."""
+    told = inquiry.apart(base.world.size)
+    if told is not None:
+        raise Stopped(told)
 
 
 def _configure(argv: Sequence[str], base: Topology) -> tuple[Config | None, int]:
@@ -167,7 +165,8 @@ def _mistakes_of_ranks(config: Config, base: Topology) -> list[str]:
             f"slow: there is no rank {rank}; the ranks are 0 to {base.world.size - 1}" for rank in absent
         ]
     if config.method in methods() and _is_complete(config):
-        trial = torch.nn.Linear(1, config.method_options.get("fragments") or 1)  # one parameter each at least
+        fragments = config.method_options.get("fragments") or 1
+        trial = torch.nn.Linear(1, max(1, min(fragments, 1 << 16)))  # one parameter each at least
         unrecorded = dataclasses.replace(
             config, method_options={**config.method_options, **dict.fromkeys(_recordings(config))}
         )

@@ -85,7 +85,7 @@ class Journal:
         centre: dict[str, Any] | None,
     ) -> None:
         self._append([line], leaders)
-        self._directory.summarize(ranks, "ranks.json")
+        self._directory.tell("ranks.json", ranks)
         if centre is not None and self.improves(line):
             self.best = {key: line[key] for key in ("step", figure_of([line]).key)}
             self._directory.save_best(centre, self.best)

@@ -5,33 +5,36 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import resource
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from mpilsgd.comm import Place, Topology, seconds
 from mpilsgd.methods import Method
 from mpilsgd.train import checkpoint, devices, diverging
 from mpilsgd.train.batches import Batches
+from mpilsgd.train.callables import InputError
 from mpilsgd.train.config import Config
-from mpilsgd.train.data import Dataset
 from mpilsgd.train.display import Display
 from mpilsgd.train.evaluation import Result, evaluate
 from mpilsgd.train.events import Event, events_between, steps_of
+from mpilsgd.train.gradient import Gradient
 from mpilsgd.train.journal import Journal
 from mpilsgd.train.precision import Precision
 from mpilsgd.train.progress import Progress, mean
 from mpilsgd.train.run_directory import RunDirectory
-from mpilsgd.train.sampling import Sampler, other_random_numbers
-from mpilsgd.train.schedule import Schedule
+from mpilsgd.train.samples import Dataset
+from mpilsgd.train.sampling import other_random_numbers, random_state
+from mpilsgd.train.schedule import scheduled
 from mpilsgd.train.scored import scored
 from mpilsgd.train.stopping import Signals, Stop, stop_of
 from mpilsgd.train.stragglers import parse_slow
 from mpilsgd.train.summary import figures_of, measured, metrics_line, summary_of
-from mpilsgd.train.timing import timer_of
+from mpilsgd.train.task import Task
+from mpilsgd.train.timing import level, timer_of
 from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, on_first
 
 
@@ -42,7 +45,7 @@ class Trainer:
     than `total_steps` of their own. Every worker comes to the same evaluations and checkpoints, in the same order.
 
     Args:
-        model, opt: the model, and the method that holds its parameters.
+        task, model, opt: what is trained, the model, and the method that holds its parameters.
         train, test: the data sets; sampler: this worker's batches.
         directory: where rank 0 writes; display: where it tells.
         total_steps: of a worker, on the mean.
@@ -52,22 +55,24 @@ class Trainer:
         self,
         config: Config,
         topology: Topology,
+        task: Task,
         model: torch.nn.Module,
         opt: Method,
         train: Dataset,
         test: Dataset,
-        sampler: Sampler,
+        sampler: Any,
         directory: RunDirectory,
         display: Display,
         total_steps: int,
     ):
-        self.config, self.topology, self.model, self.opt = config, topology, model, opt
-        self.test_set, self.sampler = test, sampler
+        self.config, self.topology, self.model, self.opt, self.sampler = config, topology, model, opt, sampler
         self.queued = devices.queued(opt.device)  # numbers are read at evaluations and checkpoints only
         self.precision, self.timer = Precision(config.amp, opt.device, opt), timer_of(opt.device)
+        self.judged = functools.partial(evaluate, model, test, autocast=self.precision.autocast, task=task)
+        self.gradient = Gradient(task, model, self.precision, config.clip_norm)
         self.batches = Batches(train, sampler, ahead=self.queued and train.on_host)
         self.directory, self.display, self.total = directory, display, total_steps
-        self.schedule = Schedule(config.lr_drops, config.lr_drop_factor, config.lr_gamma)
+        self.schedule = scheduled(config, opt, total_steps, sampler.batches)
         self.slowdown = parse_slow(config.slow)
         self.progress = Progress()
         self.rank, self.size = topology.world.rank, topology.world.size
@@ -162,19 +167,21 @@ class Trainer:
         self.schedule.apply(opt.param_groups, at.step, at.step / self.sampler.batches)
 
         timer.begin()
-        inputs, targets = self.batches.take(at.step)
+        first = at.step * self.config.accumulate
+        try:
+            batches = [self.batches.take(first + k) for k in range(self.config.accumulate)]
+        except InputError as error:
+            raise InputError(f"rank {self.rank}: {error}") from None
         timer.loaded()
         opt.zero_grad()
-        with self.precision.autocast():
-            loss = functional.cross_entropy(self.model(inputs), targets)
-        self.precision.backward(loss)
-        value = loss.detach() if self.queued else loss.item()
+        loss = self.gradient.of(batches)
+        value = loss if self.queued else loss.item()
         if self.slowdown:
             self.slowdown.sleep(timer.computing(), self.config.seed, self.rank, at.step)
         timer.computed()
-        self.batches.look_ahead(at.step + 1)
+        self.batches.look_ahead(first + len(batches))
         timer.fetched()
-        at.overflows += not self.precision.settle()
+        at.overflows += not self.gradient.settle()
         if at.step == 0:
             diverging.refuse_first(self.topology, float(value))
         self.tell(at.step, Place.EXCHANGE)
@@ -183,6 +190,7 @@ class Trainer:
         timer.end(at, counts.t_comm - comm, counts.t_wait - wait)
 
         at.stepped(value)
+        self.schedule.stepped(at.step)
         if counts.rounds > rounds and counts.leaders:
             self.journal.note_leaders(at)
 
@@ -207,11 +215,11 @@ class Trainer:
         at.read()
         traffic = dataclasses.replace(self.opt.fabric.traffic)
         with self._centre():
-            result = evaluate(self.model, self.test_set, self.topology, self.precision.autocast)
+            result = self.judged(topology=self.topology)
             if self.rank == 0 and (last or self.journal.improves(figures_of(result))):
                 state = {n: v.detach().to("cpu", copy=True) for n, v in self.model.state_dict().items()}
         self.opt.fabric.traffic.group, self.opt.fabric.traffic.across = traffic.group, traffic.across
-        self._count_waiting()
+        level(self.timer, at, self.topology, self.opt.computes)
         rows = self.topology.allgather(measured(at, self.opt))
         line = metrics_line(rows, len(self.opt.workers), self.sampler.batches, at.leader, result)
         if at.evaluated != line["step"]:  # else it is of a finished run that was resumed
@@ -235,16 +243,6 @@ class Trainer:
                 stack.enter_context(self.opt.center(inputs))
             yield
 
-    def _count_waiting(self) -> None:
-        """Who came early has waited for the last one: training has lasted as long for all. Collective."""
-        at = self.progress
-        self.timer.read(at)
-        waited = max(self.topology.allgather(at.wall)) - at.wall
-        if self.opt.computes:
-            at.waited(waited)
-        else:
-            at.wall += waited
-
     # The end
 
     def _finish(self) -> dict[str, Any]:
@@ -256,10 +254,10 @@ class Trainer:
         result, state = self.evaluate(last=True)
         on_first(self.topology, self.directory.save_center, state, status=FAILED)
         with getattr(self.opt.optimizer, "iterate", contextlib.nullcontext)():
-            own = evaluate(self.model, self.test_set, autocast=self.precision.autocast)
+            own = self.judged()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         everything = {**dataclasses.asdict(self.opt.metrics), **dataclasses.asdict(self.progress)}
-        rows = self.topology.allgather({**everything, "error": own.error, "peak": peak})
+        rows = self.topology.allgather({**everything, "own": own, "peak": peak})
         summary = summary_of(rows, self.config, self.topology, self.opt, self.sampler.batches, result)
         summary = self._summary(summary | {"best": self.journal.best or None})
         for more in (dict, lambda: scored(self.topology, self.opt, rows)):  # at first without the forecast
@@ -281,15 +279,17 @@ class Trainer:
         at.read()
         diverging.refuse(self.topology, self.opt, at.last_loss, name)
         self._settle()
-        self._count_waiting()
+        level(self.timer, at, self.topology, self.opt.computes)
         self.journal.write(at.step)
-        state = checkpoint.state_of(self.model, self.opt, at, self.precision, self.batches.random_state())
+        state = checkpoint.state_of(self.model, self.opt, at, self.precision, random_state())
+        state["schedule"] = self.schedule.state_dict()
         self.checkpoints.write(name, state, others_write=bool(self.opt.asynchronous))
         self._sealed = name
 
     def restore(self, state: dict[str, Any], name: int) -> None:
         """Takes up the state that a checkpoint holds of this rank. Collective."""
         self.progress = checkpoint.restore(state, self.model, self.opt, self.precision)
+        self.schedule.load_state_dict(state.get("schedule", {}))
         self._sealed = name
 
     def resume(self) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
+from mpilsgd import sealed
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.files import Written, replace
 
@@ -30,7 +30,7 @@ class Manifest:
             if self.step is None
             else {file_name(self.step, r): f._asdict() for r, f in enumerate(self.files)}
         )
-        text = json.dumps({"step": self.step, "files": named, "config": self.config}, indent=2) + "\n"
+        text = sealed.text({"step": self.step, "files": named, "config": self.config}, indent=2)
         replace(path, lambda file: file.write(text.encode()))
 
 
@@ -41,7 +41,7 @@ def read(path: Path) -> Manifest:
         InputError: it is missing or damaged.
     """
     try:
-        found = json.loads(path.read_text())
+        found = sealed.content(path.read_bytes())
         step, files = found["step"], found["files"]
         names = [] if step is None else [file_name(step, rank) for rank in range(len(files))]
         if list(files) != names:
@@ -53,7 +53,7 @@ def read(path: Path) -> Manifest:
             "--overwrite"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read: {error!r}") from error
+        raise InputError(f"{path}: cannot be read: {error}") from error
 
 
 def file_name(step: int, rank: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mpilsgd.optimizers import MSGD, RunningAverage
-from mpilsgd.train.callables import InputError, accepted, is_path, resolve
+from mpilsgd.train.callables import InputError, call, is_path
 from mpilsgd.train.config import Config
 
 
@@ -41,8 +41,7 @@ def _build(config: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.
         return adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
     if not is_path(config.optimizer):
         return (MSGD if config.optimizer == "MSGD" else torch.optim.SGD)(parameters, **settings)
-    function = resolve(config.optimizer)
-    optimizer = function(parameters, **accepted(function, settings))
+    optimizer = call(config.optimizer, {"parameters": parameters}, settings)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(
             f"{config.optimizer} must return a torch.optim.Optimizer, not {type(optimizer).__name__}"

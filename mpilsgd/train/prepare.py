@@ -1,31 +1,40 @@
-"""The model as it is trained: on its device, in its memory format, compiled, and seen to give class scores."""
+"""The model as it is trained: on its device, compiled, and seen to fit the task; and which batches it is given."""
 
 from __future__ import annotations
 
+import re
 import textwrap
+import traceback
 
 import torch
 
 from mpilsgd.comm import Topology
-from mpilsgd.train import models, precision
+from mpilsgd.methods import Method
+from mpilsgd.train import precision
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.config import Config
-from mpilsgd.train.data import Dataset
 from mpilsgd.train.evaluation import evaluating
-from mpilsgd.train.sampling import derived_seed, other_random_numbers
+from mpilsgd.train.samples import Batch, Dataset, moved
+from mpilsgd.train.sampling import Sampler, StreamSampler, derived_seed, other_random_numbers
+from mpilsgd.train.task import Task
+
+_OURS = re.compile(r"[/\\](torch|mpilsgd)[/\\]")  # code that is not the user's
 
 
 def prepared(
-    config: Config, train: Dataset, test: Dataset, topology: Topology, device: torch.device
+    config: Config, task: Task, train: Dataset, test: Dataset, topology: Topology, device: torch.device
 ) -> torch.nn.Module:
     """The model, with the data sets on its device.
 
     Raises:
-        InputError: the model does not fit the data, the device or the options.
+        InputError: the model does not fit the data, the task, the device or the options.
     """
     alike = config.method_options.get("init") != "different"
     seed = config.seed if alike else derived_seed(config.seed, "parameters", topology.world.rank)
-    model = models.build(config.model, train.input_shape, train.classes, seed)
+    with other_random_numbers(config.seed, "trial", topology.world.rank):
+        first = train.first()
+        task.check(first, None)
+    model = task.model(config, train, first, seed)
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(f"{config.model}: has no trainable parameter")
     wrong = precision.unfit(config.amp, device, model)
@@ -36,43 +45,74 @@ def prepared(
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for data in (train, test):
         data.to(device)
-    with evaluating(model), torch.no_grad(), precision.autocast(config.amp, device):
-        _check_scores(config, model, train)
+    with (
+        other_random_numbers(config.seed, "trial", topology.world.rank),
+        evaluating(model),
+        precision.autocast(config.amp, device),
+    ):
+        _try(config, task, model, moved(first, device))
         if config.compile:
-            with other_random_numbers(config.seed, "compile", topology.world.rank):
-                _compile(config, model, train)
+            with torch.no_grad():
+                _compile(config, model, train, first)
     return model
 
 
-def refuse_channels_last(config: Config, train: Dataset) -> None:
-    """An InputError, unless the data are images."""
-    if len(train.input_shape) != 3:
-        shape = " x ".join(map(str, train.input_shape))
+def _try(config: Config, task: Task, model: torch.nn.Module, batch: Batch) -> None:
+    """The task's trial. What the user's code raises there is of the same kind."""
+    try:
+        task.trial(config, model, batch)
+    except InputError:
+        raise
+    except Exception as error:
+        own = [f for f in traceback.extract_tb(error.__traceback__) if not _OURS.search(f.filename)]
+        where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+        told = textwrap.shorten(str(error) or "no reason given", 300)
         raise InputError(
-            f"channels_last: is for images (channels x height x width); {config.model} is given inputs of {shape} "
-            f"from {config.data}"
+            f"{config.task or config.model}: model, data and loss do not fit: {type(error).__name__}: {told}{where}"
+        ) from None
+
+
+def sampler_of(config: Config, train: Dataset, opt: Method, topology: Topology) -> Sampler | StreamSampler:
+    """Which batches this worker takes. An InputError says why there are none. Collective."""
+    seat = opt.workers.index(topology.world.rank) if opt.computes else 0
+    workers = len(opt.workers)
+    if not train.streamed:
+        return Sampler(
+            config.sampling, len(train), config.batch_size, seat, workers, config.seed, config.accumulate
         )
-
-
-def _check_scores(config: Config, model: torch.nn.Module, train: Dataset) -> None:
-    inputs, _ = train.batch(torch.arange(min(2, len(train))))
-    scores = model(inputs)
-    if not isinstance(scores, torch.Tensor) or scores.shape != (len(inputs), train.classes):
-        found = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+    offset, stride = (seat, workers) if train.whole else (0, 1)
+    lengths = topology.allgather(train.samples)
+    if opt.buffers == "recalibrate":
+        raise InputError("buffers=recalibrate: needs a data set with __getitem__; this one is iterable")
+    if not train.whole and workers < topology.world.size:
         raise InputError(
-            f"{config.model}: must give scores of shape (batch, classes) = {(len(inputs), train.classes)}, gave {found}"
+            "the training set gives every rank its own part, and some ranks do not compute: let it be the whole set"
         )
+    if config.sampling != "partition":
+        raise InputError(f"sampling={config.sampling}: an iterable data set is partitioned")
+    if None in lengths:
+        if config.steps is None:
+            raise InputError("epochs: the training set is iterable and has no len(): give --steps instead")
+        batches = config.steps
+    else:
+        batches = min(lengths) // stride // (config.batch_size * config.accumulate)
+    if batches < 1:
+        raise InputError(
+            f"batch_size={config.batch_size} cannot be filled: the set has {min(lengths)} samples"
+        )
+    return StreamSampler(batches, config.batch_size, seat, offset, stride, config.seed, config.accumulate)
 
 
-def _compile(config: Config, model: torch.nn.Module, train: Dataset) -> None:
+def _compile(config: Config, model: torch.nn.Module, train: Dataset, first: Batch) -> None:
     """In place: the module stays the same object, with the same names in its state.
 
     Module.compile() would do nothing here to a torch.nn.Sequential (torch 2.13), and say nothing.
     """
-    inputs, _ = train.batch(torch.arange(min(config.batch_size, len(train))))  # the shape of training
     try:
         model.forward = torch.compile(model.forward)
-        model(inputs)
+        if not train.streamed and isinstance(first, tuple | list):
+            inputs = train.batch(torch.arange(min(config.batch_size, len(train))))[0]  # the shape of training
+            model(inputs)
     except Exception as error:  # of the compiler, which has many kinds
         told = textwrap.shorten(str(error) or type(error).__name__, 300)
         raise InputError(f"compile: torch cannot compile {config.model} here: {told}") from None

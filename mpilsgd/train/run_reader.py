@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
+
+from mpilsgd.train import run_files
+from mpilsgd.train.run_files import are_numbers, number
 
 
 class RunError(ValueError):
@@ -39,13 +41,13 @@ class Run:
 
     def column(self, key: str) -> np.ndarray:
         """One value of each line of metrics.jsonl as float64; NaN where it is absent, null or not finite."""
-        values = np.array([_number(line.get(key)) for line in self.metrics])
+        values = np.array([number(line.get(key)) for line in self.metrics])
         return np.where(np.isfinite(values), values, math.nan)
 
     def curve(self, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
         """The evaluations as points; other lines are left out, a value that is not finite stays as a gap."""
         kept = [line for line in self.metrics if line.get(y) is not None and line.get(x) is not None]
-        points = np.array([[_number(line[x]), _number(line[y])] for line in kept]).reshape(-1, 2)
+        points = np.array([[number(line[x]), number(line[y])] for line in kept]).reshape(-1, 2)
         points[~np.isfinite(points)] = math.nan
         return points[:, 0], points[:, 1]
 
@@ -57,7 +59,7 @@ class Run:
 
     def total(self, key: str) -> float:
         """A figure of the whole run: the summary's, else the last line's."""
-        value = _number(self.summary.get(key))
+        value = number(self.summary.get(key))
         return value if math.isfinite(value) else self.last(key)
 
     @property
@@ -77,21 +79,21 @@ class Run:
     def worker_steps(self) -> list[int]:
         """The steps of each worker of an asynchronous run; empty for others."""
         steps = self.summary.get("worker_steps")
-        return [int(step) for step in steps] if _is_numbers(steps) else []
+        return [int(step) for step in steps] if are_numbers(steps) else []
 
     @property
     def periods(self) -> list[tuple[int, int]]:
         """From which step on the period was how long, where it was adaptive; else empty."""
         found = self.summary.get("periods")
         listed = found if isinstance(found, list) else []
-        fits = all(_is_numbers(pair) and len(pair) == 2 and pair[1] > 0 for pair in listed)
+        fits = all(are_numbers(pair) and len(pair) == 2 and pair[1] > 0 for pair in listed)
         return [(int(step), int(period)) for step, period in listed] if fits else []
 
     @property
     def staleness(self) -> dict[int, int]:
         """How often so many updates of the centre lay between a worker's read and its write; empty without one."""
         found = self.summary.get("staleness")
-        if not (isinstance(found, dict) and _is_numbers(list(found.values()))):
+        if not (isinstance(found, dict) and are_numbers(list(found.values()))):
             return {}
         if not all(str(key).isdecimal() for key in found):
             return {}
@@ -106,13 +108,13 @@ class Run:
             for rank in [*line["leaders"], line.get("leader")]
             if rank is not None
         ]
-        return max(int(_number(self.summary.get("world_size", 1))), 1 + max(named, default=0))
+        return max(self.summary.get("world_size", 1), 1 + max(named, default=0))
 
     @property
     def workers(self) -> list[int]:
         """The ranks that compute; the summary names them where not all do."""
         named = self.summary.get("workers")
-        return [int(rank) for rank in named] if _is_numbers(named) else list(range(self.world_size))
+        return [int(rank) for rank in named] if are_numbers(named) else list(range(self.world_size))
 
     def ranks(self, count: int) -> list[int]:
         """The ranks of a list with a value a worker; 0, 1, ... where it is longer or shorter than it should be."""
@@ -158,13 +160,13 @@ class Run:
                 per_rank = [self.last(f"t_{part}")]
             elif not isinstance(per_rank, list):
                 per_rank = [per_rank]
-            parts[part] = [value if math.isfinite(value) else 0.0 for value in map(_number, per_rank)]
+            parts[part] = [value if math.isfinite(value) else 0.0 for value in map(number, per_rank)]
         return parts
 
     def waiting(self) -> list[float]:
         """Of the seconds of communication, those in which each worker waited for others; empty if it is not known."""
         waits = self.summary.get("t_wait")
-        return [float(value) for value in waits] if _is_numbers(waits) else []
+        return [float(value) for value in waits] if are_numbers(waits) else []
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -192,10 +194,10 @@ def _read_run(folder: Path, name: str) -> Run:
         raise RunError(f"{folder}: is a file; give the run directory that holds metrics.jsonl")
     notices: list[str] = []
     try:
-        metrics = _read_lines(folder / "metrics.jsonl", notices, _is_metrics)
-        leaders = _read_lines(folder / "leaders.jsonl", notices, _is_leaders)
-        summary = _read_document(folder / "summary.json", notices)
-        config = _read_document(folder / "config.yaml", notices)
+        summary = run_files.summary(folder / "summary.json", notices)
+        metrics = run_files.lines(folder / "metrics.jsonl", summary, notices)
+        leaders = run_files.lines(folder / "leaders.jsonl", summary, notices)
+        config = run_files.configuration(folder / "config.yaml", notices)
     except OSError as error:
         raise RunError(f"{folder}: {error.strerror or error}: {error.filename}") from error
     if not any((folder / file).exists() for file in ("config.yaml", "metrics.jsonl")):
@@ -209,86 +211,9 @@ def _read_run(folder: Path, name: str) -> Run:
     return Run(folder, name, metrics, leaders, summary, config, [f"{name}: {notice}" for notice in notices])
 
 
-def _read_lines(path: Path, notices: list[str], valid: Any) -> list[dict[str, Any]]:
-    """The JSON objects of a file, a line each; damaged lines are left out with a notice.
-
-    A run that was killed may end in half a line; a run resumed from an older checkpoint may write a step
-    twice: the later line counts.
-    """
-    if not path.exists():
-        return []
-    lines: list[dict[str, Any]] = []
-    damaged = []
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not valid(record):
-            damaged.append(number)
-            continue
-        while lines and lines[-1]["step"] >= record["step"]:
-            lines.pop()
-        lines.append(record)
-    if damaged:
-        which = (
-            f"line {damaged[0]} is"
-            if len(damaged) == 1
-            else f"{len(damaged)} lines, the first {damaged[0]}, are"
-        )
-        notices.append(f"{path.name}: {which} damaged and left out")
-    return lines
-
-
-def _is_metrics(record: Any) -> bool:
-    return isinstance(record, dict) and math.isfinite(_number(record.get("step")))
-
-
-def _is_leaders(record: Any) -> bool:
-    if not _is_metrics(record) or not isinstance(record.get("leaders"), list):
-        return False
-    return all(
-        rank is None or (isinstance(rank, int) and rank >= 0)
-        for rank in [*record["leaders"], record.get("leader")]
-    )
-
-
-def _read_document(path: Path, notices: list[str]) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            content = json.loads(text)
-        else:
-            import yaml
-
-            try:
-                content = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(error) from error
-    except ValueError:
-        content = None
-    if isinstance(content, dict):
-        return content
-    notices.append(f"{path.name} cannot be read and is left out")
-    return {}
-
-
-def _is_numbers(values: Any) -> TypeGuard[list[float]]:
-    return isinstance(values, list) and all(math.isfinite(_number(value)) for value in values)
-
-
 def _plain(name: str) -> str:
     """A name as it is compared."""
     return re.sub("[^a-z0-9]", "", name.casefold())
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:

@@ -29,14 +29,27 @@ class Sampler:
         batch_size: samples a batch.
         rank, size: this worker and the number of workers.
         seed: shared by all workers.
+        accumulate: batches a step.
 
     Raises:
-        InputError: there are more workers than samples, or no batch can be filled.
+        InputError: there are more workers than samples, or no step can be filled.
+
+    Attributes:
+        batches: steps of an epoch, each of `accumulate` batches.
 
     The state is the position (epoch, batch): nothing else needs saving.
     """
 
-    def __init__(self, kind: str, samples: int, batch_size: int, rank: int = 0, size: int = 1, seed: int = 0):
+    def __init__(
+        self,
+        kind: str,
+        samples: int,
+        batch_size: int,
+        rank: int = 0,
+        size: int = 1,
+        seed: int = 0,
+        accumulate: int = 1,
+    ):
         if kind not in SAMPLINGS:
             raise InputError(f"sampling must be one of {', '.join(SAMPLINGS)}, not {kind!r}")
         if samples < size:
@@ -44,16 +57,20 @@ class Sampler:
                 f"{size} workers, but only {samples} training sample(s): start at most {samples} rank(s)"
             )
         self.part = samples if kind == "shuffle" else samples // size
-        if batch_size > self.part:
+        if batch_size * accumulate > self.part:
             share = f"each of {size} workers has {self.part} of the {samples} training samples"
-            raise InputError(f"batch_size={batch_size} cannot be filled: {share}; use at most {self.part}")
+            most = f"use at most {self.part}" + (
+                f" in accumulate={accumulate} batches" if accumulate > 1 else ""
+            )
+            raise InputError(f"batch_size={batch_size} cannot be filled: {share}; {most}")
         self.kind, self.samples, self.batch_size = kind, samples, batch_size
         self.rank, self.size, self.seed = rank, size, seed
-        self.batches = self.part // batch_size
+        self.accumulate = accumulate
+        self.batches = self.part // (batch_size * accumulate)
 
     def epoch(self, epoch: int) -> torch.Tensor:
-        """The sample numbers of each batch, (batches, batch_size)."""
-        taken = self.batches * self.batch_size
+        """The sample numbers of each batch, (batches x accumulate, batch_size)."""
+        taken = self.batches * self.accumulate * self.batch_size
         if self.kind == "partition":
             order = torch.randperm(self.samples, generator=generator(self.seed, "order", epoch))
             start = self.rank * self.part
@@ -66,11 +83,25 @@ class Sampler:
             order = torch.randint(
                 self.samples, (taken,), generator=generator(self.seed, "order", epoch, self.rank)
             )
-        return order.view(self.batches, self.batch_size)
+        return order.view(-1, self.batch_size)
 
     def augmentation(self, epoch: int, batch: int) -> torch.Generator:
         """The random numbers for one batch's crops and flips."""
         return generator(self.seed, "augmentation", epoch, self.rank, batch)
+
+
+class StreamSampler:
+    """What stands for a `Sampler` where the data set is iterable: a worker takes every stride-th item from `offset` on.
+
+    Args:
+        batches: steps of an epoch.
+    """
+
+    def __init__(
+        self, batches: int, batch_size: int, rank: int, offset: int, stride: int, seed: int, accumulate: int
+    ):
+        self.batches, self.batch_size, self.accumulate = batches, batch_size, accumulate
+        self.rank, self.offset, self.stride, self.seed = rank, offset, stride, seed
 
 
 def generator(seed: int, purpose: str, *position: int) -> torch.Generator:

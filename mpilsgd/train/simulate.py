@@ -14,20 +14,20 @@ import torch
 
 from mpilsgd.comm import Topology, WorkerFailed
 from mpilsgd.simulation import Died, Network, Simulated, lognormal, simulate, stragglers
-from mpilsgd.train import data, optimizers
-from mpilsgd.train.batches import ChannelsLast
+from mpilsgd.train import optimizers, problem
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.command_line import ConfigError, parse
 from mpilsgd.train.config import Config, default_output
-from mpilsgd.train.data import Dataset
 from mpilsgd.train.display import Display, closing, duration, opening, size
 from mpilsgd.train.job import make_method
 from mpilsgd.train.loop import Trainer
-from mpilsgd.train.prepare import prepared, refuse_channels_last
+from mpilsgd.train.prepare import prepared, sampler_of
 from mpilsgd.train.run_directory import RunDirectory
-from mpilsgd.train.sampling import Sampler, derived_seed
+from mpilsgd.train.samples import Dataset
+from mpilsgd.train.sampling import derived_seed
 from mpilsgd.train.stopping import AtEvents, Signals
 from mpilsgd.train.stragglers import Slowdown, parse_slow
+from mpilsgd.train.task import Task
 from mpilsgd.train.together import BAD_INPUT, FAILED, Stopped, on_first
 
 _UNIT = {"k": 1e3, "M": 1e6, "G": 1e9, "": 1.0}
@@ -146,14 +146,12 @@ def _run(own: argparse.Namespace, config: Config, command: str) -> int:
     deaths = _deaths(own.die)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    train_set, test_set = data.load(config.data, config.data_dir, config.augment, config.seed)
-    if config.channels_last:
-        refuse_channels_last(config, train_set)
-        train_set, test_set = ChannelsLast(train_set), ChannelsLast(test_set)
+    # the tasks share the sets, and with them their readers: none beside this process
+    task, train_set, test_set = problem.load(dataclasses.replace(config, workers=0))
     directory = RunDirectory(config.output)
     cluster = {"nodes": own.nodes, "compute": own.compute, **dataclasses.asdict(network)}
     found = simulate(
-        lambda: train(config, train_set, test_set, directory, cluster, command),
+        lambda: train(config, task, train_set, test_set, directory, cluster, command),
         own.workers,
         seed=config.seed,
         nodes=own.nodes,
@@ -181,6 +179,7 @@ def _told(found: Simulated[Any], directory: str) -> str:
 
 def train(
     config: Config,
+    task: Task,
     train_set: Dataset,
     test_set: Dataset,
     directory: RunDirectory,
@@ -190,18 +189,19 @@ def train(
     """The job of one worker: `job` without what belongs to processes. Gives the summary. Collective."""
     topology = Topology(group_size=config.group_size, shared=config.shared, across_dtype=config.across_dtype)
     size, rank = topology.world.size, topology.world.rank
-    model = prepared(config, train_set, test_set, topology, torch.device("cpu"))
+    model = prepared(config, task, train_set, test_set, topology, torch.device("cpu"))
     opt = make_method(config, topology, optimizers.build(config, model.parameters()), model)
-    seat = opt.workers.index(rank) if opt.computes else 0
-    sampler = Sampler(config.sampling, len(train_set), config.batch_size, seat, len(opt.workers), config.seed)
+    sampler = sampler_of(config, train_set, opt, topology)
     on_first(topology, directory.claim, config.text(), config.overwrite, False, 0, command)
     torch.manual_seed(derived_seed(config.seed, "dropout", rank))
     total = config.steps if config.steps is not None else (config.epochs or 0) * sampler.batches
     display = Display(rank, total, sampler.batches)
     parameters = sum(p.numel() for p in model.parameters())
     threads = torch.get_num_threads()
-    display.say(opening(config, size, topology.groups, threads, len(train_set), parameters))
-    trainer = _Trainer(config, topology, model, opt, train_set, test_set, sampler, directory, display, total)
+    display.say(opening(config, size, topology.groups, threads, train_set.samples, parameters))
+    trainer = _Trainer(
+        config, topology, task, model, opt, train_set, test_set, sampler, directory, display, total
+    )
     trainer.cluster = cluster
     trainer.journal.open_log(config.log)
     summary = trainer.run()

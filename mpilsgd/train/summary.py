@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from mpilsgd.comm import Topology
 from mpilsgd.methods import Method
 from mpilsgd.train.config import Config
 from mpilsgd.train.evaluation import Result
+from mpilsgd.train.judged import figure_of
 from mpilsgd.train.progress import Progress, histogram, mean
 from mpilsgd.train.run_directory import METRICS
 
@@ -23,7 +25,7 @@ def measured(at: Progress, opt: Method) -> dict[str, Any]:
     }
 
 
-def figures_of(result: Result) -> dict[str, float]:
+def figures_of(result: Result) -> dict[str, float | None]:
     """What an evaluation found, as it stands in metrics.jsonl and summary.json."""
     return {"test_loss": result.loss, "test_error": result.error}
 
@@ -53,7 +55,12 @@ def metrics_line(
         **{f"t_{key}": totals[key] / workers for key in ("compute", "data", "comm", "wait")},
     }
     assert tuple(line) == METRICS
-    return line
+    return line | named(result)
+
+
+def named(result: Result) -> dict[str, float]:
+    """The further figures as they stand in the files."""
+    return {f"test_{name}": value for name, value in result.more.items()}
 
 
 def ranks_of(rows: Sequence[dict[str, Any]], workers: Sequence[int], step: float) -> dict[str, Any]:
@@ -74,12 +81,15 @@ def summary_of(
     """What summary.json holds.
 
     Args:
-        rows: of every rank its progress, its method's metrics, its own test error ("error") and its "peak" memory.
+        rows: of every rank its progress, its method's metrics, what its "own" model is worth and its "peak" memory.
         batches: in an epoch; result: of the centre.
     """
     columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0]}
     workers, size = opt.workers, len(rows)
-    best = min(workers, key=lambda r: (columns["error"][r], r))
+    own: list[Result] = columns["own"]
+    judged = [one.judged for one in own]
+    best = min(workers, key=lambda r: (math.isnan(judged[r]), judged[r], r))
+    name = figure_of([figures_of(result)]).key
     steps = mean(columns["step"], len(workers))
     summary = {
         "method": config.method,
@@ -91,8 +101,11 @@ def summary_of(
         "grad_evals": sum(columns["step"]),
         "test_error": result.error,
         "test_loss": result.loss,
-        "best_worker": {"rank": best, "test_error": columns["error"][best]},
-        "worker_test_errors": [columns["error"][r] for r in workers],
+        **named(result),
+        "best_worker": {"rank": best, name: judged[best]},
+        {"test_error": "worker_test_errors", "test_loss": "worker_test_losses"}[name]: [
+            judged[r] for r in workers
+        ],
         "leads": columns["leads"],
         "resets": columns["resets"],
         "rounds": max(columns["rounds"]),

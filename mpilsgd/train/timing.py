@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mpilsgd.comm import seconds
+from mpilsgd.comm import Topology, seconds
 from mpilsgd.train import devices
 from mpilsgd.train.progress import Progress
 
@@ -18,6 +18,16 @@ from mpilsgd.train.progress import Progress
 def timer_of(device: torch.device) -> HostTimer | StreamTimer:
     """The one that goes with the device of the model."""
     return StreamTimer(lambda: devices.event(timed=True)) if devices.queued(device) else HostTimer()
+
+
+def level(timer: HostTimer | StreamTimer, at: Progress, topology: Topology, computes: bool) -> None:
+    """Who came early has waited for the last one: training has lasted as long for all. Collective."""
+    timer.read(at)
+    waited = max(topology.allgather(at.wall)) - at.wall
+    if computes:
+        at.waited(waited)
+    else:
+        at.wall += waited
 
 
 class HostTimer:

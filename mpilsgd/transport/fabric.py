@@ -16,7 +16,8 @@ from mpilsgd.devices import on_host
 from mpilsgd.transport.devices import DeviceWindows
 from mpilsgd.transport.messages import Messages
 from mpilsgd.transport.probe import takes_devices
-from mpilsgd.transport.sharing import shareable
+from mpilsgd.transport.sharing import stage, way
+from mpilsgd.transport.staged import Stage
 from mpilsgd.transport.windows import SharedWindows
 from mpilsgd.transport.wire import Stream, Streams, Wire, wire_of
 
@@ -35,12 +36,13 @@ class Fabric:
     Args:
         nbytes: shared memory that this rank will ask for; where a node has less than the sum, its ranks become islands
             of one and a `SharedMemoryWarning` says so.
-        device: where the vectors lie; on devices that cannot reach each other they are exchanged by messages.
+        device: where the vectors lie; devices of a node that cannot reach each other are islands of one, too.
         own: the levels get communicators of their own, as a thread that talks beside other methods needs them.
         hosted: what of nbytes lies in the host's memory wherever the vectors lie.
 
     Attributes: world and group (`Level`), traffic; on_host: whether that is where the vectors lie; reaches: whether
-    messages are sent from and into their devices' memory. Collective over the world, as is `free`.
+    messages are sent from and into their devices' memory. Rounds of a level on one node need none where its devices
+    have a `Stage`. Collective over the world, as is `free`.
     """
 
     _by_mpi = False
@@ -51,7 +53,8 @@ class Fabric:
         self.topology, self._own, self.traffic = topology, own, Traffic()
         self._across_dtype = topology.across_dtype
         self.on_host = on_host(device)
-        islands = topology.islands(shareable(topology, nbytes, device, hosted))
+        how = way(topology, nbytes, device, hosted)
+        islands = topology.islands(how == "windows")
         world, group = topology.channels(islands, own)
         self.place: Any = Messages(device)
         if len(world.local_ranks) > 1:
@@ -62,6 +65,8 @@ class Fabric:
         self.reaches = world.n_islands > 1 and not some_on_host and takes_devices(topology, device)
         self.world = Level(self, world, range(topology.world.size), seats, mates)
         self.group = Level(self, group, mates, seats, mates)
+        for level in (self.world, self.group) if how == "staged" else ():
+            level.stage = stage(topology, level, device)
 
     def wire(self, dtype: torch.dtype) -> Wire:
         """How a vector of this type travels between islands."""
@@ -98,6 +103,9 @@ class Fabric:
         return self._by_mpi or (self.topology.waits_in_mpi and not self._own)
 
     def free(self) -> None:
+        for level in (self.group, self.world):
+            if level.stage is not None:
+                level.stage.free()
         self.place.free()
         for level in (self.group, self.world) if self._own else ():
             level.channel.free()
@@ -108,6 +116,7 @@ class Level:
 
     Attributes:
         world_ranks: their ranks in the world; seats: the index of each in `views` of its island's vectors.
+        stage: by which vectors go from island to island, if not by messages.
         patient: what waits in MPI leaves the core to others, as a thread beside the computing should; the same on all
             ranks, as MPI does not match blocking and nonblocking collectives.
     """
@@ -129,6 +138,7 @@ class Level:
         self._far = len(others) - self._near
         self.streams = Streams(self.is_head)
         self._order = fabric.place.order(channel)
+        self.stage: Stage | None = None
 
     @property
     def meeting(self) -> Meeting:
@@ -198,7 +208,7 @@ class Level:
             reads(nbytes)
             return vector, iter([(0, vector.numel())])
         own = self._fabric.message(vector.dtype, exact=True)
-        wire, kept = self._fabric.message(vector.dtype, exact), None
+        wire, kept = self._fabric.message(vector.dtype, exact or self.stage is not None), None
         if wire.coded:
             kept, known = self.streams.of(name, vector, base=True) if name else (None, False)
             wire = wire if known else own
@@ -206,12 +216,14 @@ class Level:
         self._count(owner, (own if here else wire).nbytes(vector.numel()) if received else 0)
         mapped = here and owner != self.rank
         reads(own.nbytes(vector.numel()) if mapped else 0)
+        if self.stage is not None:
+            return vector, self.stage.passed(vector, owner)
         return vector, self._parts(vector, home, wire, None if kept is None else kept.base, mapped)
 
     def _parts(
         self, vector: torch.Tensor, home: int, wire: Wire, base: torch.Tensor | None, mapped: bool
     ) -> Iterator[tuple[int, int]]:
-        chunks = cuts(vector.numel(), wire)
+        chunks = cuts(vector.numel(), wire, 1)
         if self.is_head:
             chunks = pass_along(self.channel.heads, vector, home, wire, chunks, base, mapped)
         for part in chunks:
@@ -228,18 +240,22 @@ class Level:
         stream: of sums that follow each other; without one few bits would lose too much, and it goes in its own type.
         """
         self.fence()
-        wire, n, vector, change = self._fabric.message(vector.dtype), self.n_islands, vector[start:stop], None
+        n, vector, change = self.n_islands, vector[start:stop], None
+        wire = self._fabric.message(vector.dtype, exact=self.stage is not None)
         if wire.coded:
             known = False
             if stream is not None:
                 change, known = self.streams.change(stream, (start, stop), vector)
             wire = wire if known else self._fabric.message(vector.dtype, exact=True)
-        parts: Iterator[tuple[int, int]] = cuts(stop - start, wire)
+        parts: Iterator[tuple[int, int]] = cuts(stop - start, wire, n)
         if self.is_head:
             outside = next((k for k, r in enumerate(self.world_ranks) if r not in self._mates), self.rank)
             nbytes = wire.nbytes(stop - start)
             self._count(outside, 2 * (n - 1) * nbytes // n)
-            parts = sums(self.channel.heads, vector, wire, parts, self._wait, change)
+            if self.stage is None:
+                parts = sums(self.channel.heads, vector, wire, parts, self._wait, change)
+            else:
+                parts = self.stage.sums(vector)
         for a, b in parts:
             self.fence()
             yield start + a, start + b

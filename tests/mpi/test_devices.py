@@ -60,17 +60,25 @@ def test_vectors_are_read_where_they_lie() -> None:
 
 
 def test_a_common_vector_is_one_a_node() -> None:
+    """The zeros in it are there before anyone writes, however late its owner's stream is."""
     level = mpilsgd.Topology()
     island, where = level.node, place("cuda")
+    if CORE:
+        core.emulated.delay(0.2 * (island.rank == 0))
     window = DeviceWindow(island, where, torch.float32, 1000, common=True)
     if island.rank == island.size - 1:
         window.mine.fill_(3.0)
         devices.finish(where)
     island.Barrier()
-    assert float(window.views[0].cpu()[-1]) == 3.0
+    if CORE:
+        core.emulated.delay(1e-4)
+        devices.finish(where)
+        island.Barrier()
+    seen = float(window.views[0].cpu()[-1])
     island.Barrier()
     window.free()
     level.free()
+    check_together([] if seen == 3.0 else [f"{seen}"])
 
 
 class Unmarked(Order):
@@ -241,8 +249,8 @@ def test_too_little_device_memory_is_said_before_it_is_missed() -> None:
         "cudaIpcOpenEventHandle",
     ],
 )
-def test_ranks_that_cannot_map_each_other_exchange_messages(call: str) -> None:
-    """Of one rank a call fails: all take messages, with a notice, and train as ever."""
+def test_ranks_that_cannot_map_each_other_share_pinned_memory(call: str) -> None:
+    """Of one rank a call fails: all take that, with a notice, and train as ever."""
     topo = mpilsgd.Topology()
     case, layout = BY_NAME["EASGD-jacobi"], MESSAGES
     if WORLD.rank == WORLD.size - 1:
@@ -253,7 +261,7 @@ def test_ranks_that_cannot_map_each_other_exchange_messages(call: str) -> None:
         else nullcontext()
     )
     with caught, running(case, LeastSquares(), SGD, layout, device="cuda", topo=topo) as run:
-        assert run.opt.fabric.world.n_islands == WORLD.size
+        assert run.opt.fabric.world.n_islands == WORLD.size and run.opt.fabric.world.stage is not None
         errors = compare(run, case.simulate(LeastSquares(), SGD, layout), 4, 1e-12)
     topo.free()
     check_together(errors)

@@ -93,6 +93,22 @@ def test_a_rank_that_raises_in_an_exchange_ends_the_job(way: str, more: list[str
     assert ended.seconds < 45, ended
 
 
+WITH = """
+with opt:
+    for t in range(10**9):
+        if t == 20 and last:
+            raise KeyError("on one rank")
+        step()
+"""
+
+
+def test_a_rank_that_raises_inside_with_ends_the_job(folder: Path) -> None:
+    """It does not close the method, for which it would wait until the others have trained to their end."""
+    ended = job(folder, TRAIN + WITH, "LSGD(sgd, topo, period=2)")
+    assert ended.status not in (0, 124) and "KeyError: 'on one rank'" in ended.err, ended
+    assert ended.seconds < 45, ended
+
+
 LOADERS = """
 import sys, torch, mpilsgd
 from torch.utils.data import DataLoader, Dataset

@@ -285,3 +285,36 @@ def test_models_that_differ_are_refused(case: Case, other: Callable[[], torch.nn
         opt = case.method(torch.optim.SGD(good.parameters(), lr=0.1), topo, **case.options)
         opt.close()
         topo.free()
+
+
+@pytest.mark.parametrize("case", [METHODS[0], METHODS[3], METHODS[7]], ids=str)
+@pytest.mark.parametrize("own", [False, True], ids=["a topology", "its own topology"])
+@pytest.mark.brief(1, 2)
+def test_wrapped_anew(case: Case, own: bool) -> None:
+    """On every rank, as where a notebook's cell is run again: the method before is closed. On some only: refused."""
+    topo = Topology()
+    given = () if own else (topo,)
+    model = linear(5, 3)
+
+    def wrap(of: torch.nn.Module) -> Any:
+        return case.method(torch.optim.SGD(of.parameters(), lr=0.1), *given, **case.options)
+
+    def steps(opt: Any) -> None:
+        for _ in range(4):
+            opt.zero_grad()
+            loss = model(torch.ones(2, 5)).square().mean()
+            loss.backward()
+            opt.step(loss=loss)
+
+    first = wrap(model)
+    steps(first)
+    with wrap(model) as second:
+        steps(second)
+        with pytest.raises(RuntimeError, match="closed, as its parameters were wrapped anew"):
+            steps(first)
+    if WORLD.size > 1:
+        with wrap(model) as third:
+            with pytest.raises(ValueError, match="lies in another flat vector"):
+                wrap(model if WORLD.rank == 0 else linear(5, 3))
+            steps(third)
+    topo.free()

@@ -251,6 +251,7 @@ def test_options_that_train(extra: tuple[str, ...], folder: Path) -> None:
 def test_a_user_s_torch_dataset_trains(folder: Path, module: Callable[[str], str]) -> None:
     name = module(
         "class Sides(torch.utils.data.Dataset):\n"
+        "    classes = ['no', 'yes']\n"
         "    def __len__(self): return 200\n"
         "    def __getitem__(self, i):\n"
         "        x = torch.randn(3, generator=torch.Generator().manual_seed(i))\n"

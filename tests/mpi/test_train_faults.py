@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 from job_harness import METHODS, QUICK, WORLD, everyone_got
+from launcher import job as launch
 
 from mpilsgd.train import job
+from mpilsgd.train.files import replace
+from mpilsgd.train.manifest import file_name
 from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.together import FAILED
 
@@ -225,3 +228,62 @@ def test_what_was_changed_since_is_not_resumed(folder: Path, capsys: pytest.Capt
             path.write_bytes(content)
         WORLD.Barrier()
     everyone_got(job.main(["--resume", str(run.path), "--steps", "6"]), 0)
+
+
+NETS = "def net(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10, bias=False))\n"
+
+
+def test_a_foreign_file_in_the_manifest_s_own_name_is_refused(
+    folder: Path, module: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that somebody put there with a manifest that fits: of another model, method, version, or none of ours."""
+    run, other, third = (RunDirectory(folder / name) for name in ("run", "other", "third"))
+    argv = [*QUICK, "--steps", "4", "--output"]
+    net = f"{module(NETS)}:net"
+    for one, more in ((run, []), (other, ["--model", net]), (third, ["--method", "EASGD"])):
+        everyone_got(job.main([*argv, str(one.path), *more]), 0)
+    own, foreign, method = (one.load(WORLD.rank, 4) for one in (run, other, third))
+    ahead = {**own, "progress": {**own["progress"], "unheard": 1}}
+    for state, why in (
+        (foreign, "another model"),
+        (method, "EASGD"),
+        (ahead, "another version"),
+        ({}, "another version"),
+        ([1, 2], "another version"),
+        (b"no file of torch's", "can load"),
+    ):
+        if isinstance(state, bytes):
+            written = replace(
+                run.checkpoint / file_name(4, WORLD.rank), lambda file, state=state: file.write(state)
+            )
+        else:
+            written = run.save(WORLD.rank, 4, state)  # type: ignore[arg-type]
+        everyone = WORLD.allgather(written)
+        if WORLD.rank == 0:
+            run.seal(4, everyone)
+        WORLD.Barrier()
+        capsys.readouterr()
+        everyone_got(job.main(["--resume", str(run.path), "--steps", "6"]), 2)
+        told = capsys.readouterr().err
+        if WORLD.rank == 0:
+            assert str(run.path) in told and why in told and told.count("\n") == 1, told
+
+
+EXITS = """
+import sys
+from mpi4py import MPI
+def net():
+    if MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1: sys.exit(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+"""
+
+
+@pytest.mark.ranks(2)
+def test_a_model_that_ends_its_rank_ends_the_job(folder: Path, module: Callable[[str], str]) -> None:
+    """Though it calls that a success: the others would wait for it for ever."""
+    name = module(EXITS)
+    script = "import sys\nfrom mpilsgd.train import job\nsys.exit(job.main(sys.argv[1:]))\n"
+    ended = launch(folder, script, "--model", f"{name}:net", "--steps", 4, "--output", folder / "run")
+    assert ended.status not in (0, 124) and "rank 1 failed" in ended.err and "SystemExit: 0" in ended.err, (
+        ended
+    )

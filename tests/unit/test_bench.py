@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -176,10 +177,21 @@ def test_launched_processes() -> None:
     assert inquiry.launched_processes({"OMPI_COMM_WORLD_SIZE": "many"}) is None
 
 
-def test_a_launcher_of_another_mpi_is_named() -> None:
+def test_a_launcher_of_another_mpi_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     rows = [{"python": "", "threads": "", "devices": (), "extension": ""}]
-    text = info._text(inquiry.info() | {"launched": 4}, [], [[0]], rows)
+    text = info._text(inquiry.info(), [], [[0]], rows)
     assert "WARNING" in text and "the launcher started 4 processes, but MPI sees 1" in text
+
+
+def test_accelerate_is_told_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = "started 2 processes.*mpiexec -n 2 python -m mpi4py"
+    assert re.match(f"torchrun {told}", inquiry.apart(1) or "")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert re.match(f"accelerate launch {told}", inquiry.apart(1) or "")
+    assert inquiry.apart(2) is None
 
 
 def test_cuda_support_by_memory_kinds(monkeypatch: pytest.MonkeyPatch) -> None:

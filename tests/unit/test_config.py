@@ -165,7 +165,7 @@ def test_every_constructor_argument_is_an_option() -> None:
 def test_ways_to_be_asynchronous(argv: list[str], given: object, tmp_path: Path) -> None:
     assert parse(argv).method_options["asynchronous"] is given or given == "wait-free"
     assert parse(argv).method_options == {"asynchronous": given}
-    assert parse([write(tmp_path, parse(argv).text())]).method_options == {"asynchronous": given}
+    assert parse([write(tmp_path, parse(argv).text())]).method_options["asynchronous"] == given
 
 
 def test_downpour_s_momentum_is_not_the_optimizer_s() -> None:
@@ -319,7 +319,23 @@ def test_print_config_is_a_configuration(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as ended:
         parse([*argv, "--print_config"])
     assert ended.value.code == 0
-    assert parse([write(tmp_path, capsys.readouterr().out)]) == parse(argv)
+    text = capsys.readouterr().out
+    config = parse([write(tmp_path, text)])
+    assert config.text() == parse(argv).text() == text
+    assert config.set_options == parse(argv).set_options == {"period": 7}
+
+
+@pytest.mark.parametrize("method", methods())
+def test_a_configuration_holds_every_option_of_its_method(tmp_path: Path, method: str) -> None:
+    options = method_options(FIELDS)
+    config = parse(["--method", method, *(f"--{key}=0.5" for key in required(method, options))])
+    again = parse([write(tmp_path, config.text())])
+    assert set(again.method_options) == set(names_of(method, options))
+    assert again.text() == config.text() and again.set_options == config.set_options
+    assert (
+        keyword_arguments(again.method_options, options).keys()
+        >= keyword_arguments(config.method_options, options).keys()
+    )
 
 
 def test_help_is_grouped_and_names_everything(capsys: pytest.CaptureFixture[str]) -> None:

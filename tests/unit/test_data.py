@@ -303,6 +303,7 @@ def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], st
 
 CLASS = """
 class Squares(Dataset):
+    classes = "a", "b", "c"
     def __init__(self, n): self.n = n
     def __len__(self): return self.n
     def __getitem__(self, i): return torch.full((2, 3), float(i)), i % 3

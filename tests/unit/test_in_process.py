@@ -37,7 +37,9 @@ class Worker:
         self.topology = Topology()
         self.world = self.topology.world
         self.parameter = torch.nn.Parameter(torch.tensor(start))
-        self.opt = method(torch.optim.SGD([self.parameter], lr=RATE), self.topology, init=init, **options)
+        model = torch.nn.ParameterList([self.parameter])  # else it is looked for among all objects
+        optimizer = torch.optim.SGD([self.parameter], lr=RATE)
+        self.opt = method(optimizer, self.topology, model=model, init=init, **options)
 
     def step(self, gradient: Vector, loss: float = 1.0) -> None:
         self.parameter.grad = torch.tensor(gradient)

@@ -116,8 +116,7 @@ def test_the_jobs_of_the_deep_figures_are_accepted(name: str, monkeypatch: pytes
     assert rows and all(row.outcome == judge.TOO_LARGE for row in rows)
     job = re.match(r"mpiexec -n \d+ mpilsgd train (jobs/\S+\.yaml.*?--data_dir some)", rows[0].why)
     assert job
-    text = job[1].replace("--data PACKAGE.MODULE:CALLABLE", "--data cifar10")
-    config = command_line.parse(shlex.split(text.replace("PACKAGE.MODULE:CALLABLE", "lenet")))
+    config = command_line.parse(shlex.split(job[1].replace("--data FOLDER", "--data cifar10")))
     assert config.epochs == 3
 
 

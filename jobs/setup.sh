@@ -74,13 +74,19 @@ set_up() {
 
 # A machine without an NVIDIA GPU is spared the gigabytes of CUDA that PyPI's torch for Linux brings, unless it was said
 # which torch to take, or where from.
+gpu_here() { compgen -G '/dev/nvidia[0-9]*' >/dev/null || command -v nvidia-smi >/dev/null; }
 CPU_TORCH=https://download.pytorch.org/whl/cpu
 install_torch() {
   local have wanted=$TORCH told="" index=()
   have=$(cat "$VENV/torch" 2>/dev/null || true)
-  [[ $have != "$TORCH" && (-n ${MPILSGD_TORCH:-} || $have != "$TORCH+cpu") ]] || return 0
+  if [[ $have == "$TORCH+cpu" && -z ${MPILSGD_TORCH:-} ]]; then
+    ! gpu_here || die "the torch in $VENV is without CUDA, as it was set up where no GPU was, and here is one: \
+set it up anew with MPILSGD_TORCH=$TORCH, where the network is"
+    return 0
+  fi
+  [[ $have != "$TORCH" ]] || return 0
   if [[ $(uname) == Linux && -z ${MPILSGD_TORCH:-}${PIP_INDEX_URL:-}${PIP_FIND_LINKS:-}${PIP_NO_INDEX:-} ]] &&
-    ! compgen -G '/dev/nvidia[0-9]*' >/dev/null && ! command -v nvidia-smi >/dev/null; then
+    ! gpu_here; then
     if timeout 10 "$PY" -c "import urllib.request as r; r.urlopen('$CPU_TORCH/torch/', timeout=5)" 2>/dev/null; then
       wanted+=+cpu index=(--extra-index-url "$CPU_TORCH")
       told=" without CUDA, as no NVIDIA GPU is here (MPILSGD_TORCH=$TORCH takes the other)"

@@ -145,19 +145,19 @@ def pass_along(
             return posted.add(heads.Irecv(piece, before)) if place else None
 
         pieces = [(i, min(i + size, b)) for a, b in parts for i in range(a, b, size)]
-        todo = deque((i, j, receive(i, j)) for i, j in pieces)
+        todo = deque([i, j, receive(i, j), None] for i, j in pieces)
 
         def pass_on(to: int) -> None:
             while todo and todo[0][0] < to:
-                i, j, coming = todo[0]
+                i, j, coming, going = now = todo[0]
                 piece = travels[at(i) : at(j)]
                 if place:
                     coming.Wait()
-                elif not direct:  # while the one before is under way
+                elif not direct and going is None:  # while the one before is under way
                     wire.encode(vector[i:j], piece, base=None if base is None else base[i:j])
                     wire.settle(piece)
-                if place < n - 1:
-                    posted.add(heads.Isend(memory_of(piece, wire.reaches), after))
+                if place < n - 1 and going is None:  # an interrupt may come here once it is
+                    now[3] = posted.add(heads.Isend(memory_of(piece, wire.reaches), after))
                 todo.popleft()
 
         try:

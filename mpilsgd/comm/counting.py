@@ -80,7 +80,8 @@ class Counter:
             return self._island.read(0, self.COUNT)
         seen = max(self._island.read(0, self.SEEN), self._all.peek(self.CROSSED))
         silent = self._island.read(0, self.COUNT) == 0  # nobody here takes steps, or not yet
-        if near is not None and seen < near and (silent or near <= seen + 4 * self._size):
+        pending = (self._handed * (self._old is not None) + self._owed) * self._level.n_islands
+        if near is not None and seen < near and (silent or near <= seen + 4 * self._size + pending):
             self.hand_on(True)
             seen = self._all.read(0, self.TOTAL)
             self._island.raise_to(0, self.SEEN, seen)

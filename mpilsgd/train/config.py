@@ -31,8 +31,8 @@ RESUMABLE = (
     "compile",
     "resume",
     "device",
-    "workers",
     "log",
+    "workers",
 )
 
 

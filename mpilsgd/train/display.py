@@ -106,7 +106,7 @@ class Display:
         ]
         if row.get(ERROR.key) is not None:
             told.append(f"test error {100 * row[ERROR.key]:5.2f} %")
-        told += [f"{one.name} {one.text(row[one.key])}" for one in more_of([row])]
+        told += [f"{one.name.removeprefix('test ')} {number(row[one.key]).strip()}" for one in more_of([row])]
         if row["leader"] is not None:
             told.append(f"leader {row['leader']}")
         self.say("  ".join(told))

@@ -14,7 +14,8 @@ from mpilsgd.train import manifest, saved
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.files import replace
 from mpilsgd.train.judged import figure_of
-from mpilsgd.train.run_directory import RunDirectory, first_line
+from mpilsgd.train.plain import first_line
+from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.run_reader import Run, RunError, read_runs
 
 _TORCH, _SAFETENSORS = (".pt", ".pth"), (".safetensors",)

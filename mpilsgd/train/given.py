@@ -15,9 +15,12 @@ from mpilsgd.train.samples import Dataset, Reading, TensorSet
 
 def load(path: str, data_dir: str, seed: int, reading: Reading) -> tuple[Dataset, Dataset]:
     """The sets of `package.module:callable`."""
-    offered = {"data_dir": data_dir, "seed": seed, "rank": reading.rank, "size": reading.size}
-    pair = call(path, {}, offered)
-    own_part = reading.size > 1 and names_all(resolve(path), "rank", "size")
+    shards = names_all(
+        resolve(path), "rank", "size"
+    )  # by name, and not by **kwargs, which may leave them aside
+    ranks = {"rank": reading.rank, "size": reading.size} if shards else {}
+    pair = call(path, {}, {"data_dir": data_dir, "seed": seed, **ranks})
+    own_part = reading.size > 1 and shards
     return wrapped(pair, path, reading, own_part)
 
 

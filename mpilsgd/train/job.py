@@ -245,7 +245,9 @@ def _directory(config: Config, topology: Topology, model: torch.nn.Module, comma
     if config.across_dtype in ("int8", "int4") and (len(topology.nodes) > 1 or not config.shared):
         vectors += 2  # what is kept of what travels
     copies = 1 if config.resume else 2  # old and new files are both there for a while
-    need = copies * vectors * nbytes * topology.world.size
+    need = (
+        copies * vectors * nbytes * topology.world.size + 3 * nbytes
+    )  # and the centre; the best one, old and new
     on_first(topology, directory.claim, config.text(), config.overwrite, bool(config.resume), need, command)
     together(topology, directory.probe)
     return directory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from mpilsgd.comm import Topology
@@ -85,12 +86,19 @@ class Journal:
         centre: dict[str, Any] | None,
     ) -> None:
         self._append([line], leaders)
-        self._directory.summarize(ranks, "ranks.json")
+        self._directory.tell("ranks.json", ranks)
         if centre is not None and self.improves(line):
             self.best = {key: line[key] for key in ("step", figure_of([line]).key)}
-            self._directory.save_best(centre, self.best)
-        if self._log is not None:
-            self._log.write(line)
+            try:
+                self._directory.save_best(centre, self.best)
+            except OSError as error:
+                print(f"mpilsgd train: the best centre cannot be kept: {error}", file=sys.stderr)
+        try:
+            if self._log is not None:
+                self._log.write(line)
+        except Exception as error:  # whatever the other tool's library raises: training goes on
+            print(f"mpilsgd train: --log is left out from now on: {error}", file=sys.stderr)
+            self._log = None
 
     def resume(self, step: int) -> None:
         """Drops what was written after the checkpoint; step: this rank's own there. Collective."""
@@ -100,3 +108,6 @@ class Journal:
     def _resume(self, step: float) -> None:
         self._directory.cut(step)
         self.best = self._directory.best() or {}
+        if self.best.get("step", 0) > step:  # of an evaluation that is yet to come
+            self.best = {}
+            (self._directory.checkpoint / "best.pt").unlink()

@@ -36,8 +36,9 @@ def figure_of(lines: Iterable[Mapping[str, Any]]) -> Figure:
 
     lines: of metrics.jsonl, or summaries.
     """
-    known = [line for line in lines if any(is_finite(line.get(key)) for key in ("test_error", "test_loss"))]
-    return LOSS if known and not any(is_finite(line.get("test_error")) for line in known) else ERROR
+    found = list(lines)
+    errors, losses = (any(line.get(key) is not None for line in found) for key in (ERROR.key, LOSS.key))
+    return LOSS if losses and not errors else ERROR
 
 
 def more_of(lines: Iterable[Mapping[str, Any]]) -> list[Figure]:

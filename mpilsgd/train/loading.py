@@ -6,6 +6,7 @@ import functools
 import itertools
 import pickle
 import random
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -83,10 +84,13 @@ class MapSet(_Read):
     def stream(self, jobs: Iterable[Job]) -> Iterator[Batch]:
         if not self.workers:
             return super().stream(jobs)
-        if self._loader is None:
-            self._loader = _loader(self._fetch, self.workers, sampler=self._jobs, persistent_workers=True)
+        loader = self._loader
+        if loader is None:
+            loader = _loader(self._fetch, self.workers, sampler=self._jobs, persistent_workers=self.stays)
+        if self.stays:
+            self._loader = loader
         self._jobs.now = map(_plain, jobs)
-        return map(self._arrived, _begun(self._loader))
+        return map(self._arrived, _begun(loader))
 
 
 def _plain(job: Job) -> tuple[list[int], int]:
@@ -262,8 +266,16 @@ def _loader(dataset: Any, workers: int, **more: Any) -> DataLoader[Any]:
         collate_fn=_as_it_is,  # not the default, which would make other types of what the user's own gives
         multiprocessing_context="spawn",
         generator=torch.Generator(),
+        worker_init_fn=_deaf,
         **more,
     )
+
+
+def _deaf(_: int) -> None:
+    """Signals are for the rank: a launcher sends them to all processes, and a reader that dies ends the run at once.
+    Without their rank readers leave by themselves."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _begun(loader: DataLoader[Any]) -> Iterator[Any]:

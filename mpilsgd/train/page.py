@@ -142,7 +142,7 @@ def _picture(path: Path) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    head, *others = ([html.escape(cell) for cell in row] for row in rows)
+    head, *others = ([html.escape(str(cell)) for cell in row] for row in rows)
     long = max((len(cell) for row in others for cell in row), default=0) > 60
     cell = "<td class=long>" if long else "<td>"
     body = "".join(f"<tr>{''.join(cell + one + '</td>' for one in row)}</tr>" for row in others)

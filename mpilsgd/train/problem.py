@@ -43,6 +43,7 @@ def load(config: Config, rank: int = 0, size: int = 1) -> tuple[Task, Dataset, D
     task = own or _supervised(config, train)
     for one in (train, test):
         one.check = task.check
+    test.stays = False
     if config.channels_last:
         refuse_channels_last(config, train)
         train, test = ChannelsLast(train), ChannelsLast(test)

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mpilsgd.train import manifest
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.files import Written, digest, named, replace, written
 from mpilsgd.train.manifest import Manifest, file_name
+from mpilsgd.train.plain import first_line, loadable, plain
 
 METRICS = (
     *("step", "epoch", "wall_s", "grad_evals", "rounds", "bytes_group", "bytes_across"),
@@ -146,7 +146,7 @@ class RunDirectory:
 
     def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         """Adds lines to metrics.jsonl or leaders.jsonl."""
-        lines = [json.dumps(_plain(record), allow_nan=False) + "\n" for record in records]
+        lines = [json.dumps(plain(record), allow_nan=False) + "\n" for record in records]
         with named(self.path / name), open(self.path / name, "ab") as file:
             file.write("".join(lines).encode())
 
@@ -166,14 +166,15 @@ class RunDirectory:
         written = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         return _step_of(written[-1]) if written else 0
 
-    def summarize(self, summary: dict[str, Any], name: str = "summary.json") -> None:
-        """Writes summary.json, with what lies in the files of lines: `report` sees whether they were changed. Or
-        another such file."""
-        if name == "summary.json":
-            contents = {path.name: path.read_bytes() for path in self.path.glob("*.jsonl")}
-            files = {name: Written(len(lines), digest(lines))._asdict() for name, lines in contents.items()}
-            summary = {**summary, "files": files}
-        text = json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n"
+    def summarize(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json, with what lies in the files of lines: `report` sees whether they were changed."""
+        contents = {path.name: path.read_bytes() for path in self.path.glob("*.jsonl")}
+        files = {name: Written(len(lines), digest(lines))._asdict() for name, lines in contents.items()}
+        self.tell("summary.json", {**summary, "files": files})
+
+    def tell(self, name: str, told: dict[str, Any]) -> None:
+        """Writes a file of JSON."""
+        text = json.dumps(plain(told), indent=2, allow_nan=False) + "\n"
         replace(self.path / name, lambda file: file.write(text.encode()))
 
     def save_center(self, state: dict[str, Any]) -> None:
@@ -182,7 +183,7 @@ class RunDirectory:
 
     def save_best(self, state: dict[str, Any], found: dict[str, Any]) -> None:
         """Keeps the centre that was the best so far, under "model", with what was found of it: step and figure."""
-        kept = {**_loadable(_plain(found)), "model": state}
+        kept = {**loadable(plain(found)), "model": state}
         replace(self.checkpoint / "best.pt", lambda file: torch.save(kept, file))
 
     def best(self) -> dict[str, Any] | None:
@@ -207,7 +208,7 @@ class RunDirectory:
     def save(self, rank: int, step: int, state: dict[str, Any]) -> Written:
         """Writes one rank's file of the checkpoint at a step. It counts after `seal`."""
         return replace(
-            self.checkpoint / file_name(step, rank), lambda file: torch.save(_loadable(state), file)
+            self.checkpoint / file_name(step, rank), lambda file: torch.save(loadable(state), file)
         )
 
     def seal(self, step: int, files: Sequence[Written]) -> None:
@@ -278,31 +279,8 @@ class RunDirectory:
             )
 
 
-def first_line(error: Exception) -> str:
-    """What torch says of a file takes many lines."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
 def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _plain(value: Any) -> Any:
-    """The value for strict JSON: what is not finite becomes null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _loadable(value: Any) -> Any:
-    """The value with Python's numbers for NumPy's, which a loader that runs no code refuses."""
-    if isinstance(value, dict):
-        return {key: _loadable(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_loadable(item) for item in value)
-    return value.item() if isinstance(value, np.generic) else value

@@ -43,6 +43,7 @@ class Dataset:
         on_host: whether a batch is put together in the host's memory, whatever the device.
         chunk: samples at a time in evaluations.
         streamed, whole: whether it is iterable, and if so, whether on every rank the whole set.
+        stays: whether processes that read it go on from one pass to the next, or end with each.
         check: is given every batch that is read only now, and the sample numbers; its InputError ends the run.
     """
 
@@ -52,6 +53,7 @@ class Dataset:
     chunk = 500
     streamed = False
     whole = True
+    stays = True
     check: Callable[[Batch, Any], None] = staticmethod(lambda batch, numbers: None)
 
     def __len__(self) -> int:

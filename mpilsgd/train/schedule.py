@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,19 @@ class Scheduler:
             kind = type(self._scheduler).__name__
             raise InputError(f"{path} must return a scheduler of torch.optim.lr_scheduler, not {kind}")
         self._total = total
+        self._keepable(path)
+
+    def _keepable(self, path: str) -> None:
+        """What a checkpoint could not give back is found before the training."""
+        file = io.BytesIO()
+        try:
+            torch.save(self.state_dict(), file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception as error:
+            raise InputError(
+                f"{path}: the scheduler's state_dict() cannot be kept in checkpoints, numbers and tensors can: {error}"
+            ) from None
 
     def apply(self, param_groups: list[dict[str, Any]], step: int, epoch: float) -> None: ...
 
@@ -96,11 +110,16 @@ class Scheduler:
             self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._scheduler.state_dict()
+        return {"total": self._total, "scheduler": self._scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state and state["total"] != self._total:
+            raise ValueError(
+                f"a schedule of your own was made for {state['total']} steps, which its state holds: the run cannot be "
+                f"resumed with {self._total}"
+            )
         if state:
-            self._scheduler.load_state_dict(state)
+            self._scheduler.load_state_dict(state["scheduler"])
 
 
 def scheduled(

@@ -89,7 +89,7 @@ def summary_of(
     own: list[Result] = columns["own"]
     judged = [one.judged for one in own]
     best = min(workers, key=lambda r: (math.isnan(judged[r]), judged[r], r))
-    name = figure_of([{"test_error": result.error, "test_loss": result.loss}]).key
+    name = figure_of([figures_of(result)]).key
     steps = mean(columns["step"], len(workers))
     summary = {
         "method": config.method,

@@ -75,7 +75,7 @@ def _rows(file: Path) -> np.ndarray:
                 try:
                     numbers = [float(field) for field in row]
                 except ValueError:
-                    if not rows and reader.line_num == 1:
+                    if not rows and reader.line_num == 1 and not any(map(_is_number, row)):
                         continue  # a header
                     raise DataError(f"{where}: {_no_number(row)}") from None
                 if not all(map(math.isfinite, numbers)):
@@ -92,6 +92,14 @@ def _rows(file: Path) -> np.ndarray:
     if len(rows[0]) < 2:
         raise DataError(f"{file}: needs two columns at least: inputs, and the target as the last")
     return np.array(rows)
+
+
+def _is_number(field: str) -> bool:
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True
 
 
 def _no_number(row: list[str]) -> str:

@@ -182,16 +182,15 @@ class Regression(Supervised):
         inputs, targets = batch
         with torch.no_grad():
             outputs = model(inputs)
-        if (
-            not all(isinstance(one, Tensor) for one in (outputs, targets))
-            or outputs.numel() != targets.numel()
-        ):
+        if not all(isinstance(one, Tensor) for one in (outputs, targets)) or [
+            n for n in outputs.shape if n != 1
+        ] != [n for n in targets.shape if n != 1]:
             found, wanted = (
                 tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
                 for one in (outputs, targets)
             )
             raise InputError(
-                f"mse: {config.model} gave {found} for targets of shape {wanted}: they must be as many"
+                f"mse: {config.model} gave {found} for targets of shape {wanted}: the shapes must agree, but for 1s"
             )
         super().trial(config, model, batch)
 

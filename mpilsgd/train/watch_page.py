@@ -162,7 +162,7 @@ def _times(run: Run, ranks: dict[str, Any]) -> RenderableType:
         table.add_column(Text(name, "dim"), justify="right")
     table.add_column(_legend())
     table.add_column(Text("waiting", "dim"), justify="right")
-    most = max(map(int, ranks["leads"]))
+    most = max(map(int, ranks["leads"]), default=0)
     for r in shown:
         times = led and ranks["leads"][r]
         cells = [Text(str(times), style="bold" if times == most else "")] if led else []

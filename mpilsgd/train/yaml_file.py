@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-_LONGEST = 1 << 16  # bytes
+_LONGEST = 1 << 18  # bytes
 _FAR = 2**63  # beyond it numbers are no counts
 
 

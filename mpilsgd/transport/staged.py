@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,18 @@ from mpilsgd.transport.devices import together
 
 SLOT = 1 << 23  # bytes: of a vector what is under way to the host while others read what went before
 SLOTS = 2
+
+
+def to_the_end(turn: Callable[[int], tuple[int, int]], parts: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """What each part gives. Who is interrupted between two takes part in the rest first, as the others wait for it."""
+    todo = deque(parts)
+    try:
+        while todo:
+            yield turn(todo.popleft())
+    except BaseException:
+        while todo:
+            turn(todo.popleft())
+        raise
 
 
 class Stage:
@@ -39,11 +52,14 @@ class Stage:
     def passed(self, vector: torch.Tensor, home: int) -> Iterator[tuple[int, int]]:
         """Rank `home`'s vector to all; gives the parts, (start, stop), each when it is there."""
         step = self._slot // vector.element_size()
-        for a in range(0, vector.numel(), step):
+
+        def part(a: int) -> tuple[int, int]:
             b = min(a + step, vector.numel())
             here, to = ([], [(0, vector[a:b])]) if self._comm.rank != home else ([(0, vector[a:b])], [])
             self._turn(here, to)
-            yield a, b
+            return a, b
+
+        return to_the_end(part, range(0, vector.numel(), step))
 
     def sums(self, vector: torch.Tensor) -> Iterator[tuple[int, int]]:
         """vector <- the sum of all ranks' vectors, in the order of the ranks; gives the parts, each when it is there.
@@ -52,7 +68,8 @@ class Stage:
         """
         n, me = self._comm.size, self._comm.rank
         step = self._slot // n // vector.element_size()
-        for a in range(0, vector.numel(), step):
+
+        def summed(a: int) -> tuple[int, int]:
             part = vector[a : a + step]
             whole = part.numel()
             low, high = (min(k * -(-whole // n), whole) for k in (me, me + 1))
@@ -61,7 +78,9 @@ class Stage:
             if high > low:
                 kernels.total(own, list(came))
             self._turn([(low, own)], [(0, part)])
-            yield a, a + whole
+            return a, a + whole
+
+        return to_the_end(summed, range(0, vector.numel(), step))
 
     def _turn(
         self, written: Sequence[tuple[int, torch.Tensor]], read: Sequence[tuple[int, torch.Tensor]]

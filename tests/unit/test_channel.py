@@ -78,7 +78,7 @@ def passing(ranks: list[int], nth: int, in_use: bool) -> Callable[[], tuple[bool
         interrupted = False
         try:
             for k, _ in enumerate(
-                channel.pass_along(heads, vector, 1, wire, channel.cuts(len(vector), wire))
+                channel.pass_along(heads, vector, 1, wire, channel.cuts(len(vector), wire, heads.size))
             ):
                 if ends and in_use and k + 1 == nth:
                     raise KeyboardInterrupt

@@ -85,7 +85,7 @@ def test_bytes_are_those_that_the_method_counts(
     counted = _counted(case, workers, nodes, across)
     # codes of a centre in shards are fetched anew as their base moves, which goes by the order of the workers
     shards = across == "int8" and look(method, settings, 2).kind == "turns"
-    assert (found.group, found.across) == pytest.approx(counted, rel=0.1 if shards else 0.02)
+    assert (found.group, found.across) == pytest.approx(counted, rel=0.15 if shards else 0.02)
 
 
 def test_rounds_by_the_total_of_steps_are_those_of_the_synchronous_form() -> None:

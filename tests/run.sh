@@ -10,7 +10,7 @@
 #                 Slurm that is started for them (needs root, slurm-wlm and munge)
 #   --all         also what is left out for time, as it says little that is new: the tests that are marked `brief` with
 #                 no number of ranks; what goes by nodes with 4 ranks on two emulated ones; 3 ranks on one node;
-#                 asynchrony and life cycles at 4 ranks; asynchrony and faults on the second MPI; trees of 5 to 21 ranks;
+#                 life cycles at 4 ranks; asynchrony and faults on the second MPI; trees of 5 to 21 ranks;
 #                 4 tasks on two nodes in place of 2; every method on the emulated device, some of them with 4 ranks on
 #                 two nodes
 #   --slow NAME   instead of these, the long tests whose name contains NAME (as pytest's -k), at MPILSGD_RANKS (4) ranks
@@ -207,7 +207,7 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
   all_ranks 2
   if [[ -n $all ]]; then
     without="train asynchronous life_cycle" only=$equalities all_ranks 3
-    paths="tests/mpi/test_asynchronous*.py tests/mpi/test_life_cycle.py" all_ranks 4
+    paths=tests/mpi/test_life_cycle.py all_ranks 4
     trees
   fi
   [[ $MPI != MPICH ]] || emulated_nodes

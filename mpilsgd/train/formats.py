@@ -162,7 +162,9 @@ def _unpickled(content: bytes) -> Any:
             references += 1
         elif not opcode.name.endswith(_PLAIN):
             others += 1
-        memo = argument if opcode.name.endswith("PUT") else 0  # a place in an array that grows to hold it
+        memo = (
+            (argument or 0) if opcode.name.endswith("PUT") else 0
+        )  # a place in an array that grows to hold it
         if max(operations, memo) > 20 * CIFAR_RECORDS + 1000 or others > 1000 or references > 20:
             raise pickle.UnpicklingError("it does more than a CIFAR-10 batch needs")
     return _Unpickler(io.BytesIO(content), encoding="bytes").load()

@@ -17,7 +17,7 @@ def lasting_output() -> Iterator[None]:
         nowhere = os.open(os.devnull, os.O_WRONLY)
     before = sys.stdout, sys.stderr
     with os.fdopen(nowhere, "w") as lost:
-        sys.stdout = _Outlet(sys.stdout or lost, nowhere)  # type: ignore[assignment]
+        sys.stdout = _Outlet(sys.stdout or lost, nowhere)
         sys.stderr = sys.stderr or lost
         try:
             yield

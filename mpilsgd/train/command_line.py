@@ -246,6 +246,8 @@ def _collect(argv: Sequence[str], known: dict[str, Any]) -> tuple[dict[str, Any]
         far = 2**63 if key == "seed" else 2**31
         if isinstance(parsed[key], int) and abs(parsed[key]) >= far:
             mistakes.append(f"{where}{key}: {reprlib.repr(parsed[key])} is too large a number")
+        elif isinstance(parsed[key], str) and len(parsed[key]) > 1000:
+            mistakes.append(f"{where}{key}: {reprlib.repr(parsed[key])} is too long a text")
         else:
             values[key] = parsed[key]
 

@@ -182,7 +182,7 @@ def idx(array: np.ndarray) -> bytes:
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
 
 
-@by_examples(200)
+@by_examples(150)
 def test_mutated_idx_files(tmp_path: Path, examples: int) -> None:
     """What is accepted stands in the file."""
     path = tmp_path / "images"
@@ -195,7 +195,7 @@ def test_mutated_idx_files(tmp_path: Path, examples: int) -> None:
     search_damage(idx(PIXELS), examine, examples)
 
 
-@by_examples(200)
+@by_examples(150)
 def test_mutated_packed_idx_files(tmp_path: Path, examples: int) -> None:
     """A checksum is in them: nothing else than what was saved is accepted, but another packed file."""
     path = tmp_path / "images.gz"
@@ -216,7 +216,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, list[int]]:
     return pixels, [i % 10 for i in range(RECORDS)]
 
 
-@by_examples(200)
+@by_examples(150)
 def test_mutated_cifar_files_of_the_binary_version(tmp_path: Path, few: Any, examples: int) -> None:
     """What is accepted stands in the file."""
     path = tmp_path / "data_batch_1.bin"
@@ -254,7 +254,7 @@ def python_2(batch: dict[str, Any]) -> bytes:
     return b"".join([*text, b"u."])
 
 
-@by_examples(200)
+@by_examples(150)
 @pytest.mark.parametrize("protocol", ["Python 2", 2, 4, 5])
 def test_mutated_cifar_files_of_the_python_version(
     tmp_path: Path, few: Any, protocol: Any, examples: int
@@ -330,7 +330,7 @@ def test_data_files_that_would_fill_the_memory(tmp_path: Path) -> None:
     head = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (6 << 20, 32, 32))
     with gzip.open(bomb, "wb", compresslevel=1) as file:
         file.write(head)
-        for _ in range(300):
+        for _ in range(257):
             file.write(bytes(1 << 20))
     assert bomb.stat().st_size < 3_000_000
     with open(big, "wb") as plain:
@@ -364,7 +364,7 @@ def understood(path: Path, content: bytes) -> None:
     except ConfigError as error:
         assert error.mistakes
         for told in error.mistakes:
-            assert told.isprintable() and len(told) < 1000, told
+            assert told.isprintable() and len(told) < 3000, told  # the longest name twice, and more
         return
     assert not config.mistakes()
     again = path.with_name("again.yaml")
@@ -372,13 +372,13 @@ def understood(path: Path, content: bytes) -> None:
     assert parse([str(again)]).text() == config.text()
 
 
-@by_examples(80)
+@by_examples(40)
 def test_mutated_configurations(tmp_path: Path, examples: int) -> None:
     text = yaml.safe_dump(CONFIG).encode()
     search_damage(text, lambda content: understood(tmp_path / "c.yaml", content), examples // 2)
 
 
-@by_examples(80)
+@by_examples(40)
 def test_mutated_configurations_of_odd_values(tmp_path: Path, examples: int) -> None:
     def examine(value: Any) -> None:
         understood(tmp_path / "c.yaml", yaml.safe_dump(value).encode())
@@ -399,7 +399,7 @@ def run(tmp_path: Path) -> RunDirectory:
     return directory
 
 
-@by_examples(200)
+@by_examples(150)
 def test_mutated_manifests(run: RunDirectory, examples: int) -> None:
     """One that is accepted is the one that was written."""
     saved = manifest.read(run.manifest)
@@ -415,7 +415,7 @@ def test_mutated_manifests(run: RunDirectory, examples: int) -> None:
     search(altered(fields).map(lambda value: json.dumps(value).encode()), examine, examples // 2)
 
 
-@by_examples(200)
+@by_examples(150)
 def test_mutated_rank_files(run: RunDirectory, examples: int) -> None:
     path = run.checkpoint / manifest.file_name(3, 1)
     content = path.read_bytes()
@@ -476,7 +476,7 @@ def reported(run: RunDirectory) -> Any:
     return found
 
 
-@by_examples(200)
+@by_examples(150)
 @pytest.mark.parametrize("name", ["metrics.jsonl", "leaders.jsonl"])
 def test_mutated_metrics(finished: RunDirectory, name: str, examples: int) -> None:
     """What was changed is told; what was written after it is of a run that was taken up again."""
@@ -497,7 +497,7 @@ def test_mutated_metrics(finished: RunDirectory, name: str, examples: int) -> No
     search(text, examine, examples // 2)
 
 
-@by_examples(200)
+@by_examples(150)
 def test_mutated_summaries(finished: RunDirectory, examples: int) -> None:
     path = finished.path / "summary.json"
     content = path.read_bytes()
@@ -516,7 +516,7 @@ def test_mutated_summaries(finished: RunDirectory, examples: int) -> None:
 ABOUT = {"method": "EASGD", "settings": {"period": 2}, "workers": 1, "model": ["w", [3]]}
 
 
-@by_examples(200)
+@by_examples(150)
 def test_mutated_recordings(tmp_path: Path, examples: int) -> None:
     """Of tickets that nobody will draw, rows that are missing, and all else: refused."""
     topology = Topology(MPI.COMM_SELF)

@@ -233,26 +233,21 @@ def _collect(argv: Sequence[str], known: dict[str, Any]) -> tuple[dict[str, Any]
             name = key if key.isprintable() and len(key) < 50 else reprlib.repr(key)
             mistakes.append(f"{where}{name}: unknown option{suggestion(name, known)}")
             return
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument(f"--{key}", type=known[key])
         try:
-            parser = ArgumentParser(exit_on_error=False)
-            parser.add_argument(f"--{key}", type=known[key])
             parsed = parser.parse_args([f"--{key}={value}"]) if is_text else parser.parse_object({key: value})
-            if (
-                parsed[key] is None
-                and known[key] is not Any
-                and type(None) not in typing.get_args(known[key])
-            ):
+            nullable = known[key] is Any or type(None) in typing.get_args(known[key])
+            if parsed[key] is None and not nullable:
                 raise argparse.ArgumentError(None, "null")
         except argparse.ArgumentError:
             mistakes.append(f"{where}{key}: expected {describe(known[key])}, found {reprlib.repr(value)}")
             return
-        far = 2**63 if key == "seed" else 2**31
-        if isinstance(parsed[key], int) and abs(parsed[key]) >= far:
-            mistakes.append(f"{where}{key}: {reprlib.repr(parsed[key])} is too large a number")
-        elif isinstance(parsed[key], str) and len(parsed[key]) > 1000:
-            mistakes.append(f"{where}{key}: {reprlib.repr(parsed[key])} is too long a text")
+        found, far = parsed[key], 2**63 if key == "seed" else 2**31
+        if (isinstance(found, int) and abs(found) >= far) or (isinstance(found, str) and len(found) > 1000):
+            mistakes.append(f"{where}{key}: {reprlib.repr(found)} is too large")
         else:
-            values[key] = parsed[key]
+            values[key] = found
 
     items, loose = _items(argv)
     mistakes += [f"{argument}: not understood; options are written --option value" for argument in loose]

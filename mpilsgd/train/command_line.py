@@ -243,13 +243,11 @@ def _collect(argv: Sequence[str], known: dict[str, Any]) -> tuple[dict[str, Any]
         except argparse.ArgumentError:
             mistakes.append(f"{where}{key}: expected {describe(known[key])}, found {reprlib.repr(value)}")
             return
-        far = 2**63 if key == "seed" else 2**31
-        if isinstance(parsed[key], int) and abs(parsed[key]) >= far:
-            mistakes.append(f"{where}{key}: {reprlib.repr(parsed[key])} is too large a number")
-        elif isinstance(parsed[key], str) and len(parsed[key]) > 1000:
-            mistakes.append(f"{where}{key}: {reprlib.repr(parsed[key])} is too long a text")
+        found, far = parsed[key], 2**63 if key == "seed" else 2**31
+        if (isinstance(found, int) and abs(found) >= far) or (isinstance(found, str) and len(found) > 1000):
+            mistakes.append(f"{where}{key}: {reprlib.repr(found)} is too large")
         else:
-            values[key] = parsed[key]
+            values[key] = found
 
     items, loose = _items(argv)
     mistakes += [f"{argument}: not understood; options are written --option value" for argument in loose]

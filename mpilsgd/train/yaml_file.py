@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 _LONGEST = 1 << 18  # bytes
+_DEEP = 10  # levels; the time that yaml takes grows with their square
 _FAR = 2**63  # beyond it numbers are no counts
 
 
@@ -38,10 +39,17 @@ def options_in(file: str | None) -> tuple[dict[str, Any], str | None]:
 class _Loader(yaml.SafeLoader):
     """Refuses what YAML takes without a word: an option given twice, values by reference, endless whole numbers."""
 
+    _depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise _error("a value by reference (*) is not taken", self.peek_event())
-        return super().compose_node(parent, index)
+        if self._depth == _DEEP:
+            raise _error("nested too deeply", self.peek_event())
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set[str]()

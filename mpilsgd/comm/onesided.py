@@ -99,7 +99,10 @@ class Board:
             before = self.add(rank, word, value)
             return lambda wait: before
         given, result = np.array([value], np.int64), np.empty(1, np.int64)
-        origin, found = [given, 1, MPI.INT64_T], [result, 1, MPI.INT64_T]  # Open MPI wants the same type everywhere
+        origin, found = (
+            [given, 1, MPI.INT64_T],
+            [result, 1, MPI.INT64_T],
+        )  # Open MPI wants the same type everywhere
         request = self._win.Rget_accumulate(origin, found, rank, [word, 1, MPI.INT64_T], MPI.SUM)
 
         def done(wait: bool) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from mpilsgd.comm.mpi import MPI, here
 from mpilsgd.comm.onesided import Board, expose
 from mpilsgd.comm.waiting import give_way
 
+_AHEAD = 64  # counts under way at most
 _POLL = 5e-4  # seconds between two looks of the progress thread
 
 
@@ -31,34 +33,31 @@ class Counter:
         self._all = Board(level.comm, 2, False) if level.n_islands > 1 else None
         self._level, self._size, self._batch = level, level.size, len(level.local_ranks)
         self._every = every
-        self._owed, self._handed = 0, 0
-        self._old: Callable[[bool], int | None] | None = None  # the total before what was handed on
+        # steps that are on their way to all islands, and what tells the total before them
+        self._pending: deque[tuple[int, Callable[[bool], int | None]]] = deque()
 
     def add(self) -> None:
         """Counts a step of this worker."""
         give_way()
         before = self._island.add(0, self.COUNT, 1)
         if self._all is not None and (before + 1) % self._batch == 0:
-            self._owed += self._batch
+            self._pending.append((self._batch, self._all.begin_to_add(0, self.TOTAL, self._batch)))
             self.hand_on(self._every is not None)
 
     def hand_on(self, wait: bool) -> None:
-        """What is counted here, to all islands. Unless told to, it does not wait, as much else may be on its way there,
-        before it; what a worker counts meanwhile goes with the next. Rounds by the total wait: they come when it is
-        reached."""
-        while self._old is not None or self._owed:
+        """What is known of the steps that were counted. Unless told to, it does not wait for them to come to all islands,
+        as much else may be on its way there before. Rounds by the total wait: they come when it is reached."""
+        while self._pending:
             assert self._all is not None
-            if self._old is None:
-                self._handed, self._owed = self._owed, 0
-                self._old = self._all.begin_to_add(0, self.TOTAL, self._handed)
-            old = self._old(wait)
+            steps, before = self._pending[0]
+            old = before(wait or len(self._pending) > _AHEAD)
             if old is None:
                 return
-            self._old, total = None, old + self._handed
-            self._island.raise_to(0, self.SEEN, total)
-            if self._every is not None and total // self._every > old // self._every:
+            self._pending.popleft()
+            self._island.raise_to(0, self.SEEN, old + steps)
+            if self._every is not None and (old + steps) // self._every > old // self._every:
                 for rank in range(self._size):
-                    self._all.raise_to(rank, self.CROSSED, total)
+                    self._all.raise_to(rank, self.CROSSED, old + steps)
 
     def shift(self, steps: int) -> None:
         """Counts so many more, or fewer: those of a state that was loaded. Collective, with `add` by nobody."""
@@ -80,7 +79,7 @@ class Counter:
             return self._island.read(0, self.COUNT)
         seen = max(self._island.read(0, self.SEEN), self._all.peek(self.CROSSED))
         silent = self._island.read(0, self.COUNT) == 0  # nobody here takes steps, or not yet
-        pending = (self._handed * (self._old is not None) + self._owed) * self._level.n_islands
+        pending = sum(steps for steps, _ in self._pending) * self._level.n_islands
         if near is not None and seen < near and (silent or near <= seen + 4 * self._size + pending):
             self.hand_on(True)
             seen = self._all.read(0, self.TOTAL)

@@ -45,8 +45,8 @@ class Counter:
             self.hand_on(self._every is not None)
 
     def hand_on(self, wait: bool) -> None:
-        """What is known of the steps that were counted. Unless told to, it does not wait for them to come to all islands,
-        as much else may be on its way there before. Rounds by the total wait: they come when it is reached."""
+        """Learns what became of the steps that were counted. Unless told to, it does not wait for them to come to all
+        islands: much else may be on its way there before. Rounds by the total wait, as they come when it is reached."""
         while self._pending:
             assert self._all is not None
             steps, before = self._pending[0]

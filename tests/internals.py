@@ -15,7 +15,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors of some hundred bytes go in many parts, each of many messages, as those of gigabytes do."""
     from mpilsgd.comm import channel as fabric
 
-    for name, nbytes in {"_CHUNKS": (256, 256), "_PIECE": 64, "_SMALLEST": 16}.items():
+    for name, nbytes in {"_LEAST": 256, "_MOST": 256, "_PIECE": 64, "_SMALLEST": 16}.items():
         monkeypatch.setattr(fabric, name, nbytes)
 
 

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from mpi4py import MPI
 
 from mpilsgd.exchange import leaving
+from mpilsgd.train import job, loop
 from mpilsgd.train.run_directory import RunDirectory
+from mpilsgd.train.together import FAILED, Stopped
 
 WORLD = MPI.COMM_WORLD
 METHODS = {
@@ -57,6 +60,20 @@ def as_a_process() -> Iterator[None]:
     for serial in sorted(left):
         if serial > first:
             left[serial].close()
+
+
+def killed(argv: list[str], output: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is there up to a step, at which it has ended as a failed one does."""
+    whole = loop.Trainer._step
+
+    def kill(self: loop.Trainer, *arguments: Any) -> None:
+        if self.progress.step == step:
+            raise Stopped("killed", FAILED)
+        whole(self, *arguments)
+
+    with as_a_process(), monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_step", kill)
+        everyone_got(job.main([*argv, "--output", str(output)]), FAILED)
 
 
 # A model that keeps statistics and draws random numbers, as a module of the user's.

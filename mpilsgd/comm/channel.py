@@ -16,10 +16,7 @@ from mpilsgd.comm.meeting import meeting
 from mpilsgd.comm.mpi import MPI
 
 _PIECE = 1 << 22  # bytes a message at most: those of a chunk follow each other, and MPI's counts are C ints
-_CHUNKS = (
-    1 << 20,
-    1 << 24,
-)  # bytes, from and to, that are received before they are used, while the next ones come
+_LEAST, _MOST = 1 << 20, 1 << 24  # bytes that are received before they are used, while the next ones come
 _SMALLEST = 1 << 16  # bytes a message at least
 _PIECES = 16  # messages of a vector, for each rank that passes it on
 
@@ -68,7 +65,7 @@ class Channel:
 def chunk_bytes(nbytes: int, ranks: int) -> int:
     """Bytes of a vector that are used at once: as the link is idle for the first and the last ones, a sixteenth of it,
     but enough for a message of each rank."""
-    return max(min(max(-(-nbytes // _PIECES), _CHUNKS[0]), _CHUNKS[1]), ranks * _SMALLEST)
+    return max(min(max(-(-nbytes // _PIECES), _LEAST), _MOST), ranks * _SMALLEST)
 
 
 def cuts(numel: int, wire: Any, ranks: int) -> Iterator[tuple[int, int]]:
@@ -145,19 +142,20 @@ def pass_along(
             return posted.add(heads.Irecv(piece, before)) if place else None
 
         pieces = [(i, min(i + size, b)) for a, b in parts for i in range(a, b, size)]
-        todo = deque([i, j, receive(i, j), None] for i, j in pieces)
+        todo = deque((i, j, receive(i, j)) for i, j in pieces)
+        sent: dict[int, Any] = {}
 
         def pass_on(to: int) -> None:
             while todo and todo[0][0] < to:
-                i, j, coming, going = now = todo[0]
+                i, j, coming = todo[0]
                 piece = travels[at(i) : at(j)]
                 if place:
                     coming.Wait()
-                elif not direct and going is None:  # while the one before is under way
+                elif not direct and i not in sent:  # while the one before is under way
                     wire.encode(vector[i:j], piece, base=None if base is None else base[i:j])
                     wire.settle(piece)
-                if place < n - 1 and going is None:  # an interrupt may come here once it is
-                    now[3] = posted.add(heads.Isend(memory_of(piece, wire.reaches), after))
+                if place < n - 1 and i not in sent:  # after an interrupt, which may come here once it is
+                    sent[i] = posted.add(heads.Isend(memory_of(piece, wire.reaches), after))
                 todo.popleft()
 
         try:

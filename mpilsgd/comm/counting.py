@@ -33,15 +33,15 @@ class Counter:
         self._all = Board(level.comm, 2, False) if level.n_islands > 1 else None
         self._level, self._size, self._batch = level, level.size, len(level.local_ranks)
         self._every = every
-        # steps that are on their way to all islands, and what tells the total before them
-        self._pending: deque[tuple[int, Callable[[bool], int | None]]] = deque()
+        # of batches of steps that are on their way to all islands: what tells the total before them
+        self._pending: deque[Callable[[bool], int | None]] = deque()
 
     def add(self) -> None:
         """Counts a step of this worker."""
         give_way()
         before = self._island.add(0, self.COUNT, 1)
         if self._all is not None and (before + 1) % self._batch == 0:
-            self._pending.append((self._batch, self._all.begin_to_add(0, self.TOTAL, self._batch)))
+            self._pending.append(self._all.begin_to_add(0, self.TOTAL, self._batch))
             self.hand_on(self._every is not None)
 
     def hand_on(self, wait: bool) -> None:
@@ -49,15 +49,15 @@ class Counter:
         islands: much else may be on its way there before. Rounds by the total wait, as they come when it is reached."""
         while self._pending:
             assert self._all is not None
-            steps, before = self._pending[0]
-            old = before(wait or len(self._pending) > _AHEAD)
+            old = self._pending[0](wait or len(self._pending) > _AHEAD)
             if old is None:
                 return
             self._pending.popleft()
-            self._island.raise_to(0, self.SEEN, old + steps)
-            if self._every is not None and (old + steps) // self._every > old // self._every:
+            total = old + self._batch
+            self._island.raise_to(0, self.SEEN, total)
+            if self._every is not None and total // self._every > old // self._every:
                 for rank in range(self._size):
-                    self._all.raise_to(rank, self.CROSSED, old + steps)
+                    self._all.raise_to(rank, self.CROSSED, total)
 
     def shift(self, steps: int) -> None:
         """Counts so many more, or fewer: those of a state that was loaded. Collective, with `add` by nobody."""
@@ -79,7 +79,7 @@ class Counter:
             return self._island.read(0, self.COUNT)
         seen = max(self._island.read(0, self.SEEN), self._all.peek(self.CROSSED))
         silent = self._island.read(0, self.COUNT) == 0  # nobody here takes steps, or not yet
-        pending = sum(steps for steps, _ in self._pending) * self._level.n_islands
+        pending = len(self._pending) * self._batch * self._level.n_islands
         if near is not None and seen < near and (silent or near <= seen + 4 * self._size + pending):
             self.hand_on(True)
             seen = self._all.read(0, self.TOTAL)

@@ -99,11 +99,9 @@ class Board:
             before = self.add(rank, word, value)
             return lambda wait: before
         given, result = np.array([value], np.int64), np.empty(1, np.int64)
-        origin, found = (
-            [given, 1, MPI.INT64_T],
-            [result, 1, MPI.INT64_T],
-        )  # Open MPI wants the same type everywhere
-        request = self._win.Rget_accumulate(origin, found, rank, [word, 1, MPI.INT64_T], MPI.SUM)
+        kind = 1, MPI.INT64_T  # said three times: Open MPI wants the same type everywhere
+        # the request keeps both arrays until it is done
+        request = self._win.Rget_accumulate([given, *kind], [result, *kind], rank, [word, *kind], MPI.SUM)
 
         def done(wait: bool) -> int | None:
             if wait:
@@ -112,7 +110,6 @@ class Board:
                 return None
             return int(result[0])
 
-        done.given = given  # type: ignore[attr-defined]  # MPI reads it until then
         return done
 
     def read(self, rank: int, word: int) -> int:

@@ -56,12 +56,8 @@ class ChannelsLast(Dataset):
     def __init__(self, data: Dataset):
         self._data = data
         self.input_shape, self.classes = data.input_shape, data.classes
-        self.on_host, self.chunk, self.streamed, self.whole = (
-            data.on_host,
-            data.chunk,
-            data.streamed,
-            data.whole,
-        )
+        self.on_host, self.chunk = data.on_host, data.chunk
+        self.streamed, self.whole = data.streamed, data.whole
 
     def __len__(self) -> int:
         return len(self._data)
@@ -87,5 +83,5 @@ class ChannelsLast(Dataset):
 
 
 def _last(batch: Batch) -> Batch:
-    inputs, targets = batch
-    return inputs.contiguous(memory_format=torch.channels_last), targets
+    inputs, *others = batch  # a task of the user's may take more than targets
+    return (inputs.contiguous(memory_format=torch.channels_last), *others)

@@ -164,9 +164,8 @@ def _unpickled(content: bytes) -> Any:
             others += 1
             if opcode.name == "DUP":  # with it, little makes much
                 raise pickle.UnpicklingError("it does more than a CIFAR-10 batch needs")
-        memo = (
-            int(argument or 0) if opcode.name.endswith("PUT") else 0
-        )  # a place in an array that grows to hold it
+        # a place in an array that grows to hold it
+        memo = int(argument or 0) if opcode.name.endswith("PUT") else 0
         if max(operations, memo) > 20 * CIFAR_RECORDS + 1000 or others > 1000 or references > 20:
             raise pickle.UnpicklingError("it does more than a CIFAR-10 batch needs")
     return _Unpickler(io.BytesIO(content), encoding="bytes").load()

@@ -15,9 +15,8 @@ from mpilsgd.train.samples import Dataset, Reading, TensorSet
 
 def load(path: str, data_dir: str, seed: int, reading: Reading) -> tuple[Dataset, Dataset]:
     """The sets of `package.module:callable`."""
-    shards = names_all(
-        resolve(path), "rank", "size"
-    )  # by name, and not by **kwargs, which may leave them aside
+    # by name, and not by **kwargs, which may leave them aside
+    shards = names_all(resolve(path), "rank", "size")
     ranks = {"rank": reading.rank, "size": reading.size} if shards else {}
     pair = call(path, {}, {"data_dir": data_dir, "seed": seed, **ranks})
     own_part = reading.size > 1 and shards

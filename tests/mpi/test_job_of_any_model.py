@@ -9,16 +9,14 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from job_harness import QUICK, WORLD, as_a_process, everyone_got, lines, same_run
+from job_harness import QUICK, WORLD, everyone_got, killed, lines, same_run
 from launcher import job as job_of_its_own
 
-from mpilsgd.train import job, loop
-from mpilsgd.train.together import FAILED, Stopped
+from mpilsgd.train import job
 
 pytestmark = pytest.mark.mpi
 
@@ -148,15 +146,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     whole, cut = folder / "whole", folder / "cut"
     everyone_got(job.main([*argv, "--output", str(whole)]), 0)
 
-    def kill(self: loop.Trainer, *arguments: Any) -> None:
-        if self.progress.step == 33:
-            raise Stopped("killed", FAILED)
-        step(self, *arguments)
-
-    step = loop.Trainer._step
-    with as_a_process(), monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_step", kill)
-        everyone_got(job.main([*argv, "--output", str(cut)]), FAILED)
+    killed(argv, cut, 33, monkeypatch)
     everyone_got(job.main(["--resume", str(cut)]), 0)
     same_run(cut, whole, 37)
     rows = lines(whole / "metrics.jsonl")

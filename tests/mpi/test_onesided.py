@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -32,6 +32,31 @@ def fabric(shared: bool) -> Iterator[Fabric]:
         progress.free()
     made.free()
     topology.free()
+
+
+def test_counts_of_a_worker_that_waits_come_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is kept back until one before is known to have come: who waits for the others counts no more."""
+    begin, total = Board.begin_to_add, 10 * (WORLD.size - 1)
+
+    def unknown(self: Board, *given: int) -> Callable[[bool], int | None]:
+        told = begin(self, *given)
+        return lambda wait: told(True) if wait else None
+
+    monkeypatch.setattr(Board, "begin_to_add", unknown)
+    errors = []
+    with fabric(False) as made:
+        counter = Counter(made.world)
+        if WORLD.rank:
+            for _ in range(10):
+                counter.add()
+        else:
+            end = time.monotonic() + 30
+            while counter.read(total) < total and time.monotonic() < end:
+                time.sleep(1e-3)
+            errors += [] if counter.read(total) == total else [f"{counter.read(total)} of {total} are known"]
+        WORLD.Barrier()
+        counter.free()
+    check_together(errors)
 
 
 @by_transport

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from job_harness import METHODS, NET, QUICK, WORLD, as_a_process, everyone_got, lines, same_run
+from job_harness import METHODS, NET, QUICK, WORLD, everyone_got, killed, lines, same_run
 
-from mpilsgd.train import job, loop
+from mpilsgd.train import job
 from mpilsgd.train.command_line import parse
 from mpilsgd.train.run_directory import METRICS, RunDirectory
-from mpilsgd.train.together import FAILED, Stopped
 
 pytestmark = pytest.mark.mpi
 
@@ -133,15 +132,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     whole, cut = folder / "whole", folder / "cut"
     everyone_got(job.main([*argv, "--output", str(whole)]), 0)
 
-    def kill(self: loop.Trainer, *arguments: Any) -> None:
-        if self.progress.step == 33:
-            raise Stopped("killed", FAILED)
-        step(self, *arguments)
-
-    step = loop.Trainer._step
-    with as_a_process(), monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_step", kill)
-        everyone_got(job.main([*argv, "--output", str(cut)]), FAILED)
+    killed(argv, cut, 33, monkeypatch)
     assert [row["step"] for row in lines(cut / "metrics.jsonl")] == [10, 20, 30]
     everyone_got(job.main(["--resume", str(cut)]), 0)
     same_run(cut, whole, 47)

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from job_harness import NET, QUICK, WORLD, as_a_process, everyone_got, lines, same_run, untimed
+from job_harness import NET, QUICK, WORLD, as_a_process, everyone_got, killed, lines, same_run, untimed
 
 from mpilsgd.train import devices, job, loop
 from mpilsgd.train.run_directory import RunDirectory
-from mpilsgd.train.together import FAILED, Stopped
+from mpilsgd.train.together import FAILED
 
 pytestmark = pytest.mark.mpi
 
@@ -76,21 +76,6 @@ def reads_sequences():
 """
 
 
-def killed(argv: list[str], output: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run is there up to a step, and resumed from its last checkpoint."""
-    whole = loop.Trainer._step
-
-    def kill(self: loop.Trainer) -> None:
-        if self.progress.step == step:
-            raise Stopped("killed", FAILED)
-        whole(self)
-
-    with as_a_process(), monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_step", kill)
-        everyone_got(job.main([*argv, "--output", str(output)]), FAILED)
-    everyone_got(job.main(["--resume", str(output)]), 0)
-
-
 def summary_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
 
@@ -108,6 +93,7 @@ def test_a_resumed_run_in_half_precision_equals_an_uninterrupted_one(
     whole, cut = folder / "whole", folder / "cut"
     everyone_got(job.main([*argv, "--output", str(whole)]), 0)
     killed(argv, cut, 17, monkeypatch)
+    everyone_got(job.main(["--resume", str(cut)]), 0)
     same_run(cut, whole, 21)
     assert lines(whole / "metrics.jsonl")[-1]["train_loss"] < lines(whole / "metrics.jsonl")[0]["train_loss"]
     states = [RunDirectory(run).load(WORLD.rank, 21) for run in (whole, cut)]
@@ -245,6 +231,7 @@ def test_a_run_whose_steps_are_queued_is_the_same_run(
     with queued():
         everyone_got(job.main([*argv, "--output", str(whole)]), 0)
         killed(argv, cut, 20, monkeypatch)
+        everyone_got(job.main(["--resume", str(cut)]), 0)
     same_run(plain, whole, 21)
     same_run(cut, whole, 21)
     last = lines(whole / "metrics.jsonl")[-1]

@@ -61,6 +61,14 @@ def test_which_torch(tmp_path: Path, environment: dict[str, str], installed: str
     ]
 
 
+def test_a_torch_without_cuda_is_not_used_where_a_gpu_is(tmp_path: Path) -> None:
+    """Set up on a login node, used on another: torch would take the processor without a word."""
+    (tmp_path / "torch").write_text("torch==2.13.0+cpu")
+    told = bash(tmp_path, "gpu_here() { true; }; (install_torch) || echo refused")
+    assert "without CUDA" in told and "MPILSGD_TORCH=torch==2.13.0" in told and told.endswith("refused\n")
+    assert bash(tmp_path, "gpu_here() { false; }; install_torch") == ""
+
+
 def test_the_torch_of_a_python_is_found(tmp_path: Path) -> None:
     import torch
 

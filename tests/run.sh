@@ -49,7 +49,6 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/../jobs/setup.sh"
 set_up dev,report
 find_mpi
-first=$MPIEXEC
 cd "$ROOT"
 say "MPI: $MPI, started by $MPIEXEC${MPI4PY_LIBMPI:+, library $MPI4PY_LIBMPI}"
 
@@ -62,8 +61,7 @@ sweep() {
 }
 scratch=$(mktemp -d)
 touch "$scratch/start"
-alone="" # the process group of a run in the background
-trap '[[ -z $alone ]] || kill -- "-$alone" 2>/dev/null || true; sweep; rm -rf "$scratch"' EXIT
+trap 'for one in ${lanes[@]+"${lanes[@]}"}; do kill -INT -- "-$one" 2>/dev/null && wait "$one" || true; done; sweep; rm -rf "$scratch"' EXIT
 trap 'exit 130' INT TERM
 record=$scratch/record
 mkdir "$record"
@@ -111,7 +109,8 @@ device() { # builds what has the CUDA part as C++, on a device that is emulated 
 
 emulated() { # its kernels
   MPILSGD_TEST_CORE=$(echo "$VENV"/emulated/mpilsgd/_core*.so) run "emulated device" "$PY" -m pytest -q \
-    -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/unit/test_emulated_*.py
+    -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/unit/test_emulated_*.py \
+    tests/unit/test_package.py::test_stubs_of_the_extension
 }
 
 emulated_ranks() { # emulated_ranks RANKS [NODES]: methods whose vectors lie there
@@ -128,7 +127,7 @@ tasks() { # tasks RANKS[xNODES]: what tests methods at several ranks, with ranks
   for one in every_method identities tree across_dtype few_bits; do paths+=("tests/mpi/test_$one.py"); done
   export MPILSGD_TEST_TASKS=$1
   run "$1 tasks" "$PY" -m pytest -q -p no:cacheprovider -p no:pytest_mpi "${select_tests[@]}" \
-    ${equal:+-k} ${equal:+"$equal or few_bits"} \
+    -k "$equalities or few_bits" \
     ${options[@]+"${options[@]}"} "${paths[@]}"
   unset MPILSGD_TEST_TASKS
 }
@@ -157,11 +156,6 @@ trees() { # the larger ones; those of more than 5 ranks in lock-step only
   paths=tests/mpi/test_tree.py::test_lock_step_equals_the_oracle all_ranks 7 21
 }
 
-cluster() {
-  unset MPILSGD_TEST_RANKS MPILSGD_TEST_NODES
-  run "cluster" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/cluster
-}
-
 # What a run leaves out for time: the tests of jobs, asynchrony and life cycles need not run on every layout.
 emulated_nodes() {
   local only=$equalities
@@ -178,29 +172,41 @@ equalities="simulation or oracle or uninterrupted or replay"
 equal=$([[ -n $all || -n $slow ]] || echo "$equalities")
 
 LIMIT=1200
-[[ -n $slow || " ${parts[*]} " == " cluster " || $(uname) != Linux ]] || device
-beside() { # what has one process, as the unit tests have
+lanes=() # process groups in the background: the parts below take one core, wait much, and go beside each other
+lane() { # lane COMMAND: its output comes when the foreground is through
+  set -m
+  "$1" >"$scratch/$1.lane" 2>&1 </dev/null &
+  lanes+=("$!")
+  set +m
+}
+one_process() { # but for the unit tests
+  [[ " ${parts[*]} " == " cluster " || $(uname) != Linux ]] || device
   [[ " ${parts[*]} " != *" mpi "* ]] || without=train all_ranks 1
   [[ " ${parts[*]} " == *" unit "* ]] || return 0
   unit rest
   if [[ -z $all ]]; then tasks 2; else tasks 4x2; fi
   [[ $(uname) != Linux ]] || emulated
 }
+cluster() {
+  if [[ $MPI == MPICH ]] || find_mpi MPICH; then
+    export MPILSGD_MPIEXEC=$MPIEXEC
+    unset MPILSGD_TEST_RANKS MPILSGD_TEST_NODES
+    run "cluster" "$PY" -m pytest -q -p no:cacheprovider "${select_tests[@]}" ${options[@]+"${options[@]}"} tests/cluster
+  else
+    say "MPICH: none here and none to be had, so several hosts and Slurm are not tested"
+  fi
+}
 if [[ -z $slow ]]; then
-  set -m # a process group of its own, so that it can be ended
-  beside >"$scratch/alone" 2>&1 &
-  alone=$!
-  set +m
+  [[ " ${parts[*]} " != *" cluster "* ]] || lane cluster
+  lane one_process
 fi
 if [[ " ${parts[*]} " == *" unit "* ]]; then
   unit
   [[ -z $slow ]] || unit rest
 fi
-if [[ -n $alone ]]; then
-  wait "$alone" || true
-  alone=""
-  cat "$scratch/alone"
-fi
+for one in ${lanes[@]+"${lanes[@]}"}; do wait "$one" || true; done
+lanes=()
+for one in "$scratch"/*.lane; do [[ ! -f $one ]] || cat "$one"; done
 if [[ " ${parts[*]} " == *" mpi "* && -n $slow ]]; then
   LIMIT=14400 all_ranks "${MPILSGD_RANKS:-4}"
 elif [[ " ${parts[*]} " == *" mpi "* ]]; then
@@ -225,14 +231,6 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
     [[ $MPI != MPICH ]] || emulated_nodes
   else
     say "$other: none here and none to be had, so not tested"
-  fi
-fi
-if [[ " ${parts[*]} " == *" cluster "* && -z $slow ]]; then
-  if [[ $MPI == MPICH ]] || MPILSGD_MPIEXEC=$first find_mpi MPICH; then
-    export MPILSGD_MPIEXEC=$MPIEXEC
-    cluster
-  else
-    say "MPICH: none here and none to be had, so several hosts and Slurm are not tested"
   fi
 fi
 

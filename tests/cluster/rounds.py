@@ -6,6 +6,7 @@ sent twice, bytes counted, bytes by the theory.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 import time
@@ -54,6 +55,18 @@ def sent_twice() -> int:
     return SEGMENT * int(values[names.index("RetransSegs")])
 
 
+def settled(topology: mpilsgd.Topology, interface: str) -> int:
+    """`received` when nothing is under way: no host's has grown by a tenth of a megabyte between two meetings.
+
+    A meeting also drives the messages that MPI has accepted and not yet sent; its own bytes are few.
+    """
+    before, now = -(10**9), received(interface)
+    while max(topology.allgather(now - before)) > 100_000:
+        time.sleep(0.1)
+        before, now = now, received(interface)
+    return now
+
+
 def measure(name: str, across: str | None, interface: str, nbytes: int, rounds: int) -> str:
     topology = mpilsgd.Topology(across_dtype=across)
     parameter = torch.nn.Parameter(torch.zeros(nbytes // 4))
@@ -64,9 +77,7 @@ def measure(name: str, across: str | None, interface: str, nbytes: int, rounds: 
             parameter.grad = torch.zeros_like(parameter)
         opt.step(loss=float((topology.world.rank + k) % topology.world.size))
         if k in (0, rounds):
-            time.sleep(0.1)  # what is under way
-            topology.barrier()
-            readings.append((received(interface), sent_twice(), opt.metrics.bytes_across))
+            readings.append((settled(topology, interface), sent_twice(), opt.metrics.bytes_across))
     rows = topology.allgather([after - before for before, after in zip(*readings, strict=True)])
     arrived, twice = (sum(rows[ranks[0]][i] for ranks in topology.nodes) / rounds for i in (0, 1))
     counted = sum(row[2] for row in rows) / rounds
@@ -77,6 +88,7 @@ def measure(name: str, across: str | None, interface: str, nbytes: int, rounds: 
 
 
 if __name__ == "__main__":
+    gc.freeze()  # each method looks for its module among all that is alive
     for name, across in itertools.product(METHODS, SHARE):
         line = measure(name, across, sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
         if MPI.COMM_WORLD.rank == 0:

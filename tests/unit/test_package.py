@@ -92,6 +92,8 @@ def real(thing: Any) -> dict[str, Any]:
         elif callable(getattr(value, "__func__", value)):
             first = (inspect.getdoc(getattr(thing, name)) or "").partition("\n")[0]
             signature = re.match(r"\w+\((.*)\)( -> |$)", first)
+            if name == "__init__" and not signature:
+                continue  # says that nobody but the extension makes one
             arguments = re.findall(r"(?:^|, )(\w+): ", signature[1]) if signature else []
             bound = inspect.isclass(thing) and not isinstance(value, staticmethod)
             found[name] = len(arguments) - bound  # self

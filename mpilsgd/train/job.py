@@ -26,12 +26,14 @@ from mpilsgd.train.outlet import lasting_output
 from mpilsgd.train.prepare import prepared, sampler_of
 from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.sampling import derived_seed
+from mpilsgd.train.stopping import no_silent_exit
 from mpilsgd.train.stragglers import parse_slow
 from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, all_here, on_first, together
 from mpilsgd.train.tree_text import summary_line
 
 
 @lasting_output()
+@no_silent_exit()
 def main(argv: Sequence[str]) -> int:
     """Runs `mpilsgd train` with these arguments on all ranks; returns the exit status, the same on every rank."""
     base = Topology()

@@ -1,14 +1,22 @@
-"""USR1 and TERM, to any rank, end a run on all of them: how the others learn of it, and where all stop."""
+"""USR1 and TERM, to any rank, end a run on all of them: how the others learn of it, and where all stop.
+
+And a rank that the user's code ends, ends all.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
-from typing import Any, Protocol
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
-from mpilsgd.comm import Bell, Topology
+from mpilsgd.comm import Bell, Topology, end_job
 from mpilsgd.comm.mpi import MPI
 from mpilsgd.methods import Method
 
@@ -17,6 +25,28 @@ _SHARE = (
     8  # a span is at most this part of the steps that were taken: before, nobody knows how long a step is
 )
 _LONGEST = 128  # steps: were they to become slow, the next question would be long in coming
+
+
+@contextmanager
+def no_silent_exit() -> Iterator[None]:
+    """Inside, `os._exit` in this process is an error of its rank, whatever the status.
+
+    It would end the rank at once. MPICH's launcher then kills the others and may call that a success.
+    """
+    leave, own = os._exit, os.getpid()
+
+    def leave_aloud(status: int) -> NoReturn:
+        os._exit = leave
+        if os.getpid() == own:
+            caller = "".join(traceback.format_stack(sys._getframe(1)))
+            end_job(RuntimeError, RuntimeError(f"os._exit({status}) was called\n{caller}"), None)
+        leave(status)  # a forked child
+
+    os._exit = leave_aloud
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 class Signals:

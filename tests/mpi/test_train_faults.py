@@ -270,20 +270,28 @@ def test_a_foreign_file_in_the_manifest_s_own_name_is_refused(
 
 
 EXITS = """
-import sys
+import os, sys
 from mpi4py import MPI
+class Net(torch.nn.Linear):
+    calls = 0
+    def forward(self, x):
+        self.calls += self.training
+        if MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1 and self.calls == {call}: {leave}(0)
+        return super().forward(x.flatten(1))
 def net():
-    if MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1: sys.exit(0)
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    return Net(64, 10)
 """
 
 
 @pytest.mark.ranks(2)
-def test_a_model_that_ends_its_rank_ends_the_job(folder: Path, module: Callable[[str], str]) -> None:
-    """Though it calls that a success: the others would wait for it for ever."""
-    name = module(EXITS)
+@pytest.mark.parametrize("leave", ["sys.exit", "os._exit"])
+@pytest.mark.parametrize("call", [1, 3])
+def test_a_model_that_ends_its_rank_ends_the_job(
+    leave: str, call: int, folder: Path, module: Callable[[str], str]
+) -> None:
+    """Though it calls that a success: the others would wait for it for ever, or be killed without a word."""
+    name = module(EXITS.format(leave=leave, call=call))
     script = "import sys\nfrom mpilsgd.train import job\nsys.exit(job.main(sys.argv[1:]))\n"
     ended = launch(folder, script, "--model", f"{name}:net", "--steps", 4, "--output", folder / "run")
-    assert ended.status not in (0, 124) and "rank 1 failed" in ended.err and "SystemExit: 0" in ended.err, (
-        ended
-    )
+    said = {"sys.exit": "SystemExit: 0", "os._exit": "os._exit(0) was called"}[leave]
+    assert ended.status not in (0, 124) and "rank 1 failed" in ended.err and said in ended.err, ended

@@ -15,7 +15,8 @@
 #   LOCAL    the other methods take so many times as many of both (3)
 #   PERIOD   of the other methods: steps between two rounds (72). Where EVERY times LOCAL is a multiple of it, workers
 #            that have just met for a round need not wait for each other once more to be evaluated.
-#   ERROR    the test error to come to (the lowest of ddp, or of all if it is left out); between evaluations curves are straight
+#   METRIC   of metrics.jsonl, to become small (test_error)
+#   VALUE    of it, to come to (the lowest of ddp, or of all if it is left out); between evaluations curves are straight
 #   OUTPUT   the folder of the runs (runs/ethernet); runs that lie there already are shown, too
 #
 # Without options the mlp trains on digits, some seconds a run; a row of docs/measurements.md took three minutes a seed and rate:
@@ -83,5 +84,5 @@ for speed in "${speeds[@]}"; do
     done
   done
 done
-"$PY" "$ROOT/jobs/bench/ethernet_table.py" "$output" ${ERROR:+"$ERROR"}
+"$PY" "$ROOT/jobs/bench/ethernet_table.py" "$output" "${METRIC:-test_error}" ${VALUE:+"$VALUE"}
 for speed in "${speeds[@]}"; do mpilsgd report "$output/$speed"/*/ --output "$output/report-$speed"; done

@@ -1,4 +1,7 @@
-"""The table and the picture of ethernet.sh: python ethernet_table.py FOLDER [ERROR]."""
+"""The table and the picture of ethernet.sh: python ethernet_table.py FOLDER [METRIC [VALUE]].
+
+METRIC is a number of metrics.jsonl that is to become small, test_error if it is not given. VALUE is what to come to.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,27 @@ PEERS = {
 NEVER = float("inf")
 
 
-def main(folder: Path, error: float | None) -> None:
+def main(folder: Path, metric: str, value: float | None) -> None:
     speeds = {}
     for path in sorted(folder.iterdir()):
         runs = [read(run) for run in sorted(path.iterdir())] if path.is_dir() else []
-        if means := over_seeds([run for run in runs if run is not None], path.name):
-            speeds[path.name] = best_of(means, error)
+        if means := over_seeds([run for run in runs if run is not None], path.name, metric):
+            speeds[path.name] = best_of(means, value)
     if not speeds:
         sys.exit(f"no run in {folder} has come to its end")
     for speed, (target, runs) in speeds.items():
-        print_table(speed, target, runs)
-    draw(speeds, folder / "ethernet.png")
+        print_table(speed, metric, target, runs)
+    draw(speeds, metric, folder / "ethernet.png")
     print(f"\n{folder / 'ethernet.png'}")
+
+
+def words(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def scale(metric: str) -> float:
+    """Errors are shown in percent."""
+    return 100 if metric == "test_error" else 1
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -51,8 +63,9 @@ def read(path: Path) -> dict[str, Any] | None:
     return run
 
 
-def over_seeds(runs: list[dict[str, Any]], speed: str) -> list[dict[str, Any]]:
+def over_seeds(runs: list[dict[str, Any]], speed: str, metric: str) -> list[dict[str, Any]]:
     """The runs of one method and rate as one: the means over its seeds. Where a seed diverged, that is said instead."""
+    keys = {"step": "step", "wall_s": "wall_s", "t_comm": "t_comm", "value": metric}
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
         kinds.setdefault((run["label"], run["rate"]), []).append(run)
@@ -64,18 +77,18 @@ def over_seeds(runs: list[dict[str, Any]], speed: str) -> list[dict[str, Any]]:
             )
             continue
         rows = [
-            {key: mean(row[key] for row in every) for key in ("step", "wall_s", "t_comm", "test_error")}
+            {key: mean(row[of] for row in every) for key, of in keys.items()}
             for every in zip(*(run["rows"] for run in same), strict=True)
         ]
-        lowest, sent = min(row["test_error"] for row in rows), mean(run["sent"] for run in same)
+        lowest, sent = min(row["value"] for row in rows), mean(run["sent"] for run in same)
         means.append({**same[0], "seeds": len(same), "rows": rows, "lowest": lowest, "sent": sent})
     return means
 
 
-def best_of(runs: list[dict[str, Any]], error: float | None) -> tuple[float, list[dict[str, Any]]]:
-    """The error to come to (DistributedDataParallel's lowest, if none is given), and each method at its best rate."""
+def best_of(runs: list[dict[str, Any]], value: float | None) -> tuple[float, list[dict[str, Any]]]:
+    """The value to come to (DistributedDataParallel's lowest, if none is given), and each method at its best rate."""
     reference = [run for run in runs if run["label"] == PEERS["ddp"]] or runs
-    target = error or min(run["lowest"] for run in reference)
+    target = value or min(run["lowest"] for run in reference)
     for run in runs:
         run["seconds"] = seconds_to(target, run["rows"])
     runs.sort(key=lambda run: (run["seconds"], run["lowest"]))
@@ -85,31 +98,32 @@ def best_of(runs: list[dict[str, Any]], error: float | None) -> tuple[float, lis
 
 def seconds_to(target: float, rows: list[dict[str, float]]) -> float:
     """When the curve first comes down to the target; between two evaluations it is a straight line."""
-    times, errors = [row["wall_s"] for row in rows], [row["test_error"] for row in rows]
-    k = next((k for k, error in enumerate(errors) if error <= target), None)
+    times, values = [row["wall_s"] for row in rows], [row["value"] for row in rows]
+    k = next((k for k, value in enumerate(values) if value <= target), None)
     if k is None:
         return NEVER
     if k == 0:
         return times[0]
-    share = (errors[k - 1] - target) / (errors[k - 1] - errors[k])
+    share = (values[k - 1] - target) / (values[k - 1] - values[k])
     return times[k - 1] + share * (times[k] - times[k - 1])
 
 
-def print_table(speed: str, target: float, runs: list[dict[str, Any]]) -> None:
+def print_table(speed: str, metric: str, target: float, runs: list[dict[str, Any]]) -> None:
     width = max(len(run["label"]) for run in runs)
-    print(f"\n{speed}: seconds to a test error of {100 * target:.1f} %")
-    print(f"{'method':{width}}  rate  seeds  seconds  lowest error  s a step  communicating  MB sent a step")
+    unit = " %" if metric == "test_error" else ""
+    print(f"\n{speed}: seconds to {words(metric)} {scale(metric) * target:.4g}{unit}")
+    print(f"{'method':{width}}  rate  seeds  seconds        lowest  s a step  communicating  MB sent a step")
     for run in runs:
         last = run["rows"][-1]
         step, wall = last["step"], last["wall_s"]
         seconds = "never" if run["seconds"] == NEVER else f"{run['seconds']:.1f}"
         print(
-            f"{run['label']:{width}}{run['rate']:>6}{run['seeds']:>7}{seconds:>9}{run['lowest']:14.2%}"
+            f"{run['label']:{width}}{run['rate']:>6}{run['seeds']:>7}{seconds:>9}{scale(metric) * run['lowest']:14.4g}"
             f"{wall / step:10.3f}{last['t_comm'] / wall:15.1%}{run['sent'] / step / 1e6:16.3f}"
         )
 
 
-def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], path: Path) -> None:
+def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], metric: str, path: Path) -> None:
     labels = sorted({run["label"] for _, runs in speeds.values() for run in runs})
     with rc_context(STYLE):
         columns = len(speeds) if max(map(len, labels)) < 50 else 1  # of the legend
@@ -118,15 +132,14 @@ def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], path: Path) -> N
         axes = figure.subplots(1, len(speeds), sharey=True, squeeze=False)[0]
         lines: dict[str, Any] = {}
         for axis, (speed, (target, runs)) in zip(axes, speeds.items(), strict=True):
-            axis.axhline(100 * target, color=FAINT, linewidth=1.2)
+            axis.axhline(scale(metric) * target, color=FAINT, linewidth=1.2)
             for run in runs:
                 k = labels.index(run["label"])
-                seconds, errors = zip(
-                    *((row["wall_s"], 100 * row["test_error"]) for row in run["rows"]), strict=True
-                )
+                seconds = [row["wall_s"] for row in run["rows"]]
+                values = [scale(metric) * row["value"] for row in run["rows"]]
                 style = DASHES[k // len(PALETTE) % len(DASHES)]
                 lines[run["label"]] = axis.plot(
-                    seconds, errors, color=PALETTE[k % len(PALETTE)], linestyle=style
+                    seconds, values, color=PALETTE[k % len(PALETTE)], linestyle=style
                 )[0]
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -136,10 +149,11 @@ def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], path: Path) -> N
             axis.grid(color=FAINT, linewidth=0.6, which="both")
             axis.set_title(speed.replace("gbit", " Gbit/s").replace("mbit", " Mbit/s"))
             axis.set_xlabel("training time [s]")
-        axes[0].set_ylabel("test error [%]")
+        axes[0].set_ylabel("test error [%]" if metric == "test_error" else words(metric))
         figure.legend([lines[label] for label in labels], labels, loc="outside upper center", ncols=columns)
         figure.savefig(path)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]) if len(sys.argv) > 2 else None)
+    _, folder, *rest = sys.argv
+    main(Path(folder), rest[0] if rest else "test_error", float(rest[1]) if rest[1:] else None)

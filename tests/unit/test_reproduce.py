@@ -55,6 +55,12 @@ def test_every_figure_that_was_asked_for_has_an_entry() -> None:
     assert thesis == sorted(thesis, key=lambda name: int(name.split(".")[1]))
 
 
+def test_the_page_names_the_jobs_that_are_too_large() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "papers.md").read_text()
+    rows = command.markdown([(one, one.run(Options())) for one in deep.ENTRIES]).splitlines()[2:]
+    assert [row for row in rows if row not in page] == []
+
+
 @pytest.mark.parametrize("name", THEORY)
 def test_the_quick_theory_agrees_but_where_the_paper_is_wrong(name: str) -> None:
     rows = entries()[name].run(QUICK).rows

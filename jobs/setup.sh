@@ -23,14 +23,16 @@ die() {
 # quietly WHAT COMMAND...: the output goes to a log, whose end is shown if the command fails. Meanwhile one sees that it
 # goes on.
 quietly() {
-  local what=$1 log=$VENV/setup.log status=0
+  local what=$1 log=$VENV/setup.log status=0 before
   shift
   exec 8> >(exec 9>&- && show_seconds "$what" "$log")
-  "$@" >"$log" 2>&1 </dev/null 8>&- || status=$?
+  echo "== $what" >>"$log"
+  before=$(wc -l <"$log")
+  "$@" >>"$log" 2>&1 </dev/null 8>&- || status=$?
   exec 8>&-
   [[ ! -t 1 ]] || printf '\r\033[K'
   ((status == 0)) && return
-  tail -n 60 "$log" >&2
+  tail -n "+$((before + 1))" "$log" | tail -n 60 >&2
   die "$what failed (the whole log: $log)"
 }
 
@@ -185,7 +187,7 @@ find_mpi() {
   prefix=$VENV/$package
   if [[ ! -x $prefix/bin/mpiexec ]]; then
     say "installing $family from PyPI in $prefix"
-    "$PY" -m pip install --ignore-installed --prefix "$prefix" "$package" >"$VENV/setup.log" 2>&1 </dev/null || return 1
+    "$PY" -m pip install --ignore-installed --prefix "$prefix" "$package" >>"$VENV/setup.log" 2>&1 </dev/null || return 1
   fi
   try_mpi "$prefix/bin/mpiexec" "$family"
 }

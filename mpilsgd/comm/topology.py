@@ -236,9 +236,8 @@ def _group_size_error(group_size: int | None, node_size: int) -> str | None:
     return None
 
 
-_FORWARD = (
-    0.2  # seconds: a launcher that is told to abort does not always pass on what it was given just before
-)
+# seconds: a launcher that is told to abort does not always pass on what it was given just before
+_FORWARD = 0.2
 _hooked = False
 _status = 0
 
@@ -271,6 +270,17 @@ def _abort_on_exception() -> None:
         MPI._set_abort_status = remember
 
 
+def _script(trace: Any) -> Any:
+    """Without the frames of `python -m mpi4py`, which start the script."""
+    inner = trace
+    while inner is not None:
+        names = inner.tb_frame.f_globals
+        if names.get("__name__") != "runpy" and names.get("__package__") != "mpi4py":
+            return inner
+        inner = inner.tb_next
+    return trace
+
+
 def end_job(kind: type[BaseException], value: BaseException, trace: Any) -> None:
     """Prints the exception with this rank's number and ends all ranks."""
     global _status
@@ -280,7 +290,7 @@ def end_job(kind: type[BaseException], value: BaseException, trace: Any) -> None
     if issubclass(kind, KeyboardInterrupt):
         told = f"rank {MPI.COMM_WORLD.rank}: interrupted, the job ends\n"
     else:
-        text = "".join(traceback.format_exception(kind, value, trace))
+        text = "".join(traceback.format_exception(kind, value, _script(trace)))
         told = f"rank {MPI.COMM_WORLD.rank} failed, the job ends:\n{text}"
     with contextlib.suppress(Exception):
         sys.stdout.flush()

@@ -151,6 +151,15 @@ def opening(
     )
 
 
+def after_interrupt(directory: str, step: int) -> str:
+    """What is left of a run that was interrupted."""
+    path = shlex.quote(directory)
+    return (
+        f"{directory} has the checkpoint of step {step}. To go on: mpilsgd train --resume {path}\n"
+        f"To take its centre: mpilsgd export {path} -o model.pt\n"
+    )
+
+
 def closing(summary: dict[str, Any], directory: str) -> str:
     """The summary for a reader."""
     workers = len(summary["t_wait"])
@@ -214,7 +223,7 @@ def _usage(directory: str) -> list[tuple[str, str]]:
     center = f"{directory}/checkpoint/center.pt"
     return [
         ("load the result", f"model.load_state_dict(torch.load({center!r}))"),
-        ("or as one file", f"mpilsgd export {shlex.quote(directory)} -o model.safetensors"),
+        ("or as one file", f"mpilsgd export {shlex.quote(directory)} -o model.pt"),
     ]
 
 

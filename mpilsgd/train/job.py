@@ -19,7 +19,7 @@ from mpilsgd.train import devices, optimizers, problem
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.command_line import ConfigError, parse
 from mpilsgd.train.config import FIELDS, Config, default_output
-from mpilsgd.train.display import Display, closing, opening
+from mpilsgd.train.display import Display, after_interrupt, closing, opening
 from mpilsgd.train.loop import Trainer
 from mpilsgd.train.options import enlist, keyword_arguments, method_options, methods, names_of, required
 from mpilsgd.train.outlet import lasting_output
@@ -106,6 +106,10 @@ def _main(argv: Sequence[str], base: Topology) -> int:
         raise
     except InputError as error:  # of data that are read as they are needed; perhaps on this rank alone
         raise Stopped(str(error)) from None
+    except KeyboardInterrupt:
+        if rank == 0 and (step := directory.saved_step()) is not None:
+            sys.stderr.write(after_interrupt(str(directory.path), step))
+        raise
     finally:
         heartbeat.stop()
     heartbeat.free()

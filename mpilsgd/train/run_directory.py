@@ -264,6 +264,10 @@ class RunDirectory:
             told = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: is nothing that this version of torch can load: {told}") from error
 
+    def saved_step(self) -> int | None:
+        """Of the last checkpoint, if there is one."""
+        return manifest.read(self.manifest).step if self.manifest.is_file() else None
+
     def check_config(self) -> None:
         """Whether config.yaml is what the run was told.
 

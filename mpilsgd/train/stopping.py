@@ -38,7 +38,7 @@ def no_silent_exit() -> Iterator[None]:
     def leave_aloud(status: int) -> NoReturn:
         os._exit = leave
         if os.getpid() == own:
-            caller = "".join(traceback.format_stack(sys._getframe(1)))
+            caller = "".join(traceback.format_stack(sys._getframe(1), limit=10))
             end_job(RuntimeError, RuntimeError(f"os._exit({status}) was called\n{caller}"), None)
         leave(status)  # a forked child
 

@@ -272,11 +272,12 @@ def test_a_foreign_file_in_the_manifest_s_own_name_is_refused(
 EXITS = """
 import os, sys
 from mpi4py import MPI
+def interrupt(_): raise KeyboardInterrupt
 class Net(torch.nn.Linear):
     calls = 0
     def forward(self, x):
         self.calls += self.training
-        if MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1 and self.calls == {call}: {leave}(0)
+        if MPI.COMM_WORLD.rank in {ranks} and self.calls == {call}: {leave}(0)
         return super().forward(x.flatten(1))
 def net():
     return Net(64, 10)
@@ -290,8 +291,20 @@ def test_a_model_that_ends_its_rank_ends_the_job(
     leave: str, call: int, folder: Path, module: Callable[[str], str]
 ) -> None:
     """Though it calls that a success: the others would wait for it for ever, or be killed without a word."""
-    name = module(EXITS.format(leave=leave, call=call))
+    name = module(EXITS.format(ranks=[1], leave=leave, call=call))
     script = "import sys\nfrom mpilsgd.train import job\nsys.exit(job.main(sys.argv[1:]))\n"
     ended = launch(folder, script, "--model", f"{name}:net", "--steps", 4, "--output", folder / "run")
     said = {"sys.exit": "SystemExit: 0", "os._exit": "os._exit(0) was called"}[leave]
     assert ended.status not in (0, 124) and "rank 1 failed" in ended.err and said in ended.err, ended
+    assert "runpy" not in ended.err, ended  # what starts the script is none of its user's frames
+
+
+@pytest.mark.ranks(2)
+def test_who_interrupts_a_run_learns_what_is_left(folder: Path, module: Callable[[str], str]) -> None:
+    name = module(EXITS.format(ranks=[0, 1], leave="interrupt", call=3))
+    script = "import sys\nfrom mpilsgd.train import job\nsys.exit(job.main(sys.argv[1:]))\n"
+    ended = launch(folder, script, "--model", f"{name}:net", "--steps", 4, "--output", folder / "run")
+    assert ended.status not in (0, 124) and "interrupted, the job ends" in ended.err, ended
+    assert f"mpilsgd train --resume {folder / 'run'}" in ended.err and "checkpoint of step 0" in ended.err, (
+        ended
+    )

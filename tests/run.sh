@@ -127,7 +127,7 @@ tasks() { # tasks RANKS[xNODES]: what tests methods at several ranks, with ranks
   for one in every_method identities tree across_dtype few_bits; do paths+=("tests/mpi/test_$one.py"); done
   export MPILSGD_TEST_TASKS=$1
   run "$1 tasks" "$PY" -m pytest -q -p no:cacheprovider -p no:pytest_mpi "${select_tests[@]}" \
-    -k "$equalities or few_bits" \
+    -k "$equalities or few_bits${all:+ or identities}" \
     ${options[@]+"${options[@]}"} "${paths[@]}"
   unset MPILSGD_TEST_TASKS
 }

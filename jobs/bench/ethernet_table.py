@@ -16,7 +16,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from mpilsgd.train.figures import DASHES, FAINT, PALETTE, STYLE
+from mpilsgd.colors import FAINT, PALETTE
+from mpilsgd.train.figure_style import DASHES, STYLE
 
 PEERS = {
     "ddp": "DistributedDataParallel",

@@ -32,7 +32,7 @@ from mpilsgd.comm import Topology
 from mpilsgd.train import data, models, optimizers
 from mpilsgd.train.command_line import parse
 from mpilsgd.train.evaluation import evaluate
-from mpilsgd.train.loop import steps_of
+from mpilsgd.train.events import steps_of
 from mpilsgd.train.run_directory import RunDirectory
 from mpilsgd.train.sampling import Sampler
 

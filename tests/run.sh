@@ -11,7 +11,7 @@
 #   --all         also what is left out for time, as it says little that is new: the tests that are marked `brief` with
 #                 no number of ranks; what goes by nodes with 4 ranks on two emulated ones; 3 ranks on one node;
 #                 life cycles at 4 ranks; asynchrony and faults on the second MPI; trees of 5 to 21 ranks;
-#                 4 tasks on two nodes in place of 2; every method on the emulated device, some of them with 4 ranks on
+#                 4 tasks on two nodes in place of 2, and the identities with them; every method on the emulated device, some of them with 4 ranks on
 #                 two nodes
 #   --slow NAME   instead of these, the long tests whose name contains NAME (as pytest's -k), at MPILSGD_RANKS (4) ranks
 #
@@ -59,9 +59,10 @@ sweep() {
     grep -qsF "$file" /proc/[0-9]*/maps || rm -f "$file"
   done
 }
+lanes=() # process groups in the background
 scratch=$(mktemp -d)
 touch "$scratch/start"
-trap 'for one in ${lanes[@]+"${lanes[@]}"}; do kill -INT -- "-$one" 2>/dev/null && wait "$one" || true; done; sweep; rm -rf "$scratch"' EXIT
+trap 'end_lanes; sweep; rm -rf "$scratch"' EXIT
 trap 'exit 130' INT TERM
 record=$scratch/record
 mkdir "$record"
@@ -172,12 +173,20 @@ equalities="simulation or oracle or uninterrupted or replay"
 equal=$([[ -n $all || -n $slow ]] || echo "$equalities")
 
 LIMIT=1200
-lanes=() # process groups in the background: the parts below take one core, wait much, and go beside each other
-lane() { # lane COMMAND: its output comes when the foreground is through
+lane() { # lane COMMAND, in the background: it takes one core and waits much. Its output comes after the foreground's
   set -m
-  "$1" >"$scratch/$1.lane" 2>&1 </dev/null &
+  {
+    trap 'exit 130' INT TERM # what it runs catches a signal and ends by itself
+    "$1"
+  } >"$scratch/$1.lane" 2>&1 </dev/null &
   lanes+=("$!")
   set +m
+}
+end_lanes() { # an interrupt: they take down what they have set up
+  local one
+  trap '' INT TERM
+  for one in ${lanes[@]+"${lanes[@]}"}; do kill -INT -- "-$one" 2>/dev/null || true; done
+  for one in ${lanes[@]+"${lanes[@]}"}; do wait "$one" || true; done
 }
 one_process() { # but for the unit tests
   [[ " ${parts[*]} " == " cluster " || $(uname) != Linux ]] || device
@@ -204,7 +213,9 @@ if [[ " ${parts[*]} " == *" unit "* ]]; then
   unit
   [[ -z $slow ]] || unit rest
 fi
-for one in ${lanes[@]+"${lanes[@]}"}; do wait "$one" || true; done
+for one in ${lanes[@]+"${lanes[@]}"}; do
+  wait "$one" || echo "$?" >"$record/the part beside with process $one.status"
+done
 lanes=()
 for one in "$scratch"/*.lane; do [[ ! -f $one ]] || cat "$one"; done
 if [[ " ${parts[*]} " == *" mpi "* && -n $slow ]]; then

@@ -69,7 +69,10 @@ def over_seeds(runs: list[dict[str, Any]], speed: str, metric: str) -> list[dict
     keys = {"step": "step", "wall_s": "wall_s", "t_comm": "t_comm", "value": metric}
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
-        kinds.setdefault((run["label"], run["rate"]), []).append(run)
+        if not run["diverged"] and any(row.get(metric) is None for row in run["rows"]):
+            print(f"{speed}, {run['label']}: its rows have no {metric}")
+        else:
+            kinds.setdefault((run["label"], run["rate"]), []).append(run)
     means = []
     for same in kinds.values():
         if lost := sum(run["diverged"] for run in same):
@@ -89,7 +92,7 @@ def over_seeds(runs: list[dict[str, Any]], speed: str, metric: str) -> list[dict
 def best_of(runs: list[dict[str, Any]], value: float | None) -> tuple[float, list[dict[str, Any]]]:
     """The value to come to (DistributedDataParallel's lowest, if none is given), and each method at its best rate."""
     reference = [run for run in runs if run["label"] == PEERS["ddp"]] or runs
-    target = value or min(run["lowest"] for run in reference)
+    target = value if value is not None else min(run["lowest"] for run in reference)
     for run in runs:
         run["seconds"] = seconds_to(target, run["rows"])
     runs.sort(key=lambda run: (run["seconds"], run["lowest"]))

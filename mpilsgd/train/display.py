@@ -151,12 +151,11 @@ def opening(
     )
 
 
-def after_interrupt(directory: str, step: int) -> str:
-    """What is left of a run that was interrupted."""
-    path = shlex.quote(directory)
+def after_interrupt(directory: str, step: int, again: str) -> str:
+    """What is left of a run that was interrupted. again: the command that goes on."""
     return (
-        f"{directory} has the checkpoint of step {step}. To go on: mpilsgd train --resume {path}\n"
-        f"To take its centre: mpilsgd export {path} -o model.pt\n"
+        f"{directory} has the checkpoint of step {step}. To go on: {again}\n"
+        f"To take its centre: mpilsgd export {shlex.quote(directory)} -o model.pt\n"
     )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,8 @@ from mpilsgd.train.stopping import no_silent_exit
 from mpilsgd.train.stragglers import parse_slow
 from mpilsgd.train.together import FAILED, TO_BE_RESUMED, Stopped, all_here, on_first, together
 from mpilsgd.train.tree_text import summary_line
+
+_TO_SAY = 2.0  # seconds for rank 0 before another rank ends the job
 
 
 @lasting_output()
@@ -107,8 +110,12 @@ def _main(argv: Sequence[str], base: Topology) -> int:
     except InputError as error:  # of data that are read as they are needed; perhaps on this rank alone
         raise Stopped(str(error)) from None
     except KeyboardInterrupt:
-        if rank == 0 and (step := directory.saved_step()) is not None:
-            sys.stderr.write(after_interrupt(str(directory.path), step))
+        with contextlib.suppress(Exception):  # an output that is closed, for one
+            if rank:
+                time.sleep(_TO_SAY)
+            elif (step := directory.saved_step()) is not None:
+                again = command_of(["--resume", str(directory.path)], size)
+                sys.stderr.write(after_interrupt(str(directory.path), step, again))
         raise
     finally:
         heartbeat.stop()

@@ -40,7 +40,8 @@ def no_silent_exit() -> Iterator[None]:
         if os.getpid() == own:
             caller = "".join(traceback.format_stack(sys._getframe(1), limit=10))
             end_job(RuntimeError, RuntimeError(f"os._exit({status}) was called\n{caller}"), None)
-        leave(status)  # a forked child
+            status = status or 1
+        leave(status)
 
     os._exit = leave_aloud
     try:

@@ -56,13 +56,13 @@ def sent_twice() -> int:
 
 
 def settled(topology: mpilsgd.Topology, interface: str) -> int:
-    """`received` when nothing is under way: no host's has grown by a tenth of a megabyte between two meetings.
+    """`received` when nothing is under way: no host's has grown by more than 20 kB between two meetings.
 
     A meeting also drives the messages that MPI has accepted and not yet sent; its own bytes are few.
     """
     before, now = -(10**9), received(interface)
-    while max(topology.allgather(now - before)) > 100_000:
-        time.sleep(0.1)
+    while max(topology.allgather(now - before)) > 20_000:
+        time.sleep(0.2)
         before, now = now, received(interface)
     return now
 

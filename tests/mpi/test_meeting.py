@@ -84,6 +84,14 @@ def test_two_threads_meet_apart() -> None:
     check_together(errors)
 
 
+@pytest.mark.ranks(2)
+def test_a_traceback_begins_in_the_script(tmp_path: Path) -> None:
+    """Not in what starts it."""
+    ended = job(tmp_path, "import mpilsgd\nmpilsgd.Topology()\nraise ValueError('is wrong')\n")
+    assert "ValueError: is wrong" in ended.err and "script.py" in ended.err, str(ended)
+    assert "runpy" not in ended.err and "mpi4py" not in ended.err, str(ended)
+
+
 LOST = """
 import os, signal, sys, time
 import torch, mpilsgd

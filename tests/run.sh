@@ -193,7 +193,6 @@ one_process() { # but for the unit tests
   [[ " ${parts[*]} " != *" mpi "* ]] || without=train all_ranks 1
   [[ " ${parts[*]} " == *" unit "* ]] || return 0
   unit rest
-  if [[ -z $all ]]; then tasks 2; else tasks 4x2; fi
   [[ $(uname) != Linux ]] || emulated
 }
 cluster() {
@@ -205,9 +204,13 @@ cluster() {
     say "MPICH: none here and none to be had, so several hosts and Slurm are not tested"
   fi
 }
+hosts_and_tasks() {
+  [[ " ${parts[*]} " != *" cluster "* ]] || cluster
+  [[ " ${parts[*]} " != *" unit "* ]] || tasks "${all:+4x}2"
+}
 if [[ -z $slow ]]; then
-  [[ " ${parts[*]} " != *" cluster "* ]] || lane cluster
   lane one_process
+  lane hosts_and_tasks
 fi
 if [[ " ${parts[*]} " == *" unit "* ]]; then
   unit

@@ -11,8 +11,8 @@
 #   --all         also what is left out for time, as it says little that is new: the tests that are marked `brief` with
 #                 no number of ranks; what goes by nodes with 4 ranks on two emulated ones; 3 ranks on one node;
 #                 life cycles at 4 ranks; asynchrony and faults on the second MPI; trees of 5 to 21 ranks;
-#                 4 tasks on two nodes in place of 2, and the identities with them; every method on the emulated device, some of them with 4 ranks on
-#                 two nodes
+#                 4 tasks on two nodes in place of 2, and the identities with them; every method on the emulated
+#                 device, some of them with 4 ranks on two nodes
 #   --slow NAME   instead of these, the long tests whose name contains NAME (as pytest's -k), at MPILSGD_RANKS (4) ranks
 #
 # The last line is "N passed, N failed, N skipped" over all runs; the status is not 0 if any test failed, hung, died or
@@ -59,7 +59,13 @@ sweep() {
     grep -qsF "$file" /proc/[0-9]*/maps || rm -f "$file"
   done
 }
-lanes=() # process groups in the background
+lanes=()     # process groups in the background
+end_lanes() { # an interrupt: they take down what they have set up
+  local one
+  trap '' INT TERM
+  for one in ${lanes[@]+"${lanes[@]}"}; do kill -INT -- "-$one" 2>/dev/null || true; done
+  for one in ${lanes[@]+"${lanes[@]}"}; do wait "$one" || true; done
+}
 scratch=$(mktemp -d)
 touch "$scratch/start"
 trap 'end_lanes; sweep; rm -rf "$scratch"' EXIT
@@ -181,12 +187,6 @@ lane() { # lane COMMAND, in the background: it takes one core and waits much. It
   } >"$scratch/$1.lane" 2>&1 </dev/null &
   lanes+=("$!")
   set +m
-}
-end_lanes() { # an interrupt: they take down what they have set up
-  local one
-  trap '' INT TERM
-  for one in ${lanes[@]+"${lanes[@]}"}; do kill -INT -- "-$one" 2>/dev/null || true; done
-  for one in ${lanes[@]+"${lanes[@]}"}; do wait "$one" || true; done
 }
 one_process() { # but for the unit tests
   [[ " ${parts[*]} " == " cluster " || $(uname) != Linux ]] || device

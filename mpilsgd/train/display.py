@@ -6,6 +6,7 @@ import shlex
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -151,10 +152,16 @@ def opening(
     )
 
 
-def after_interrupt(directory: str, step: int, again: str) -> str:
-    """What is left of a run that was interrupted. again: the command that goes on."""
+def command_of(argv: Sequence[str], ranks: int) -> str:
+    """The command that trains so, for a reader; the launcher's own options are not known."""
+    launcher = [] if ranks == 1 else ["mpiexec", "-n", str(ranks)]
+    return shlex.join([*launcher, "mpilsgd", "train", *argv])
+
+
+def after_interrupt(directory: str, step: int, ranks: int) -> str:
+    """What is left of a run that was interrupted."""
     return (
-        f"{directory} has the checkpoint of step {step}. To go on: {again}\n"
+        f"{directory} has the checkpoint of step {step}. To go on: {command_of(['--resume', directory], ranks)}\n"
         f"To take its centre: mpilsgd export {shlex.quote(directory)} -o model.pt\n"
     )
 

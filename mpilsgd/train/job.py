@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import shlex
 import sys
 import time
 import warnings
@@ -20,7 +19,7 @@ from mpilsgd.train import devices, optimizers, problem
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.command_line import ConfigError, parse
 from mpilsgd.train.config import FIELDS, Config, default_output
-from mpilsgd.train.display import Display, after_interrupt, closing, opening
+from mpilsgd.train.display import Display, after_interrupt, closing, command_of, opening
 from mpilsgd.train.loop import Trainer
 from mpilsgd.train.options import enlist, keyword_arguments, method_options, methods, names_of, required
 from mpilsgd.train.outlet import lasting_output
@@ -114,8 +113,7 @@ def _main(argv: Sequence[str], base: Topology) -> int:
             if rank:
                 time.sleep(_TO_SAY)
             elif (step := directory.saved_step()) is not None:
-                again = command_of(["--resume", str(directory.path)], size)
-                sys.stderr.write(after_interrupt(str(directory.path), step, again))
+                sys.stderr.write(after_interrupt(str(directory.path), step, size))
         raise
     finally:
         heartbeat.stop()
@@ -127,12 +125,6 @@ def _main(argv: Sequence[str], base: Topology) -> int:
         raise Stopped(str(error), FAILED) from None
     topology.free()
     return 0
-
-
-def command_of(argv: Sequence[str], ranks: int) -> str:
-    """The command that trains so, for a reader; the launcher's own options are not known."""
-    launcher = [] if ranks == 1 else ["mpiexec", "-n", str(ranks)]
-    return shlex.join([*launcher, "mpilsgd", "train", *argv])
 
 
 def _refuse_singletons(base: Topology) -> None:

@@ -18,7 +18,7 @@ from mpilsgd.train import checkpoint, devices, diverging
 from mpilsgd.train.batches import Batches
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.config import Config
-from mpilsgd.train.display import Display
+from mpilsgd.train.display import Display, command_of
 from mpilsgd.train.evaluation import Result, evaluate
 from mpilsgd.train.events import Event, events_between, steps_of
 from mpilsgd.train.gradient import Gradient
@@ -139,11 +139,8 @@ class Trainer:
         self.checkpoints.finish()
         on_first(self.topology, self.directory.interrupted.touch, status=FAILED)
         self._stop.free()
-        again = "mpilsgd train" if self.size == 1 else f"mpiexec -n {self.size} mpilsgd train"
-        raise Stopped(
-            f"ended by a signal at step {name}; it goes on with: {again} --resume {self.directory.path}",
-            TO_BE_RESUMED,
-        )
+        again = command_of(["--resume", str(self.directory.path)], self.size)
+        raise Stopped(f"ended by a signal at step {name}; it goes on with: {again}", TO_BE_RESUMED)
 
     def _settle(self) -> None:
         """An exchange behind the last steps is a part of training."""

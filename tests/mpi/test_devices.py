@@ -32,7 +32,7 @@ from mpilsgd import devices, kernels
 from mpilsgd.comm import inquiry
 from mpilsgd.extension import core, device_of
 from mpilsgd.transport import Fabric, SharedMemoryWarning, probe
-from mpilsgd.transport.devices import DeviceWindow, Order
+from mpilsgd.transport.devices import DeviceWindow, DeviceWindows, Order
 from mpilsgd.transport.probe import DevicePathWarning
 
 pytestmark = [pytest.mark.mpi, pytest.mark.gpu]
@@ -57,6 +57,26 @@ def test_vectors_are_read_where_they_lie() -> None:
             waited = {name: n for name, n in calls.items() if "Synchronize" in name}
             assert not moved, calls
             assert not waited, calls
+
+
+@only_emulated
+def test_vectors_are_freed_when_no_stream_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank waits for its own, which may read the others' vectors, before the first of them goes."""
+    free, free_one, waited = DeviceWindows.free, DeviceWindow.free, list[int]()
+
+    def freed(place: DeviceWindows) -> None:
+        core.emulated.clear()
+        free(place)
+
+    def one_freed(window: DeviceWindow) -> None:
+        waited.append(sum(n for call, n in core.emulated.log().items() if "Synchronize" in call))
+        free_one(window)
+
+    monkeypatch.setattr(DeviceWindows, "free", freed)
+    monkeypatch.setattr(DeviceWindow, "free", one_freed)
+    with running(BY_NAME["LSGD-after-step"], TanhNet(), SGD, LAYOUTS[0], device="cuda") as run:
+        run.run(2)
+    check_together([] if waited and all(waited) else [f"waits before each was freed: {waited}"])
 
 
 def test_a_common_vector_is_one_a_node() -> None:

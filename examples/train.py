@@ -18,7 +18,7 @@ for _ in range(10):  # epochs
         loss = torch.nn.functional.cross_entropy(model(inputs), targets)
         loss.backward()
         opt.step(loss=loss)  # a local step; after every 10th, a pull to the leader
-with opt.center():  # all ranks enter; inside, the model holds the centre
+with opt.center():  # all ranks enter, equally often; inside, the model holds the centre
     if rank == 0:
         print(f"test error {100 * (model(x[10_000:]).argmax(1) != y[10_000:]).float().mean():.1f} %")
         torch.save(model.state_dict(), "model.pt")  # plain torch loads it

@@ -155,7 +155,7 @@ def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], metric: str, pat
             axis.set_xlabel("training time [s]")
         axes[0].set_ylabel("test error [%]" if metric == "test_error" else words(metric))
         figure.legend([lines[label] for label in labels], labels, loc="outside upper center", ncols=columns)
-        figure.savefig(path)
+        figure.savefig(path, bbox_inches="tight")  # long labels are wider than the axes
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from mpilsgd.comm.baton import Deadlock, WorkerFailed
 from mpilsgd.comm.bell import Bell
 from mpilsgd.comm.channel import Channel
 from mpilsgd.comm.counting import Counter, Progress, progresses_alone, thread_problem
+from mpilsgd.comm.ending import Refused, end_job, exit_status
 from mpilsgd.comm.heartbeat import Heartbeat
 from mpilsgd.comm.inprocess import in_process
 from mpilsgd.comm.links import Edge, Inbox, Links, Outbox, Slot, tag_problem
@@ -19,7 +20,7 @@ from mpilsgd.comm.onesided import Turns
 from mpilsgd.comm.shards import Shard, Shards
 from mpilsgd.comm.snapshots import Snapshots
 from mpilsgd.comm.standstill import Place
-from mpilsgd.comm.topology import Refused, Topology, end_job, exit_status
+from mpilsgd.comm.topology import Topology
 from mpilsgd.comm.waiting import Background, clock, complete, pause, reads, result, seconds, wait_until
 from mpilsgd.comm.windows import Window, free_shared_memory
 

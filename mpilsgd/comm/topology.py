@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import sys
-import time
-import traceback
 from typing import Any
 
 import torch
 
 from mpilsgd.comm.channel import Channel
+from mpilsgd.comm.ending import Refused, abort_on_exception
 from mpilsgd.comm.mpi import MPI, here
 
 ACROSS: dict[Any, torch.dtype | str] = {
@@ -21,10 +18,6 @@ ACROSS: dict[Any, torch.dtype | str] = {
     "int8": "int8",
     "int4": "int4",
 }
-
-
-class Refused(ValueError):
-    """What is wrong on any rank, raised on every one."""
 
 
 class Topology:
@@ -78,7 +71,7 @@ class Topology:
             raise TypeError(f"comm must be an mpi4py communicator of these ranks, not {comm!r}")
         self.world = (MPI.COMM_WORLD if comm is None else comm).Dup()
         if self.world.size > 1 and here.rank.is_process:
-            _abort_on_exception()
+            abort_on_exception()
         self.shared, self._rank = shared, here.rank
         self.node = self.world.Split_type(MPI.COMM_TYPE_SHARED, key=self.world.rank)
         try:
@@ -142,10 +135,10 @@ class Topology:
         """Raises the same ValueError on every rank if any rank brings an error: no rank is left behind."""
         errors = self.world.allgather(error)
         told = {e for e in errors if e is not None}
-        if len(told) == 1 and None not in errors:
-            raise Refused(told.pop())
         if told:
-            raise Refused("; ".join(f"rank {r}: {e}" for r, e in enumerate(errors) if e is not None))
+            alike = len(told) == 1 and None not in errors
+            every = "; ".join(f"rank {r}: {e}" for r, e in enumerate(errors) if e is not None)
+            raise Refused(told.pop() if alike else every, quiet=self.world.rank > 0)
 
     def gather(self, item: Any) -> list[Any] | None:
         """Every rank's item, in rank order, on rank 0; None elsewhere."""
@@ -234,67 +227,3 @@ def _group_size_error(group_size: int | None, node_size: int) -> str | None:
     if group_size > node_size:
         return f"group_size={group_size} does not fit: this node has {node_size} rank(s) and a group lies within a node"
     return None
-
-
-# seconds: a launcher that is told to abort does not always pass on what it was given just before
-_FORWARD = 0.2
-_hooked = False
-_status = 0
-
-
-def exit_status() -> int:
-    """Not 0 once this program is known to end in an error."""
-    return _status
-
-
-def _abort_on_exception() -> None:
-    """An exception on one rank ends the whole job at once, as under `python -m mpi4py`.
-
-    Also remembers a failing exit status, so that no exit handler waits for ranks that are being aborted.
-    """
-    global _hooked
-    if _hooked:
-        return
-    _hooked = True
-
-    sys.excepthook = end_job
-    set_status = getattr(MPI, "_set_abort_status", None)  # what `python -m mpi4py` tells of sys.exit(n)
-
-    def remember(status: Any) -> None:
-        global _status
-        _status = status if isinstance(status, int) else int(status is not None)
-        if set_status is not None:
-            set_status(status)
-
-    if set_status is not None:
-        MPI._set_abort_status = remember
-
-
-def _script(trace: Any) -> Any:
-    """Without the frames of `python -m mpi4py`, which start the script."""
-    inner = trace
-    while inner is not None:
-        names = inner.tb_frame.f_globals
-        if names.get("__name__") != "runpy" and names.get("__package__") != "mpi4py":
-            return inner
-        inner = inner.tb_next
-    return trace
-
-
-def end_job(kind: type[BaseException], value: BaseException, trace: Any) -> None:
-    """Prints the exception with this rank's number and ends all ranks."""
-    global _status
-    if not here.rank.is_process:
-        raise value  # from the task
-    _status = 1
-    if issubclass(kind, KeyboardInterrupt):
-        told = f"rank {MPI.COMM_WORLD.rank}: interrupted, the job ends\n"
-    else:
-        text = "".join(traceback.format_exception(kind, value, _script(trace)))
-        told = f"rank {MPI.COMM_WORLD.rank} failed, the job ends:\n{text}"
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.write(told)
-        sys.stderr.flush()
-        time.sleep(_FORWARD)
-    MPI.COMM_WORLD.Abort(130 if issubclass(kind, KeyboardInterrupt) else 1)

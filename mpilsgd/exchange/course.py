@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from mpilsgd import sealed
-from mpilsgd.comm import Counter, Progress, Refused, Topology, progresses_alone, thread_problem
+from mpilsgd.comm import Counter, Progress, Topology, progresses_alone, thread_problem
 from mpilsgd.fields import choice, fields_of, path
 from mpilsgd.transport import Fabric
 
@@ -239,8 +239,7 @@ class Course:
             except (OSError, ValueError) as problem:
                 error = f"replay={os.fspath(path)}: {problem}"
         error = self._topology.broadcast(error)
-        if error is not None:
-            raise Refused(error)
+        self._topology.agree(error)
         found = self._topology.broadcast(found)
         ranks = found["ranks"]
         return {**ranks[self._topology.world.rank], "all": [row["events"] for row in ranks]}

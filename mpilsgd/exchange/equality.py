@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mpilsgd.comm import Refused, Topology
+from mpilsgd.comm import Topology
 from mpilsgd.comm.mpi import here
 from mpilsgd.flat import FlatParameters, check_free
 from mpilsgd.layout import Plan, canonical, first_difference
@@ -34,14 +34,14 @@ def laid_out(
     if not here.rank.is_process:
         every = [own for ids in topology.allgather({id(p) for p in parameters}) for own in ids]
         if len(set(every)) < len(every):
-            raise Refused(
+            topology.agree(
                 "the workers share parameters: make the model inside the worker function, for each its own"
             )
     models = topology.allgather(plan.digest())
     if len(set(models)) > 1:
         every = topology.allgather(plan.described())
         other = next(r for r, model in enumerate(models) if model != models[0])
-        raise Refused(f"the models differ: {first_difference(every[0], every[other], other)}")
+        topology.agree(f"the models differ: {first_difference(every[0], every[other], other)}")
     return plan
 
 
@@ -59,7 +59,7 @@ def agreed(topology: Topology, method: str, plan: Plan, settings: dict[str, Any]
             if rows[0].get(k) != row.get(k)
         ]
         if unequal:
-            raise Refused("the settings differ: " + ", ".join(unequal))
+            topology.agree("the settings differ: " + ", ".join(unequal))
     layout = {
         "nodes": topology.allgather(topology.node.rank),
         "groups": topology.groups,

@@ -26,6 +26,9 @@ class Worker(Wrapper):
     """
 
     replaced = ""  # by a method that wraps the same parameters: told where it is used all the same
+    # rounds so far when all last rested; this worker's step if others had ended there; whether it was told of that
+    rested = left = 0
+    told = False
 
     if TYPE_CHECKING:
         # what `setup` makes, and a rule's values

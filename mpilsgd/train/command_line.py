@@ -17,13 +17,13 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from mpilsgd.train.callables import InputError
 from mpilsgd.train.config import DEFAULT_EPOCHS, FIELDS, RESUMABLE, Config
 from mpilsgd.train.options import (
-    NO_DEFAULT,
     MethodOption,
     describe,
     enlist,
     match,
     method_options,
     methods,
+    shown,
     suggestion,
 )
 from mpilsgd.train.run_directory import RunDirectory
@@ -54,7 +54,8 @@ def parse(argv: Sequence[str]) -> Config:
     hints = {**_hints(), **{key: option.type for key, option in options.items()}}
     argv = _regular(argv, hints)
     if {"-h", "--help"} & set(argv):
-        _parser(options).print_help()
+        named = [match(str(name), methods()) for name in _named_methods(argv) if name]
+        _parser(method_options(FIELDS, *named[-1:])).print_help()
         raise SystemExit(0)
     values, from_files, mistakes = _collect(argv, hints)
     own = {key: values.pop(key) for key in list(values) if key in options}
@@ -108,7 +109,7 @@ def _parser(options: dict[str, MethodOption]) -> ArgumentParser:
                 _add_method_options(parser, options)
             groups[title] = parser.add_argument_group(title)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        text = field.metadata["help"].replace("{methods}", ", ".join(methods())) + f" [{_shown(default)}]"
+        text = field.metadata["help"].replace("{methods}", ", ".join(methods())) + f" [{shown(default)}]"
         groups[title].add_argument(
             f"--{field.name}",
             type=hints[field.name],
@@ -120,12 +121,13 @@ def _parser(options: dict[str, MethodOption]) -> ArgumentParser:
 
 
 def _add_method_options(parser: ArgumentParser, options: dict[str, MethodOption]) -> None:
+    every = {cls for option in options.values() for cls in option.defaults}
     group = parser.add_argument_group("Options of the method")
     for key, option in sorted(options.items(), key=lambda item: -len(item[1].defaults)):
         defaults: dict[str, list[str]] = {}
         for cls, default in option.defaults.items():
-            defaults.setdefault(_shown(default), []).append(cls)
-        owners = "all" if len(option.defaults) == len(methods()) else ", ".join(option.defaults)
+            defaults.setdefault(shown(default), []).append(cls)
+        owners = "all" if len(option.defaults) == len(every) else ", ".join(option.defaults)
         one = len(defaults) == 1
         told = "; ".join(value if one else f"{', '.join(who)}: {value}" for value, who in defaults.items())
         group.add_argument(
@@ -133,9 +135,9 @@ def _add_method_options(parser: ArgumentParser, options: dict[str, MethodOption]
             type=option.type,
             default=argparse.SUPPRESS,
             metavar=_placeholder(key, option.type),
-            help=f"{owners if len(option.helps) == 1 else ''}: {option.help} [{told}]".lstrip(": ").replace(
-                "%", "%%"
-            ),
+            help=f"{owners if len(option.helps) == 1 < len(every) else ''}: {option.help} [{told}]".lstrip(
+                ": "
+            ).replace("%", "%%"),
         )
 
 
@@ -153,14 +155,6 @@ class _Help(DefaultHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         value = "" if action.dest in ("help", "print_config") else f" {action.metavar}"
         return "-h, --help" if action.dest == "help" else f"{action.option_strings[0]}{value}"
-
-
-def _shown(default: Any) -> str:
-    if default is NO_DEFAULT:
-        return "has to be given"
-    if default is None or isinstance(default, bool):
-        return {None: "null", True: "true", False: "false"}[default]
-    return f"{default:g}" if isinstance(default, float) else "none" if default == [] else str(default)
 
 
 def _placeholder(name: str, hint: Any) -> str:

@@ -68,7 +68,8 @@ class Config:
     loss: str = _option(
         "auto",
         "Task",
-        f"{', '.join(LOSSES)} or {PATH} (given outputs, targets); auto: cross_entropy, mse for tables of numbers",
+        f"{', '.join(LOSSES)} or {PATH} (given outputs, targets); auto: mse for floating-point targets in memory, "
+        "else cross_entropy",
     )
     metrics: str | None = _option(
         None,
@@ -205,6 +206,12 @@ class Config:
         """Those of the method's options that have another value than their default."""
         usual = self._defaults()
         return {k: v for k, v in self.method_options.items() if k not in usual or v != usual[k]}
+
+    @property
+    def shown_options(self) -> dict[str, Any]:
+        """These, and the period where nothing else says when exchanges come."""
+        found, period = self.set_options, self._defaults().get("period")
+        return found if period is None or "until_grad_norm" in found else {"period": period, **found}
 
     def _defaults(self) -> dict[str, Any]:
         """The method's options with their defaults; without those that have none."""

@@ -136,7 +136,7 @@ def opening(
     """What will be done, in two lines; a third where ranks are slowed down."""
     sizes = sorted({len(group) for group in groups})
     of = "" if len(groups) == 1 else f" in {len(groups)} groups of {' or '.join(map(str, sizes))}"
-    options = "".join(f" {key}={value}" for key, value in config.set_options.items())
+    options = "".join(f" {key}={value}" for key, value in config.shown_options.items())
     size, of_data = f"({parameters} parameters)", "" if samples is None else f" ({samples} samples)"
     what = (
         f"{config.task} {size}{of_data}"

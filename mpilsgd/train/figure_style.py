@@ -92,11 +92,14 @@ def figure_text(seconds: float) -> str:
 
 
 def legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    columns = max(1, min(len(labels), 110 // (8 + max(map(len, labels)))))
+    more = -(-len(labels) // columns) - 2  # lines, for which the figure has no room yet
+    figure.set_figheight(figure.get_figheight() + 0.24 * max(more, 0))
     figure.legend(
         handles,
         labels,
         loc="outside upper center",
-        ncols=max(1, min(len(labels), 110 // (8 + max(map(len, labels))))),
+        ncols=columns,
         handlelength=2.4,
     )
 

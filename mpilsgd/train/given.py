@@ -106,7 +106,7 @@ def _labels(dataset: Any, where: str, loss: str) -> torch.Tensor | None:
         raise DataError(f"{where}: {len(pair[0])} inputs, but {len(found)} labels")
     if loss == "mse":
         return found.float() if not found.is_floating_point() else found
-    if loss not in ("auto", "cross_entropy"):
+    if loss not in ("auto", "cross_entropy") or (loss == "auto" and found.is_floating_point()):
         return found
     if found.is_floating_point() or (loss == "auto" and found.dim() != 1):
         raise DataError(

@@ -60,11 +60,11 @@ def enlist(name: Any) -> None:
     _users[name] = cls
 
 
-def method_options(reserved: Iterable[str] = ()) -> dict[str, MethodOption]:
-    """Every option of any method, by its name on the command line; reserved names get the prefix `method_`."""
+def method_options(reserved: Iterable[str] = (), only: str | None = None) -> dict[str, MethodOption]:
+    """Every option of any method, or of one, by its name on the command line; reserved names begin with `method_`."""
     reserved = set(reserved)
     options: dict[str, MethodOption] = {}
-    for known_as, cls in methods().items():
+    for known_as, cls in ((name, cls) for name, cls in methods().items() if only in (None, name)):
         for name, one in cls.fields.items():
             if _is_code(one.type):
                 continue
@@ -130,6 +130,15 @@ def describe(hint: Any) -> str:
     if typing.get_origin(hint) is list:
         return "a list such as [30, 40]"
     return " or ".join(describe(argument) for argument in arguments) or "another value"
+
+
+def shown(default: Any) -> str:
+    """A default, in the help."""
+    if default is NO_DEFAULT:
+        return "has to be given"
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return f"{default:g}" if isinstance(default, float) else "none" if default == [] else str(default)
 
 
 def _parser_type(hint: Any) -> Any:

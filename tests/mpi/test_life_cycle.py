@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -250,6 +251,44 @@ def test_batch_norm_averaged(case: Case) -> None:
         assert all(torch.equal(own, other) for other in WORLD.allgather(own))
         assert (model[0].running_var > 0).all()
     opt.close()
+    topo.free()
+
+
+@pytest.mark.parametrize(
+    "entered", ["by rank 0", "by rank 0, seldom", "by all", "by all, of uneven data", "at the end"]
+)
+@pytest.mark.parametrize(
+    "case",
+    [
+        METHODS[0],
+        METHODS[1],
+        METHODS[3],
+        METHODS[6],
+        Case(EASGD, {"period": 3, "asynchronous": True}, "turns"),
+    ],
+    ids=str,
+)
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.brief(2)
+def test_a_centre_that_some_ranks_do_not_enter_is_told(case: Case, entered: str) -> None:
+    """On the rank that enters it alone, and goes on with others that have ended; not where nothing is wrong."""
+    topo = Topology()
+    model, first = linear(5, 3), topo.world.rank == 0
+    opt = case.method(torch.optim.SGD(model.parameters(), lr=0.01), topo, **case.options)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for epoch in range(2 if entered == "by rank 0, seldom" else 5):
+            for _ in range(9 - 3 * (first and "uneven" in entered)):
+                opt.zero_grad()
+                loss = model(torch.ones(2, 5)).square().mean()
+                loss.backward()
+                opt.step(loss=loss)
+            if "by all" in entered or (first and ("by rank 0" in entered or epoch == 4)):
+                with opt.center():
+                    pass
+        opt.close()
+    told = [str(w.message) for w in seen if "enter center()" in str(w.message)]
+    assert len(told) == (first and "by rank 0" in entered), told
     topo.free()
 
 

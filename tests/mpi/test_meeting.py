@@ -100,6 +100,23 @@ def test_a_traceback_begins_in_the_script(tmp_path: Path) -> None:
     assert "runpy" not in ended.err and "mpi4py" not in ended.err, str(ended)
 
 
+@in_mpich
+@pytest.mark.ranks(2)
+def test_what_is_wrong_everywhere_is_told_once(tmp_path: Path) -> None:
+    """And what is wrong on some rank is told with its number, also once."""
+    wrong = "LSGD(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1), topo, period=period)"
+    for period, told in (("0", "at least 1, not 0"), ("topo.world.rank", "rank 0: period")):
+        lines = (
+            "import torch",
+            "from mpilsgd import LSGD, Topology",
+            "topo = Topology()",
+            f"period = {period}",
+            wrong,
+        )
+        ended = job(tmp_path, "\n".join(lines))
+        assert ended.err.count(told) == ended.err.count("Traceback") == 1, str(ended)
+
+
 LOST = """
 import os, signal, sys, time
 import torch, mpilsgd

@@ -358,6 +358,15 @@ def test_help_is_grouped_and_names_everything(capsys: pytest.CaptureFixture[str]
         assert part in text
     for option in [*vars(Config()), *method_options()]:
         assert f"--{option}" in text or option == "method_options"
+
+
+def test_help_of_a_method_has_its_options_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--method", "lsgd", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    own = method_options(FIELDS, "LSGD")
+    assert all(f"--{option} " in text for option in own) and "DiLoCo:" not in text and "LSGD: " not in text
+    assert not [option for option in method_options(FIELDS) if option not in own and f"--{option} " in text]
     assert "type:" not in text and "Union" not in text
 
 

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from mpilsgd.train import problem
+from mpilsgd.train.config import Config
 from mpilsgd.train.data import Augmentation, ImageSet, MapSet, TensorSet, load
 from mpilsgd.train.formats import DataError, read_cifar_binary, read_cifar_python, read_digits, read_idx
+from mpilsgd.train.task import Regression
 
 RECORD = 3073
 
@@ -336,6 +339,12 @@ def test_a_user_s_tensors(users: Callable[[str], str], body: str) -> None:
     assert train.batch(torch.tensor([2]))[0].dtype == torch.float32
 
 
+def test_targets_with_a_fraction_make_it_a_regression(users: Callable[[str], str]) -> None:
+    body = "def data(): return ((torch.zeros(2, 2), torch.tensor([[0.5], [1]])),) * 2"
+    task, train, _ = problem.load(Config(data=users(body)))
+    assert isinstance(task, Regression) and train.batch(torch.tensor([0]))[1].tolist() == [[0.5]]
+
+
 def test_a_user_s_bytes_become_numbers_from_0_to_1(users: Callable[[str], str]) -> None:
     body = "def data(): return ((torch.full((2, 3), 255, dtype=torch.uint8), torch.tensor([0, 1])),) * 2"
     assert load(users(body))[0].batch(torch.tensor([0]))[0].tolist() == [[1.0, 1.0, 1.0]]
@@ -348,7 +357,7 @@ def test_a_user_s_bytes_become_numbers_from_0_to_1(users: Callable[[str], str]) 
         ("def data(): return 3, 4", "must be a torch Dataset"),
         ("def data(): return ((torch.zeros(3, 2), torch.tensor([0, 1])),) * 2", "3 inputs, but 2 labels"),
         (
-            "def data(): return ((torch.zeros(2, 2), torch.tensor([0.5, 1])),) * 2",
+            "def data(): return ((torch.zeros(2, 2), torch.tensor([[0, 1], [1, 0]])),) * 2",
             "labels must be whole numbers",
         ),
         (

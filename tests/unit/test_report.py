@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,16 @@ def test_eight_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(f"run{i}  " in out for i in range(8))
     assert "4 (2 groups)" in out and "led all" in out and "160 MB" in out
+
+
+def test_the_legend_of_many_runs_leaves_the_curves_their_place(tmp_path: Path) -> None:
+    name = "of-a-method-with-many-settings-that-stand-all-in-the-name-of-its-folder,lr=0.1,seed="
+    folders = [made_up_run(tmp_path / f"{name}{i}", seed=i) for i in range(20)]
+    assert call(*folders[:2], "-o", tmp_path / "few") == call(*folders, "-o", tmp_path / "many") == 0
+    few, many = (
+        struct.unpack(">II", (tmp_path / of / "curves.png").read_bytes()[16:24]) for of in ("few", "many")
+    )
+    assert few[0] == many[0] and many[1] - few[1] > 18 * 30  # pixels of a line of the legend
 
 
 def asynchronous_run(folder: Path, steps: list[int], staleness: dict[str, int], **config: Any) -> Path:

@@ -158,7 +158,7 @@ def test_other_ranks_are_silent() -> None:
 
 def test_opening_and_closing() -> None:
     text = opening(Config(method_options={"pull": 0.2}), 4, [[0, 1], [2, 3]], 1, 1437, 85002)
-    assert "LSGD pull=0.2: mlp (85002 parameters) on digits (1437 samples)" in text
+    assert "LSGD period=64 pull=0.2: mlp (85002 parameters) on digits (1437 samples)" in text
     assert "4 rank(s) in 2 groups of 2, 1 thread(s) each" in text
     summary = {
         "world_size": 2,

@@ -23,33 +23,25 @@ def rest(m: Method, purpose: float) -> None:
     m.settle()
     if m.course is not None:
         m.course.meet("center" if purpose == CENTER else "close", m.t)
-    if purpose == CENTER and m.left and m.t > m.left:
-        _warn(m, f"has gone on after its step {m.left}, when the others had ended")
-    began, own, served = m.t, m.metrics.rounds - m.rested, 0
+    if purpose == CENTER and 0 < m.left < m.t:
+        warnings.warn(
+            f"rank {m.topology.world.rank} goes on, but others ended while it was in center(): all ranks have to enter "
+            "center(), and equally often; inside it, `if rank == 0:` may evaluate and save",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     while True:
         m.r.rests()
         rows = m.r.exchange(purpose)
         if rows is None:
-            served += 1
-            if purpose == CENTER and served == 2 * own + 2:  # more than uneven data explain
-                _warn(m, f"has been in center() since its step {began}, while others train on")
             continue
         m.r.wakes()
         m.r.catch_up(rows)
         if min(rows.purpose) == purpose:
-            m.rested, m.left = m.metrics.rounds, m.t if CLOSE in rows.purpose else 0
+            m.left = m.t if CLOSE in rows.purpose else 0
             return
         with held(m, ()):  # this worker closes, others want the centre: it helps
             pass
-
-
-def _warn(m: Method, what: str) -> None:
-    """The sign of `if rank == 0:` around center(), where this worker's centre is another one than it seems."""
-    if m.told:
-        return
-    m.told = True
-    text = f"rank {m.topology.world.rank} {what}: all ranks have to enter center(), and equally often"
-    warnings.warn(f"{text}; inside it, `if rank == 0:` may evaluate and save", RuntimeWarning, stacklevel=5)
 
 
 @contextlib.contextmanager

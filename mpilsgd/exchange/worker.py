@@ -26,9 +26,7 @@ class Worker(Wrapper):
     """
 
     replaced = ""  # by a method that wraps the same parameters: told where it is used all the same
-    # rounds so far when all last rested; this worker's step if others had ended there; whether it was told of that
-    rested = left = 0
-    told = False
+    left = 0  # this worker's step at its last center(), if others had ended by then
 
     if TYPE_CHECKING:
         # what `setup` makes, and a rule's values

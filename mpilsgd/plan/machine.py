@@ -16,6 +16,7 @@ from mpilsgd.comm.channel import memory_of
 
 _POLL = 2.5e-4  # seconds on the mean until a thread that polls every 0.5 ms looks
 _LARGEST = 1 << 26  # bytes of a vector that is tried
+_FIRST = 1 << 16  # numbers of the first message around the ring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def measure(topology: Topology, nbytes: float, seconds: float = 10.0) -> Machine
     """The machine as these ranks find it, tried with vectors of so many bytes. Collective; takes about `seconds`.
 
     Memory: all ranks of a node pull a vector of their own at once. Network: the first ranks of the nodes send around a
-    ring. Meetings: those that methods hold.
+    ring; on a slow network a part of the vector. Meetings: those that methods hold.
     """
     part = seconds / 4
     world, group = topology.channels(topology.islands(topology.shared))
@@ -110,12 +111,17 @@ def measure(topology: Topology, nbytes: float, seconds: float = 10.0) -> Machine
     def around() -> None:
         if world.is_head:
             heads, n = world.heads, world.n_islands
-            coming = heads.Irecv(memory_of(received, False), (heads.rank - 1) % n)
-            going = heads.Isend(memory_of(sent, False), (heads.rank + 1) % n)
+            coming = heads.Irecv(memory_of(received[:length], False), (heads.rank - 1) % n)
+            going = heads.Isend(memory_of(sent[:length], False), (heads.rank + 1) % n)
             MPI.Request.Waitall([coming, going])
 
-    taken = _timed(topology, around, 2 * part)
-    bandwidth = 4 * numel / max(taken - latency, 1e-9)
+    length = min(_FIRST, numel)
+    taken = _timed(topology, around, 0.0)
+    while length < numel and taken < part / 8:  # on a slow network the whole may take minutes
+        length = min(4 * length, numel)
+        taken = _timed(topology, around, 0.0)
+    taken = _timed(topology, around, part)
+    bandwidth = 4 * length / max(taken - latency, 1e-9)
     one_sided = 2 * latency + (0.0 if progresses_alone(world.comm, world.heads_ranks) else _POLL)
     return Machine(ranks, bandwidth, latency, memory, meeting, one_sided)
 

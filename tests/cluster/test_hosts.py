@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 def test_one_copy_a_host_crosses(hosts: int) -> None:
     """Bytes on the interfaces a round, and those counted, against the theory: nothing for the second rank of a host."""
     with emulated_hosts(hosts) as run:
-        done = run(2, "-m", "mpi4py", HERE / "rounds.py", "eth0", 8_000_000, 4, seconds=200)
+        done = run(2, "-m", "mpi4py", HERE / "rounds.py", "eth0", 8_000_000, 4, seconds=400)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
     rows = [line.split() for line in done.stdout.splitlines()]

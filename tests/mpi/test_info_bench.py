@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from harness import CORE
 
 import mpilsgd
 from mpilsgd.comm import MPI, inquiry
+from mpilsgd.plan import machine
 from mpilsgd.train import bench, info, job
 
 pytestmark = [pytest.mark.mpi, pytest.mark.brief(1, 2, 3, "3x2")]
@@ -152,3 +154,24 @@ def test_bench_exchange_on_devices(capsys: pytest.CaptureFixture[str]) -> None:
         )
     assert ("NOT A MEASUREMENT" in out) == bool(CORE)
     assert "bare pull" in out and "copy of as many bytes" in out and "figures: " in out
+
+
+@pytest.mark.parametrize(("fast", "bytes_of_one"), [(False, 4 << 16), (True, 4_000_000)])
+def test_a_slow_network_is_tried_with_a_part(
+    monkeypatch: pytest.MonkeyPatch, fast: bool, bytes_of_one: int
+) -> None:
+    """Where every message takes a second the bandwidth is that of the first, else of the whole vector."""
+    seconds = 1e-6 if fast else 1.0
+
+    def timed(topology: mpilsgd.Topology, do: Callable[[], object], *_: object, **at_once: int) -> float:
+        do()
+        return 0.0 if at_once else seconds  # the meetings, or what is moved
+
+    monkeypatch.setattr(machine, "_timed", timed)
+    topology = mpilsgd.Topology(shared=False)
+    found = machine.measure(topology, 4_000_000, 0.1)
+    least = min(map(len, topology.nodes))
+    topology.free()
+    assert found.memory == pytest.approx(least * 12_000_000 / seconds)
+    if WORLD.size > 1:
+        assert found.bandwidth == pytest.approx(bytes_of_one / (seconds - found.latency), rel=1e-6)

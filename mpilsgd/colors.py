@@ -18,18 +18,18 @@ METHODS = {
     "AllreduceSGD": PALETTE[6],
     "ADMM": PALETTE[7],
 }
-OTHER = "#7B4FA3"  # of a method that is not ours
+OTHER = "#7B4FA3"  # of the methods that are not ours
 INK, FAINT = "#222222", "#D9D9D9"
 PARTS = {"compute": "#56B4E9", "data": "#E69F00", "comm": "#B5341A", "wait": "#E3A293", "other": "#C8C8C8"}
 
 
 def colors_of(methods: Sequence[str]) -> list[str]:
-    """The colour of each run: its method's, of which several runs of one method have paler and paler shades."""
-    many, seen, found = Counter(methods), Counter[str](), []
-    for method in methods:
-        paler = seen[method] / max(many[method] - 1, 1)
-        seen[method] += 1
-        found.append(_shade(METHODS.get(method, OTHER), paler))
+    """The colour of each run: its method's, of which several runs of one colour have paler and paler shades."""
+    colors = [METHODS.get(method, OTHER) for method in methods]
+    many, seen, found = Counter(colors), Counter[str](), []
+    for color in colors:
+        found.append(_shade(color, seen[color] / max(many[color] - 1, 1)))
+        seen[color] += 1
     return found
 
 

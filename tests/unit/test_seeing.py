@@ -151,9 +151,9 @@ def test_runs_that_know_no_error_are_judged_by_their_loss(
 
 def test_a_method_has_one_colour() -> None:
     assert len(set(METHODS.values())) == len(METHODS) and set(METHODS.values()) == set(PALETTE)
-    found = colors_of(["LSGD", "EASGD", "LSGD", "LSGD", "my.module:Own"])
+    found = colors_of(["LSGD", "EASGD", "LSGD", "LSGD", "my.module:Own", "DistributedDataParallel"])
     assert found[0] == METHODS["LSGD"] and found[1] == METHODS["EASGD"]
-    assert len(set(found)) == 5
+    assert len(set(found)) == 6
 
 
 def test_every_method_of_ours_has_a_colour() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mpilsgd.exchange.rows import CENTER, CLOSE
+from mpilsgd.exchange.rows import CENTER
 from mpilsgd.exchange.vectors import Span
 from mpilsgd.recalibration import recalibrate
 
@@ -23,25 +23,34 @@ def rest(m: Method, purpose: float) -> None:
     m.settle()
     if m.course is not None:
         m.course.meet("center" if purpose == CENTER else "close", m.t)
-    if purpose == CENTER and 0 < m.left < m.t:
+    if m.left is not None and m.left < m.t:
         warnings.warn(
-            f"rank {m.topology.world.rank} goes on, but others ended while it was in center(): all ranks have to enter "
-            "center(), and equally often; inside it, `if rank == 0:` may evaluate and save",
+            f"rank {m.topology.world.rank} has gone on alone, as the others took all their steps while it waited in "
+            "center(): all ranks have to enter center(), and equally often; inside it, `if rank == 0:` may evaluate "
+            "and save",
             RuntimeWarning,
             stacklevel=4,
         )
+    m.left, steps, rounds = None, _steps_of_all(m), 0
     while True:
         m.r.rests()
         rows = m.r.exchange(purpose)
         if rows is None:
+            rounds += 1
             continue
         m.r.wakes()
         m.r.catch_up(rows)
         if min(rows.purpose) == purpose:
-            m.left = m.t if CLOSE in rows.purpose else 0
+            alone = purpose == CENTER and rows.purpose.count(CENTER) == 1 < m.p
+            m.left = m.t if alone and (rounds or _steps_of_all(m) > steps) else None
             return
         with held(m, ()):  # this worker closes, others want the centre: it helps
             pass
+
+
+def _steps_of_all(m: Method) -> int:
+    """As far as an asynchronous run counts them; while this worker rests only the others' change it."""
+    return 0 if m.course is None else m.course.total()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ class Worker(Wrapper):
     """
 
     replaced = ""  # by a method that wraps the same parameters: told where it is used all the same
-    left = 0  # this worker's step at its last center(), if others had ended by then
+    left: int | None = None  # this worker's step, if it has waited in center() for the others' end
 
     if TYPE_CHECKING:
         # what `setup` makes, and a rule's values

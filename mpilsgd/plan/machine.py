@@ -117,7 +117,7 @@ def measure(topology: Topology, nbytes: float, seconds: float = 10.0) -> Machine
 
     length = min(_FIRST, numel)
     taken = _timed(topology, around, 0.0)
-    while length < numel and taken < part / 8:  # on a slow network the whole may take minutes
+    while length < numel and taken < part / 32:  # on a slow network the whole may take minutes
         length = min(4 * length, numel)
         taken = _timed(topology, around, 0.0)
     taken = _timed(topology, around, part)

@@ -68,8 +68,8 @@ class Config:
     loss: str = _option(
         "auto",
         "Task",
-        f"{', '.join(LOSSES)} or {PATH} (given outputs, targets); auto: mse for floating-point targets in memory, "
-        "else cross_entropy",
+        f"{', '.join(LOSSES)} or {PATH} (given outputs, targets); auto: mse for targets in memory with a "
+        "fraction, else cross_entropy",
     )
     metrics: str | None = _option(
         None,

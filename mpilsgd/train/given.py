@@ -28,7 +28,8 @@ def wrapped(pair: Any, path: str, reading: Reading, own_part: bool = False) -> t
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise DataError(f"{path} must return (training set, test set), not {type(pair).__name__}")
     wheres = f"{path}: training set", f"{path}: test set"
-    labels = [_labels(dataset, where, reading.loss) for dataset, where in zip(pair, wheres, strict=True)]
+    loss = "mse" if reading.loss == "auto" and any(map(_have_a_fraction, pair)) else reading.loss
+    labels = [_labels(dataset, where, loss) for dataset, where in zip(pair, wheres, strict=True)]
     classes = _classes(pair[0], labels[0], reading.classes)
     for found, where in zip(labels, wheres, strict=True):
         most = int(found.max()) if found is not None and not found.is_floating_point() else -1
@@ -86,6 +87,13 @@ def _tensors(dataset: Any) -> Any:
     return pair if is_pair and all(isinstance(t, torch.Tensor | np.ndarray) for t in pair) else None
 
 
+def _have_a_fraction(dataset: Any) -> bool:
+    """Whether targets in memory are not all whole numbers: then they are no classes."""
+    pair = _tensors(dataset)
+    targets = torch.as_tensor(pair[1] if pair is not None else 0)
+    return targets.is_floating_point() and bool((targets != targets.round()).any())
+
+
 def _labels(dataset: Any, where: str, loss: str) -> torch.Tensor | None:
     """All targets of a pair in memory, seen to fit the loss; None where they are read as they are needed."""
     pair = _tensors(dataset)
@@ -106,7 +114,7 @@ def _labels(dataset: Any, where: str, loss: str) -> torch.Tensor | None:
         raise DataError(f"{where}: {len(pair[0])} inputs, but {len(found)} labels")
     if loss == "mse":
         return found.float() if not found.is_floating_point() else found
-    if loss not in ("auto", "cross_entropy") or (loss == "auto" and found.is_floating_point()):
+    if loss not in ("auto", "cross_entropy"):
         return found
     if found.is_floating_point() or (loss == "auto" and found.dim() != 1):
         raise DataError(

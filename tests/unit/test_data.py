@@ -339,10 +339,16 @@ def test_a_user_s_tensors(users: Callable[[str], str], body: str) -> None:
     assert train.batch(torch.tensor([2]))[0].dtype == torch.float32
 
 
-def test_targets_with_a_fraction_make_it_a_regression(users: Callable[[str], str]) -> None:
-    body = "def data(): return ((torch.zeros(2, 2), torch.tensor([[0.5], [1]])),) * 2"
-    task, train, _ = problem.load(Config(data=users(body)))
-    assert isinstance(task, Regression) and train.batch(torch.tensor([0]))[1].tolist() == [[0.5]]
+@pytest.mark.parametrize("targets", ["[[0.5], [1]], [[2], [-1]]", "[[1], [-1]], [[2], [0.5]]"])
+def test_targets_with_a_fraction_make_it_a_regression(users: Callable[[str], str], targets: str) -> None:
+    """In either set, as in a table."""
+    body = f"def data(): return [(torch.zeros(2, 2), torch.tensor(t)) for t in ({targets})]"
+    task, *sets = problem.load(Config(data=users(body)))
+    assert isinstance(task, Regression)
+    found = [one.batch(torch.tensor([0, 1]))[1] for one in sets]
+    assert [f.dtype for f in found] == [torch.float32] * 2 and str([f.tolist() for f in found]) == str(
+        [[[float(x[0])] for x in t] for t in eval(targets)]
+    )
 
 
 def test_a_user_s_bytes_become_numbers_from_0_to_1(users: Callable[[str], str]) -> None:
@@ -357,7 +363,7 @@ def test_a_user_s_bytes_become_numbers_from_0_to_1(users: Callable[[str], str]) 
         ("def data(): return 3, 4", "must be a torch Dataset"),
         ("def data(): return ((torch.zeros(3, 2), torch.tensor([0, 1])),) * 2", "3 inputs, but 2 labels"),
         (
-            "def data(): return ((torch.zeros(2, 2), torch.tensor([[0, 1], [1, 0]])),) * 2",
+            "def data(): return ((torch.zeros(2, 2), torch.tensor([0.0, 1.0])),) * 2",
             "labels must be whole numbers",
         ),
         (

@@ -55,16 +55,15 @@ def sent_twice() -> int:
     return SEGMENT * int(values[names.index("RetransSegs")])
 
 
-def settled(topology: mpilsgd.Topology, interface: str, looks: int) -> int:
-    """`received` when nothing is under way: no host's has grown by more than 20 kB in so many looks, 0.2 s apart.
+def settled(topology: mpilsgd.Topology, interface: str) -> int:
+    """`received` when nothing is under way: no host's has grown by more than 20 kB between two meetings.
 
     A meeting also drives the messages that MPI has accepted and not yet sent; its own bytes are few.
     """
-    now, quiet = received(interface), 0
-    while quiet < looks:
+    before, now = -(10**9), received(interface)
+    while max(topology.allgather(now - before)) > 20_000:
         time.sleep(0.2)
         before, now = now, received(interface)
-        quiet = 0 if max(topology.allgather(now - before)) > 20_000 else quiet + 1
     return now
 
 
@@ -72,15 +71,14 @@ def measure(name: str, across: str | None, interface: str, nbytes: int, rounds: 
     topology = mpilsgd.Topology(across_dtype=across)
     parameter = torch.nn.Parameter(torch.zeros(nbytes // 4))
     opt = METHODS[name](torch.optim.SGD([parameter], lr=0.0), topology)
-    # nobody has waited for an asynchronous method's messages, and TCP may wait before it sends one again
-    looks = 5 if opt.asynchronous else 1
     readings = []
     for k in range(rounds + 1):
         if opt.computes:
             parameter.grad = torch.zeros_like(parameter)
         opt.step(loss=float((topology.world.rank + k) % topology.world.size))
         if k in (0, rounds):
-            readings.append((settled(topology, interface, looks), sent_twice(), opt.metrics.bytes_across))
+            opt.r.wakes()  # returns when a tree's messages have arrived, for which nobody has waited
+            readings.append((settled(topology, interface), sent_twice(), opt.metrics.bytes_across))
     rows = topology.allgather([after - before for before, after in zip(*readings, strict=True)])
     arrived, twice = (sum(rows[ranks[0]][i] for ranks in topology.nodes) / rounds for i in (0, 1))
     counted = sum(row[2] for row in rows) / rounds

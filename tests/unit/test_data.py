@@ -339,16 +339,14 @@ def test_a_user_s_tensors(users: Callable[[str], str], body: str) -> None:
     assert train.batch(torch.tensor([2]))[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("targets", ["[[0.5], [1]], [[2], [-1]]", "[[1], [-1]], [[2], [0.5]]"])
-def test_targets_with_a_fraction_make_it_a_regression(users: Callable[[str], str], targets: str) -> None:
+@pytest.mark.parametrize("targets", [[[[0.5], [1]], [[2], [-1]]], [[[1], [-1]], [[2], [0.5]]]])
+def test_targets_with_a_fraction_make_it_a_regression(users: Callable[[str], str], targets: Any) -> None:
     """In either set, as in a table."""
-    body = f"def data(): return [(torch.zeros(2, 2), torch.tensor(t)) for t in ({targets})]"
+    body = f"def data(): return [(torch.zeros(2, 2), torch.tensor(t)) for t in {targets}]"
     task, *sets = problem.load(Config(data=users(body)))
     assert isinstance(task, Regression)
     found = [one.batch(torch.tensor([0, 1]))[1] for one in sets]
-    assert [f.dtype for f in found] == [torch.float32] * 2 and str([f.tolist() for f in found]) == str(
-        [[[float(x[0])] for x in t] for t in eval(targets)]
-    )
+    assert [f.dtype for f in found] == [torch.float32] * 2 and [f.tolist() for f in found] == targets
 
 
 def test_a_user_s_bytes_become_numbers_from_0_to_1(users: Callable[[str], str]) -> None:

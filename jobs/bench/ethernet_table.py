@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from mpilsgd.colors import FAINT, PALETTE
+from mpilsgd.colors import FAINT, colors_of
 from mpilsgd.train.figure_style import DASHES, STYLE
 
 PEERS = {
@@ -57,7 +58,7 @@ def read(path: Path) -> dict[str, Any] | None:
         return None
     method, *options = named[1].split(":")
     label = ", ".join([PEERS.get(method, method), *(option.removesuffix("=true") for option in options)])
-    run = {"label": label, "rate": named[2], "diverged": diverged}
+    run = {"label": label, "method": method, "rate": named[2], "diverged": diverged}
     if not diverged:
         run["rows"] = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         run["sent"] = sum(int(line.split()[2]) for line in (path / "interfaces").read_text().splitlines())
@@ -128,7 +129,11 @@ def print_table(speed: str, metric: str, target: float, runs: list[dict[str, Any
 
 
 def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], metric: str, path: Path) -> None:
-    labels = sorted({run["label"] for _, runs in speeds.values() for run in runs})
+    methods = dict(sorted((run["label"], run["method"]) for _, runs in speeds.values() for run in runs))
+    labels, seen, styles = list(methods), Counter[str](), {}
+    for label, color in zip(labels, colors_of(list(methods.values())), strict=True):
+        styles[label] = {"color": color, "linestyle": DASHES[seen[methods[label]] % len(DASHES)]}
+        seen[methods[label]] += 1
     with rc_context(STYLE):
         columns = len(speeds) if max(map(len, labels)) < 50 else 1  # of the legend
         tall = 0.22 * -(-len(labels) // columns)
@@ -138,13 +143,9 @@ def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], metric: str, pat
         for axis, (speed, (target, runs)) in zip(axes, speeds.items(), strict=True):
             axis.axhline(scale(metric) * target, color=FAINT, linewidth=1.2)
             for run in runs:
-                k = labels.index(run["label"])
                 seconds = [row["wall_s"] for row in run["rows"]]
                 values = [scale(metric) * row["value"] for row in run["rows"]]
-                style = DASHES[k // len(PALETTE) % len(DASHES)]
-                lines[run["label"]] = axis.plot(
-                    seconds, values, color=PALETTE[k % len(PALETTE)], linestyle=style
-                )[0]
+                lines[run["label"]] = axis.plot(seconds, values, **styles[run["label"]])[0]
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             axis.xaxis.set_minor_formatter(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpilsgd.reproduce.judge import AGREES, NOT_RUN, Row
-from mpilsgd.reproduce.registry import MissingData, Options, Reproduction, Result, entries, named
+from mpilsgd.reproduce.registry import Failed, MissingData, Options, Reproduction, Result, entries, named
 from mpilsgd.train.numbers import positive
 
 _WIDTH = 40  # of a column of the table
@@ -31,9 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--passes",
         type=positive,
-        default=10.0,
         metavar="N",
-        help="of the training data, in the jobs that are named for larger machines (default: 10)",
+        help="train the deep networks too, each worker for N passes over the data (without it they are only named)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of noise and starts (default: 0)")
     add(
@@ -55,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the tables, draws the pictures. Status 1: data were missing; 2: an argument is wrong."""
+    """Prints the tables, draws the pictures. Status 1: data missing, a training failed; 2: wrong arguments."""
     if args.listed:
         known = entries()
         width = max(map(len, known))
@@ -76,15 +75,16 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"mpilsgd reproduce: {error}", file=sys.stderr)
         return 2
-    options = Options(args.quick, args.passes, args.seed, args.data_dir)
+    options = Options(args.quick, args.passes, args.seed, args.data_dir, args.output)
     done: list[tuple[Reproduction, Result]] = []
     missing = False
     for one in chosen:
         began = time.perf_counter()
         try:
             result = one.run(options)
-        except MissingData as error:
-            missing, result = True, Result([Row("data", "-", "-", NOT_RUN, str(error))])
+        except (MissingData, Failed) as error:
+            what = "data" if isinstance(error, MissingData) else "training"
+            missing, result = True, Result([Row(what, "-", "-", NOT_RUN, str(error))])
         print(f"{one.name}  {one.paper}: {one.title}")
         print(table(result))
         if result.draw is not None:

@@ -16,6 +16,21 @@ _MNIST = (
     "train-images-idx3-ubyte.gz and the other three files of MNIST, from http://yann.lecun.com/exdb/mnist/ or "
     "https://ossci-datasets.s3.amazonaws.com/mnist/ (md5 f68b3c2dcbeaaa9fbdd348bbdeb94873)"
 )
+_CIFAR10 = (
+    "CIFAR-10, from https://www.cs.toronto.edu/~kriz/cifar.html (cifar-10-binary.tar.gz, unpacked; md5 "
+    "c32a1d4ab5d03f1284b67883e8d87530)"
+)
+
+
+def present(name: str, folder: Path) -> None:
+    """A MissingData where a training would not find cifar10 or mnist in the folder."""
+    from mpilsgd.train import data
+
+    try:
+        data.load(name, str(folder), "none")
+    except data.DataError as error:
+        named = {"cifar10": _CIFAR10, "mnist": _MNIST}[name]
+        raise MissingData(f"{named}: {error}; give --data_dir") from None
 
 
 def colon_cancer(folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -32,7 +32,10 @@ _THEMES = (
     "cancer",
     "intersection",
     "lenet",
-    "deep",
+    "deep_leader",
+    "deep_elastic",
+    "deep_tree",
+    "deep_local",
 )
 
 
@@ -40,20 +43,26 @@ class MissingData(Exception):
     """A data set that is not there; the text names the file, where it is published and its checksum."""
 
 
+class Failed(Exception):
+    """A training that ended with an error; the text has its last words."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How to reproduce.
 
     quick: shorter, for a machine of two cores; what was shortened is said.
-    passes: of the training data in the jobs that are named for larger machines.
+    passes: of the training data by each worker of a deep network; None: those are not trained.
     seed: of noise and starts.
     data_dir: folder of the data sets.
+    output: folder of the pictures and, below it, of the deep networks' runs.
     """
 
     quick: bool = False
-    passes: float = 10.0
+    passes: float | None = None
     seed: int = 0
     data_dir: Path = Path("data")
+    output: Path = Path("reproduced")
 
 
 @dataclass

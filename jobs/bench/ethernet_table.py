@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from mpilsgd.colors import FAINT, colors_of
+from mpilsgd.colors import FAINT, METHODS, colors_of
 from mpilsgd.train.figure_style import DASHES, STYLE
 
 PEERS = {
@@ -132,8 +132,9 @@ def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], metric: str, pat
     methods = dict(sorted((run["label"], run["method"]) for _, runs in speeds.values() for run in runs))
     labels, seen, styles = list(methods), Counter[str](), {}
     for label, color in zip(labels, colors_of(list(methods.values())), strict=True):
-        styles[label] = {"color": color, "linestyle": DASHES[seen[methods[label]] % len(DASHES)]}
-        seen[methods[label]] += 1
+        hue = METHODS.get(methods[label], "")  # the peers share one
+        styles[label] = {"color": color, "linestyle": DASHES[seen[hue] % len(DASHES)]}
+        seen[hue] += 1
     with rc_context(STYLE):
         columns = len(speeds) if max(map(len, labels)) < 50 else 1  # of the legend
         tall = 0.22 * -(-len(labels) // columns)

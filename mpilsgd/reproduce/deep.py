@@ -14,7 +14,7 @@ from mpilsgd.reproduce import datasets
 from mpilsgd.reproduce.curves import Check, draw
 from mpilsgd.reproduce.judge import NOT_RUN, Row, larger, stated
 from mpilsgd.reproduce.registry import Options, Reproduction, Result
-from mpilsgd.reproduce.training import Training, train
+from mpilsgd.reproduce.training import Found, Training, train
 from mpilsgd.train.judged import ERROR, Figure
 
 CNN7 = "--model cnn7 --data cifar10 --batch_size 128 --weight_decay 0.0001"
@@ -23,11 +23,11 @@ IMAGENET = 1_281_167  # images
 
 @dataclass(frozen=True)
 class Deep:
-    """One figure: what its text says of the curves, and how that is checked (None: not by these trainings)."""
+    """One figure: what its text says of the curves, and how that is checked (or, as a text, why it is not)."""
 
     name: str
     title: str
-    says: Sequence[tuple[str, str, Check | None]]  # quantity, the paper's, the check
+    says: Sequence[tuple[str, str, Check | str]]  # quantity, the paper's, the check
     trainings: Sequence[Training]
     data: str = "cifar10"
     lacking: str = ""  # what is not here
@@ -46,12 +46,7 @@ class Deep:
         runs = options.output / "runs"
         found = train(self.trainings, options.passes, options.data_dir, options.seed, runs)
         shortened = f"{options.passes:g} passes a worker, one learning rate each"
-        rows = [
-            Row(what, paper, "-", NOT_RUN, "takes several seeds")
-            if check is None
-            else stated(what, paper, *check(found), why=shortened)
-            for what, paper, check in self.says
-        ]
+        rows = [_judged(what, paper, check, found, shortened) for what, paper, check in self.says]
         return Result(rows, lambda figure: draw(figure, found, self.figure), shortened, (10.0, 4.4))
 
     def _named(self, options: Options) -> Result:
@@ -63,6 +58,13 @@ class Deep:
         return Result(
             [larger(what, paper, why) for (what, paper, _), why in zip(self.says, whys, strict=True)]
         )
+
+
+def _judged(what: str, paper: str, check: Check | str, found: Found, shortened: str) -> Row:
+    told, holds = ("-", check) if isinstance(check, str) else check(found)
+    if isinstance(holds, str):
+        return Row(what, paper, told, NOT_RUN, holds)
+    return stated(what, paper, told, holds, why=shortened)
 
 
 def nodes(workers: int) -> int:

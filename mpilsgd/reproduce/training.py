@@ -6,6 +6,7 @@ trained again, for another figure either. So an interrupted reproduction goes on
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpilsgd import __version__
 from mpilsgd.reproduce.registry import Failed
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 Found = Mapping[str, "Run"]  # by label
 
-EVALUATIONS = 12  # of a training
+EVALUATIONS = 12  # of a training, at least
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Training:
         options: of `mpilsgd train`. {half} in them stands for half of the training, in epochs of all workers.
         clock: options of `mpilsgd simulate`.
         images: of the training set.
+        share: of the passes that are asked for.
     """
 
     label: str
@@ -45,12 +48,13 @@ class Training:
     options: str
     clock: str = ""
     images: int = 50_000
+    share: float = 1.0
 
     def words(self, passes: float) -> list[str]:
         """The options with the length: each worker takes the steps of so many passes by a single one."""
         options = shlex.split(self.options.replace("{half}", f"{passes * self.workers / 2:g}"))
         batch = int(options[options.index("--batch_size") + 1])
-        steps = max(1, round(passes * self.images / batch))
+        steps = max(1, round(passes * self.share * self.images / batch))
         return [*options, "--steps", f"{steps}", "--eval_every", f"{max(1, steps // EVALUATIONS)} steps"]
 
     def job(self, passes: float, data_dir: Path) -> str:
@@ -67,47 +71,60 @@ class Training:
 
 
 def train(trainings: Sequence[Training], passes: float, data_dir: Path, seed: int, output: Path) -> Found:
-    """Trains all, the longest first, and reads the runs. One that diverged ends there, with the rows before.
+    """Trains all, the longest first, and reads the runs. One that diverges ends there, with the rows before.
 
     Raises:
-        Failed: a training has ended with another error.
+        Failed: a training has ended with another error; the others are ended, too.
     """
-    from mpilsgd.train.run_reader import read_runs
+    from mpilsgd.train.run_reader import RunError, read_runs
 
-    output.mkdir(parents=True, exist_ok=True)
+    running: set[subprocess.Popen[bytes]] = set()
     calls = {one: one.simulation(passes, data_dir, seed) for one in trainings}
-    folders = {one: output / _folder(one.label, call) for one, call in calls.items()}
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        ordered = sorted(trainings, key=lambda one: -one.workers)
-        jobs = [pool.submit(_train, one.label, calls[one], folders[one]) for one in ordered]
-        try:
-            for job in as_completed(jobs):
-                job.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return dict(zip((one.label for one in trainings), read_runs(folders.values()), strict=True))
+    folders = {one: output / _folder(one, call) for one, call in calls.items()}
+    ordered = sorted(trainings, key=lambda one: -one.workers)
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        jobs = [pool.submit(_train, one.label, calls[one], folders[one], running) for one in ordered]
+        for job in as_completed(jobs):
+            job.result()
+        return dict(zip((one.label for one in trainings), read_runs(folders.values()), strict=True))
+    except (RunError, OSError) as error:
+        raise Failed(str(error)) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            process.terminate()
 
 
-def _folder(label: str, call: Sequence[str]) -> str:
-    """Another command, another folder: what stands there is of this command."""
-    mark = hashlib.sha256(shlex.join(call).encode()).hexdigest()[:8]
-    return f"{re.sub('[^a-z0-9.]+', '-', label.lower())}-{mark}"
+def _folder(training: Training, call: Sequence[str]) -> str:
+    """Another command, or version, another folder: what stands there is of this one."""
+    method = re.findall(r"--method (\w+)", training.options)[0].lower()
+    mark = hashlib.sha256(shlex.join([__version__, *call]).encode()).hexdigest()[:8]
+    return f"{method}-{training.workers}-{mark}"
 
 
-def _train(label: str, call: Sequence[str], folder: Path) -> None:
-    log = Path(f"{folder}.log")
-    if (folder / "summary.json").exists() or _diverged(log):
-        return
-    began = time.perf_counter()
+def _train(label: str, call: Sequence[str], folder: Path, running: set[subprocess.Popen[bytes]]) -> None:
+    """The file `complete` says that the run came to its end. Its log is locked as long as it is being trained, also by
+    a process whose parent was killed.
+    """
+    began, complete = time.perf_counter(), folder / "complete"
     command = [sys.executable, "-m", "mpilsgd.cli", *call, "--output", str(folder), "--overwrite", "true"]
-    with open(log, "w") as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        status = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-    if status and not _diverged(log):
+    log = Path(f"{folder}.log")
+    with open(log, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failed(f"{label}: another process trains {folder}; wait for it, or end it") from None
+        if complete.exists():
+            print(f"  {label}: {folder.name}, kept", flush=True)
+            return
+        file.truncate(0)
+        with subprocess.Popen(command, stdout=file, stderr=file) as process:
+            running.add(process)
+            status = process.wait()
+            running.discard(process)
+    if status and "the run has diverged" not in log.read_text():
         raise Failed(f"{label}: status {status} of {shlex.join(command)}:\n{log.read_text()[-1500:]}")
-    print(f"  {label}: {time.perf_counter() - began:.0f} s here", flush=True)
-
-
-def _diverged(log: Path) -> bool:
-    return log.exists() and "the run has diverged" in log.read_text()
+    complete.touch()
+    print(f"  {label}: {folder.name}, {time.perf_counter() - began:.0f} s here", flush=True)

@@ -13,12 +13,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from mpilsgd.colors import FAINT, METHODS, colors_of
-from mpilsgd.train.figure_style import DASHES, STYLE
+from mpilsgd.train.figure_style import DASHES, STYLE, scale_y
 
 PEERS = {
     "ddp": "DistributedDataParallel",
@@ -129,7 +130,8 @@ def print_table(speed: str, metric: str, target: float, runs: list[dict[str, Any
 
 
 def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], metric: str, path: Path) -> None:
-    methods = dict(sorted((run["label"], run["method"]) for _, runs in speeds.values() for run in runs))
+    shown = [run for _, runs in speeds.values() for run in runs]
+    methods = dict(sorted((run["label"], run["method"]) for run in shown))
     labels, seen, styles = list(methods), Counter[str](), {}
     for label, color in zip(labels, colors_of(list(methods.values())), strict=True):
         hue = METHODS.get(methods[label], "")  # the peers share one
@@ -155,6 +157,7 @@ def draw(speeds: dict[str, tuple[float, list[dict[str, Any]]]], metric: str, pat
             axis.grid(color=FAINT, linewidth=0.6, which="both")
             axis.set_title(speed.replace("gbit", " Gbit/s").replace("mbit", " Mbit/s"))
             axis.set_xlabel("training time [s]")
+        scale_y(list(axes), np.array([scale(metric) * row["value"] for run in shown for row in run["rows"]]))
         axes[0].set_ylabel("test error [%]" if metric == "test_error" else words(metric))
         figure.legend([lines[label] for label in labels], labels, loc="outside upper center", ncols=columns)
         figure.savefig(path, bbox_inches="tight")  # long labels are wider than the axes

@@ -56,19 +56,20 @@ def test_labels_tell_the_trainings_of_a_figure_apart() -> None:
     for name, figure in FIGURES.items():
         labels = [one.label for one in figure.trainings]
         assert len(set(labels)) == len(labels), name
-        assert len({one.options + one.clock for one in figure.trainings}) == len(labels), name
+        assert len({(one.workers, one.options) for one in figure.trainings}) == len(labels), name
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_checks_name_curves_that_are_there(name: str) -> None:
     """Of runs that learn everything is judged, of runs that have not begun to, no error is."""
     figure = FIGURES[name]
-    for errors, outcomes in (([0.5, 0.4], {True, False}), ([0.9, 0.9], {"too few passes"})):
-        runs = {one.label: _run(errors, rounds=9) for one in figure.trainings}
+    for errors, outcomes in (([0.5, 0.15], {True, False}), ([0.9, 0.9], {"too few passes"})):
+        runs = {one.label: _run(errors, figure.figure.key) for one in figure.trainings}
         for what, _, check in figure.says:
             if isinstance(check, str) or what.startswith(("runs that", "communication", "leads")):
                 continue
-            assert check({k: replace(run) for k, run in runs.items()})[1] in outcomes, what
+            if errors[0] < curves.LEARNS or figure.figure is not LOSS:
+                assert check(runs)[1] in outcomes, what
 
 
 def test_half_of_the_training_in_epochs_of_all_workers() -> None:
@@ -153,7 +154,7 @@ def test_a_training_that_fails_or_is_under_way_is_told(
     assert "not run: wrong: another process trains" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "file").touch()
     assert cli.main([*argv[:-1], str(tmp_path / "file")]) == 1
-    assert "File exists" in capsys.readouterr().out
+    assert "Not a directory" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_training_that_fails_ends_the_others(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Reproduces figures and tables of the papers with the methods of this package, draws them with the papers' "
         "numbers marked, and says for each number whether it agrees. --list shows the names; a pattern such as "
-        "'thesis-fig5*' takes several. Runs in one process, without a launcher. Needs matplotlib and scipy."
+        "'thesis-fig5*' takes several. Runs without a launcher. Needs matplotlib and scipy."
     )
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="what to reproduce: names, patterns, or all")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpilsgd.colors import FAINT
 from mpilsgd.reproduce.training import Found
 from mpilsgd.train.judged import ERROR
 from mpilsgd.train.judged import Figure as Judged
@@ -200,7 +201,7 @@ def draw(figure: Figure, found: Mapping[str, Run], of: Judged) -> None:
     """The curves over seconds of the virtual clock, and over gradient evaluations."""
     from matplotlib.ticker import EngFormatter
 
-    from mpilsgd.train.figure_style import legend_above, line_styles, scale_y
+    from mpilsgd.train.figure_style import line_styles, scale_y
 
     runs = list(found.values())
     axes = figure.subplots(1, 2, sharey=True)
@@ -213,8 +214,8 @@ def draw(figure: Figure, found: Mapping[str, Run], of: Judged) -> None:
             for (xs, ys), style in zip(curves, line_styles(runs), strict=True)
         ]
         axis.set(xlabel=label, xlim=(0, None))
-        axis.grid(linewidth=0.6)
+        axis.grid(color=FAINT, linewidth=0.6)
     axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[0].set_ylabel(f"{of.label}, centre")
     scale_y(list(axes), of.scale * np.concatenate([run.curve("step", of.key)[1] for run in runs]))
-    legend_above(figure, handles, list(found))
+    figure.legend(handles, list(found), loc="outside right center")

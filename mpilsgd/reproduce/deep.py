@@ -47,7 +47,7 @@ class Deep:
         found = train(self.trainings, options.passes, options.data_dir, options.seed, runs)
         shortened = f"{options.passes:g} passes a worker, one learning rate each"
         rows = [_judged(what, paper, check, found, shortened) for what, paper, check in self.says]
-        return Result(rows, lambda figure: draw(figure, found, self.figure), shortened, (10.0, 4.4))
+        return Result(rows, lambda figure: draw(figure, found, self.figure), shortened, (12.0, 4.4))
 
     def _named(self, options: Options) -> Result:
         job = self.trainings[0].job(options.passes or 10.0, options.data_dir)

@@ -77,14 +77,14 @@ def run(args: argparse.Namespace) -> int:
         return 2
     options = Options(args.quick, args.passes, args.seed, args.data_dir, args.output)
     done: list[tuple[Reproduction, Result]] = []
-    missing = False
+    failed = False
     for one in chosen:
         began = time.perf_counter()
         try:
             result = one.run(options)
         except (MissingData, Failed) as error:
             what = "data" if isinstance(error, MissingData) else "training"
-            missing, result = True, Result([Row(what, "-", "-", NOT_RUN, str(error))])
+            failed, result = True, Result([Row(what, "-", "-", NOT_RUN, str(error))])
         print(f"{one.name}  {one.paper}: {one.title}")
         print(table(result))
         if result.draw is not None:
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     print(summary([row for _, result in done for row in result.rows]))
     if args.markdown:
         args.markdown.write_text(markdown(done))
-    return int(missing)
+    return int(failed)
 
 
 def table(result: Result) -> str:

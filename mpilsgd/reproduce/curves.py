@@ -5,20 +5,17 @@ A check says what it found and whether the statement holds, or, as a text, why t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpilsgd.colors import FAINT
 from mpilsgd.reproduce.training import Found
 from mpilsgd.train.judged import ERROR
 from mpilsgd.train.judged import Figure as Judged
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from mpilsgd.train.run_reader import Run
 
 Check = Callable[[Found], tuple[str, "bool | str"]]
@@ -195,27 +192,3 @@ def _values(found: Found, names: Sequence[str], of: Judged = ERROR) -> str:
         f"{name} {of.text(value) if np.isfinite(value) else '-'}{', then diverges' * diverged(found[name])}"
         for name, value in least.items()
     )
-
-
-def draw(figure: Figure, found: Mapping[str, Run], of: Judged) -> None:
-    """The curves over seconds of the virtual clock, and over gradient evaluations."""
-    from matplotlib.ticker import EngFormatter
-
-    from mpilsgd.train.figure_style import line_styles, scale_y
-
-    runs = list(found.values())
-    axes = figure.subplots(1, 2, sharey=True)
-    columns = {"wall_s": "seconds on the cluster", "grad_evals": "gradient evaluations, all workers"}
-    handles = []
-    for axis, (x, label) in zip(axes, columns.items(), strict=True):
-        curves = [run.curve(x, of.key) for run in runs]
-        handles = [
-            axis.plot(xs, of.scale * ys, **style)[0]
-            for (xs, ys), style in zip(curves, line_styles(runs), strict=True)
-        ]
-        axis.set(xlabel=label, xlim=(0, None))
-        axis.grid(color=FAINT, linewidth=0.6)
-    axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes[0].set_ylabel(f"{of.label}, centre")
-    scale_y(list(axes), of.scale * np.concatenate([run.curve("step", of.key)[1] for run in runs]))
-    figure.legend(handles, list(found), loc="outside right center")

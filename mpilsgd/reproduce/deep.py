@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpilsgd.reproduce import datasets
-from mpilsgd.reproduce.curves import Check, draw
+from mpilsgd.reproduce.curves import Check
+from mpilsgd.reproduce.drawing import training_curves
 from mpilsgd.reproduce.judge import NOT_RUN, Row, larger, stated
 from mpilsgd.reproduce.registry import Options, Reproduction, Result
 from mpilsgd.reproduce.training import Found, Training, train
 from mpilsgd.train.judged import ERROR, Figure
 
 CNN7 = "--model cnn7 --data cifar10 --batch_size 128 --weight_decay 0.0001"
+ELASTIC = "--method EASGD --asynchronous true --center_rate 0.9"  # the thesis' EASGD
 IMAGENET = 1_281_167  # images
 
 
@@ -47,7 +49,9 @@ class Deep:
         found = train(self.trainings, options.passes, options.data_dir, options.seed, runs)
         shortened = f"{options.passes:g} passes a worker, one learning rate each"
         rows = [_judged(what, paper, check, found, shortened) for what, paper, check in self.says]
-        return Result(rows, lambda figure: draw(figure, found, self.figure), shortened, (12.0, 4.4))
+        return Result(
+            rows, lambda figure: training_curves(figure, found, self.figure), shortened, (12.0, 4.4)
+        )
 
     def _named(self, options: Options) -> Result:
         job = self.trainings[0].job(options.passes or 10.0, options.data_dir)

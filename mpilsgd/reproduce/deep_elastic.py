@@ -13,19 +13,18 @@ from mpilsgd.reproduce.curves import (
     speed_up,
     trapped,
 )
-from mpilsgd.reproduce.deep import CNN7, IMAGENET, Deep, nodes
+from mpilsgd.reproduce.deep import CNN7, ELASTIC, IMAGENET, Deep, nodes
 from mpilsgd.reproduce.training import Training
 
-_ELASTIC = "--method EASGD --asynchronous true --center_rate 0.9"
 _NESTEROV = "--optimizer MSGD --momentum 0.99"
 
 
 def _easgd(p: int, period: int, lr: float = 0.05, label: str = "EASGD") -> Training:
-    return _thesis(label, p, f"{_ELASTIC} --period {period} --lr {lr:g}")
+    return _thesis(label, p, f"{ELASTIC} --period {period} --lr {lr:g}")
 
 
 def _eamsgd(p: int, period: int, lr: float = 0.005, label: str = "EAMSGD") -> Training:
-    return _thesis(label, p, f"{_ELASTIC} --period {period} {_NESTEROV} --lr {lr:g}")
+    return _thesis(label, p, f"{ELASTIC} --period {period} {_NESTEROV} --lr {lr:g}")
 
 
 def _mdownpour(p: int) -> Training:
@@ -134,8 +133,8 @@ def _imagenet_4() -> list[Deep]:
     def trainings(p: int) -> list[Training]:
         cluster = f"--nodes {nodes(p)} --bandwidth 5G --latency 2e-6 --compute 1.2"
         options = {
-            "EAMSGD": f"{_ELASTIC} --period 10 {_NESTEROV} --lr 0.001",
-            "EASGD": f"{_ELASTIC} --period 10 --lr 0.1",
+            "EAMSGD": f"{ELASTIC} --period 10 {_NESTEROV} --lr 0.001",
+            "EASGD": f"{ELASTIC} --period 10 --lr 0.1",
             "DOWNPOUR": f"--method Downpour --period 1 --lr {0.08 / p:g}",
         }
         found = [Training(name, p, f"{own} {model}", cluster, IMAGENET) for name, own in options.items()]

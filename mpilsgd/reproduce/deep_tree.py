@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mpilsgd.reproduce.curves import Check, best, diverges, error
-from mpilsgd.reproduce.deep import Deep
+from mpilsgd.reproduce.deep import ELASTIC, Deep
 from mpilsgd.reproduce.training import Training
 
 
@@ -42,9 +42,7 @@ def _thesis_6() -> list[Deep]:
     schemes = [("second scheme against first", "better test error", best(labels[4], labels[1]))]
     rest = [
         _lowrank("DOWNPOUR, p = 16", 16, "--method Downpour --period 1 --lr 0.005"),
-        _lowrank(
-            "EASGD, p = 16", 16, "--method EASGD --asynchronous true --center_rate 0.9 --period 10 --lr 0.05"
-        ),
+        _lowrank("EASGD, p = 16", 16, f"{ELASTIC} --period 10 --lr 0.05"),
     ]
     compared = [("best test error", "EASGD Tree", best(labels[3], *(one.label for one in rest)))]
     cases: list[tuple[str, str, list[tuple[str, str, Check]], list[Training]]] = [

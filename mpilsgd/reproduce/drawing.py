@@ -1,18 +1,22 @@
-"""What the pictures share: maps of a value over two settings, and the paper's numbers marked in them."""
+"""What the pictures share: maps of a value over two settings, curves of trainings, the paper's numbers in them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpilsgd.colors import FAINT as GRID
 from mpilsgd.colors import INK, PALETTE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from mpilsgd.train.judged import Figure as Judged
+    from mpilsgd.train.run_reader import Run
 
 COLORS = PALETTE
 PAPER, FAINT = "#B5341A", "#C8C8C8"  # what is the paper's is drawn in this red
@@ -82,3 +86,27 @@ def paper_line(axis: Axes, y: float, text: str) -> None:
         color=PAPER,
         fontsize=9,
     )
+
+
+def training_curves(figure: Figure, found: Mapping[str, Run], of: Judged) -> None:
+    """The curves over seconds of the virtual clock, and over gradient evaluations."""
+    from matplotlib.ticker import EngFormatter
+
+    from mpilsgd.train.figure_style import line_styles, scale_y
+
+    runs = list(found.values())
+    axes = figure.subplots(1, 2, sharey=True)
+    columns = {"wall_s": "seconds on the cluster", "grad_evals": "gradient evaluations, all workers"}
+    handles = []
+    for axis, (x, label) in zip(axes, columns.items(), strict=True):
+        curves = [run.curve(x, of.key) for run in runs]
+        handles = [
+            axis.plot(xs, of.scale * ys, **style)[0]
+            for (xs, ys), style in zip(curves, line_styles(runs), strict=True)
+        ]
+        axis.set(xlabel=label, xlim=(0, None))
+        axis.grid(color=GRID, linewidth=0.6)
+    axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes[0].set_ylabel(f"{of.label}, centre")
+    scale_y(list(axes), of.scale * np.concatenate([run.curve("step", of.key)[1] for run in runs]))
+    figure.legend(handles, list(found), loc="outside right center")

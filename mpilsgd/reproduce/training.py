@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,23 +77,23 @@ def train(trainings: Sequence[Training], passes: float, data_dir: Path, seed: in
     """
     from mpilsgd.train.run_reader import RunError, read_runs
 
-    running: set[subprocess.Popen[bytes]] = set()
     calls = {one: one.simulation(passes, data_dir, seed) for one in trainings}
     folders = {one: output / _folder(one, call) for one, call in calls.items()}
-    ordered = sorted(trainings, key=lambda one: -one.workers)
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    waiting, running = sorted(trainings, key=lambda one: one.workers), list[_Running]()
     try:
         output.mkdir(parents=True, exist_ok=True)
-        jobs = [pool.submit(_train, one.label, calls[one], folders[one], running) for one in ordered]
-        for job in as_completed(jobs):
-            job.result()
+        while waiting or running:
+            while waiting and len(running) < len(os.sched_getaffinity(0)):
+                one = waiting.pop()
+                running.append(_Running(one.label, calls[one], folders[one]))
+            running = [one for one in running if not one.ended()]
+            time.sleep(0.1)
         return dict(zip((one.label for one in trainings), read_runs(folders.values()), strict=True))
     except (RunError, OSError) as error:
         raise Failed(str(error)) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):
-            process.terminate()
+        for left in running:
+            left.end()
 
 
 def _folder(training: Training, call: Sequence[str]) -> str:
@@ -104,27 +103,54 @@ def _folder(training: Training, call: Sequence[str]) -> str:
     return f"{method}-{training.workers}-{mark}"
 
 
-def _train(label: str, call: Sequence[str], folder: Path, running: set[subprocess.Popen[bytes]]) -> None:
-    """The file `complete` says that the run came to its end. Its log is locked as long as it is being trained, also by
-    a process whose parent was killed.
+class _Running:
+    """One training in a process of its own, or a complete one that is kept.
+
+    The file `complete` says that the run came to its end. Its log is locked as long as it is being trained, also by a
+    process whose parent was killed.
     """
-    began, complete = time.perf_counter(), folder / "complete"
-    command = [sys.executable, "-m", "mpilsgd.cli", *call, "--output", str(folder), "--overwrite", "true"]
-    log = Path(f"{folder}.log")
-    with open(log, "a") as file:
+
+    def __init__(self, label: str, call: Sequence[str], folder: Path):
+        self._label, self._folder, self._began = label, folder, time.perf_counter()
+        command = [*call, "--output", str(folder), "--overwrite", "true"]
+        self._command = [sys.executable, "-m", "mpilsgd.cli", *command]
+        self._log, self._complete = Path(f"{folder}.log"), folder / "complete"
+        self._process: subprocess.Popen[bytes] | None = None
+        # the lock, until ended() or end()
+        self._file = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(self._file)
             raise Failed(f"{label}: another process trains {folder}; wait for it, or end it") from None
-        if complete.exists():
-            print(f"  {label}: {folder.name}, kept", flush=True)
-            return
-        file.truncate(0)
-        with subprocess.Popen(command, stdout=file, stderr=file) as process:
-            running.add(process)
-            status = process.wait()
-            running.discard(process)
-    if status and "the run has diverged" not in log.read_text():
-        raise Failed(f"{label}: status {status} of {shlex.join(command)}:\n{log.read_text()[-1500:]}")
-    complete.touch()
-    print(f"  {label}: {folder.name}, {time.perf_counter() - began:.0f} s here", flush=True)
+        if not self._complete.exists():
+            os.truncate(self._file, 0)
+            self._process = subprocess.Popen(self._command, stdout=self._file, stderr=self._file)
+
+    def ended(self) -> bool:
+        """Whether it has, and says so. Failed: with an error, where divergence is none."""
+        took = "kept"
+        if self._process is not None:
+            status = self._process.poll()
+            if status is None:
+                return False
+            if status and "the run has diverged" not in self._log.read_text():
+                said = f"{shlex.join(self._command)}:\n{self._log.read_text()[-1500:]}"
+                raise Failed(f"{self._label}: status {status} of {said}")
+            self._complete.touch()
+            took = f"{time.perf_counter() - self._began:.0f} s here"
+        self._unlock()
+        print(f"  {self._label}: {self._folder.name}, {took}", flush=True)
+        return True
+
+    def end(self) -> None:
+        """Ends it, where it still runs."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mpilsgd.reproduce.judge import AGREES, NOT_RUN, Row
 from mpilsgd.reproduce.registry import Failed, MissingData, Options, Reproduction, Result, entries, named
-from mpilsgd.train.numbers import positive
+from mpilsgd.train.numbers import count, positive
 
 _WIDTH = 40  # of a column of the table
 
@@ -33,6 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="train the deep networks too, each worker for N passes over the data (without it they are only named)",
+    )
+    add(
+        "--workers",
+        type=count,
+        metavar="N",
+        help="of deep networks, leave out trainings of more workers; what needs them is not judged",
+    )
+    add(
+        "--amp",
+        choices=["bf16", "fp16"],
+        help="of deep networks, forward pass and loss in half precision, faster where the processor has it",
     )
     add("--seed", type=int, default=0, metavar="N", help="of noise and starts (default: 0)")
     add(
@@ -75,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"mpilsgd reproduce: {error}", file=sys.stderr)
         return 2
-    options = Options(args.quick, args.passes, args.seed, args.data_dir, args.output)
+    options = Options(args.quick, args.passes, args.workers, args.amp, args.seed, args.data_dir, args.output)
     done: list[tuple[Reproduction, Result]] = []
     failed = False
     for one in chosen:

@@ -15,7 +15,7 @@ from mpilsgd.reproduce.curves import Check
 from mpilsgd.reproduce.drawing import training_curves
 from mpilsgd.reproduce.judge import NOT_RUN, Row, larger, stated
 from mpilsgd.reproduce.registry import Options, Reproduction, Result
-from mpilsgd.reproduce.training import Found, Training, train
+from mpilsgd.reproduce.training import Found, LeftOut, Training, train
 from mpilsgd.train.judged import ERROR, Figure
 
 CNN7 = "--model cnn7 --data cifar10 --batch_size 128 --weight_decay 0.0001"
@@ -41,13 +41,19 @@ class Deep:
         return Reproduction(f"{prefix}-{self.name}", shown, self.title, self.run)
 
     def run(self, options: Options) -> Result:
-        """Trains and judges; without `passes`, or where something is lacking, names the job."""
+        """Trains and judges; without `passes`, or where something is lacking or all is left out, names the job."""
         if options.passes is None or self.lacking:
             return self._named(options)
+        trainings = [one for one in self.trainings if one.workers <= (options.workers or one.workers)]
+        if not trainings:
+            return self._named(options)
         datasets.present(self.data, options.data_dir)
-        runs = options.output / "runs"
-        found = train(self.trainings, options.passes, options.data_dir, options.seed, runs)
+        found = train(trainings, options)
         shortened = f"{options.passes:g} passes a worker, one learning rate each"
+        if len(trainings) < len(self.trainings):
+            shortened += f", trainings of more workers than {options.workers} left out"
+        if options.amp:
+            shortened += f", {options.amp}"
         rows = [_judged(what, paper, check, found, shortened) for what, paper, check in self.says]
         return Result(
             rows, lambda figure: training_curves(figure, found, self.figure), shortened, (12.0, 4.4)
@@ -56,7 +62,11 @@ class Deep:
     def _named(self, options: Options) -> Result:
         job = self.trainings[0].job(options.passes or 10.0, options.data_dir)
         more = len(self.trainings) - 1
-        how = f"not here: {self.lacking}" if self.lacking else "--passes N trains them under a virtual clock"
+        how = "--passes N trains them under a virtual clock"
+        if options.passes is not None:
+            how = f"--workers {options.workers} leaves them out"
+        if self.lacking:
+            how = f"not here: {self.lacking}"
         why = job + (f"; and {more} more" if more else "") + f" ({how})"
         whys = [why, *["the same"] * (len(self.says) - 1)]
         return Result(
@@ -65,7 +75,10 @@ class Deep:
 
 
 def _judged(what: str, paper: str, check: Check | str, found: Found, shortened: str) -> Row:
-    told, holds = ("-", check) if isinstance(check, str) else check(found)
+    try:
+        told, holds = ("-", check) if isinstance(check, str) else check(found)
+    except LeftOut as missing:
+        told, holds = "-", str(missing)
     if isinstance(holds, str):
         return Row(what, paper, told, NOT_RUN, holds)
     return stated(what, paper, told, holds, why=shortened)

@@ -14,18 +14,28 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpilsgd import __version__
-from mpilsgd.reproduce.registry import Failed
+from mpilsgd.reproduce.registry import Failed, Options
 
 if TYPE_CHECKING:
     from mpilsgd.train.run_reader import Run
 
-Found = Mapping[str, "Run"]  # by label
+
+class LeftOut(Exception):
+    """A training that a check needs, and that was not asked for."""
+
+
+class Found(dict[str, "Run"]):
+    """The runs by label."""
+
+    def __missing__(self, label: str) -> Run:
+        raise LeftOut(f"{label}: left out")
+
 
 EVALUATIONS = 12  # of a training, at least
 
@@ -61,15 +71,16 @@ class Training:
         train = ["mpilsgd", "train", *self.words(passes), "--data_dir", f"{data_dir}"]
         return shlex.join(["mpiexec", "-n", f"{self.workers}", *train])
 
-    def simulation(self, passes: float, data_dir: Path, seed: int) -> list[str]:
+    def simulation(self, passes: float, data_dir: Path, seed: int, amp: str | None = None) -> list[str]:
         """The arguments of `mpilsgd`, but for the run directory."""
         cluster = ["simulate", "--workers", f"{self.workers}", *shlex.split(self.clock)]
         data = ["--data_dir", f"{data_dir}", "--seed", f"{seed}"]
         rest = shlex.split("--checkpoint_every null --threads 1")
-        return [*cluster, *self.words(passes), *data, *rest]
+        half = ["--amp", amp] if amp else []
+        return [*cluster, *self.words(passes), *data, *rest, *half]
 
 
-def train(trainings: Sequence[Training], passes: float, data_dir: Path, seed: int, output: Path) -> Found:
+def train(trainings: Sequence[Training], options: Options) -> Found:
     """Trains all, the longest first, and reads the runs. One that diverges ends there, with the rows before.
 
     Raises:
@@ -77,7 +88,10 @@ def train(trainings: Sequence[Training], passes: float, data_dir: Path, seed: in
     """
     from mpilsgd.train.run_reader import RunError, read_runs
 
-    calls = {one: one.simulation(passes, data_dir, seed) for one in trainings}
+    assert options.passes is not None
+    output = options.output / "runs"
+    given = options.passes, options.data_dir, options.seed, options.amp
+    calls = {one: one.simulation(*given) for one in trainings}
     folders = {one: output / _folder(one, call) for one, call in calls.items()}
     waiting, running = sorted(trainings, key=lambda one: one.workers), list[_Running]()
     try:
@@ -88,7 +102,8 @@ def train(trainings: Sequence[Training], passes: float, data_dir: Path, seed: in
                 running.append(_Running(one.label, calls[one], folders[one]))
             running = [one for one in running if not one.ended()]
             time.sleep(0.1)
-        return dict(zip((one.label for one in trainings), read_runs(folders.values()), strict=True))
+        runs = read_runs(folders.values())
+        return Found(zip((one.label for one in trainings), runs, strict=True))
     except (RunError, OSError) as error:
         raise Failed(str(error)) from None
     finally:

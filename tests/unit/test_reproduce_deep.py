@@ -17,7 +17,7 @@ from mpilsgd import cli
 from mpilsgd.reproduce import MissingData, Options, command, curves, entries, judge
 from mpilsgd.reproduce.deep import Deep
 from mpilsgd.reproduce.registry import Failed
-from mpilsgd.reproduce.training import Training, train
+from mpilsgd.reproduce.training import Found, Training, train
 from mpilsgd.train import command_line, simulate
 from mpilsgd.train.judged import LOSS
 from mpilsgd.train.run_reader import Run
@@ -64,7 +64,7 @@ def test_checks_name_curves_that_are_there(name: str) -> None:
     """Of runs that learn everything is judged, of runs that have not begun to, no error is."""
     figure = FIGURES[name]
     for errors, outcomes in (([0.5, 0.15], {True, False}), ([0.9, 0.9], {"too few passes"})):
-        runs = {one.label: _run(errors, figure.figure.key) for one in figure.trainings}
+        runs = Found({one.label: _run(errors, figure.figure.key) for one in figure.trainings})
         for what, _, check in figure.says:
             if isinstance(check, str) or what.startswith(("runs that", "communication", "leads")):
                 continue
@@ -139,6 +139,26 @@ def test_passes_train_judge_and_draw_and_what_is_complete_stays(
     assert summary.stat().st_mtime_ns > written
 
 
+def test_trainings_of_more_workers_are_left_out_and_what_needs_them_is_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = Training("one", 1, f"--method AllreduceSGD --lr 0.1 {DIGITS}", images=1437)
+    says = [("two", "a", curves.fastest("LocalSGD, 2", "one")), ("one", "b", curves.alike("one"))]
+    _digits(*says, trainings=[TWO[0], alone], monkeypatch=monkeypatch)
+    argv = ["reproduce", "test-fig1", "--passes", "1", "--output", str(tmp_path), "--amp", "bf16"]
+    assert cli.main([*argv, "--workers", "1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "not run: LocalSGD, 2: left out" in out and "1 agrees, 1 not run" in out
+    assert "shortened: 1 passes a worker, one learning rate each, trainings of more workers than 1 left out, bf16" in out
+    config = next((tmp_path / "runs").glob("*/config.yaml")).read_text()
+    assert "amp: bf16" in config and not list((tmp_path / "runs").glob("localsgd*"))
+
+    _digits(*says, trainings=TWO[:1], monkeypatch=monkeypatch)
+    assert cli.main([*argv, "--workers", "1"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "too large here: mpiexec -n 2 mpilsgd train" in out and "(--workers 1 leaves them out)" in out
+
+
 def test_a_training_that_fails_or_is_under_way_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,8 +182,8 @@ def test_a_training_that_fails_ends_the_others(tmp_path: Path) -> None:
     wrong = Training("wrong", 1, f"--method AllreduceSGD --period 3 {DIGITS}")
     began = time.perf_counter()
     with pytest.raises(Failed, match="status 2"):
-        train([long, wrong], 1, tmp_path, 0, tmp_path)
-    assert time.perf_counter() - began < 120 and not list(tmp_path.glob("*/complete"))
+        train([long, wrong], Options(passes=1, data_dir=tmp_path, output=tmp_path))
+    assert time.perf_counter() - began < 120 and not list(tmp_path.glob("runs/*/complete"))
 
 
 def _run(
@@ -173,16 +193,16 @@ def _run(
     return Run(Path("a"), "a", lines, list(leaders), {"world_size": 2, "rounds": rounds} if ends else {})
 
 
-ONES = {
-    "a": _run([0.5, 0.3]),
-    "b": _run([0.6, 0.4, 0.5]),
-    "c": _run([0.9, 0.9]),
-    "d": _run([0.5, 0.35], ends=False),
-    "e": _run([], ends=False),
-    "late": _run([0.6, 0.4], rounds=2),
-    "loss": _run([2.0, 1.0], "test_loss"),
-    "led": _run([0.5], leaders=[{"step": 1, "leaders": [0]}, {"step": 2, "leaders": [1]}]),
-}
+ONES = Found(
+    a=_run([0.5, 0.3]),
+    b=_run([0.6, 0.4, 0.5]),
+    c=_run([0.9, 0.9]),
+    d=_run([0.5, 0.35], ends=False),
+    e=_run([], ends=False),
+    late=_run([0.6, 0.4], rounds=2),
+    loss=_run([2.0, 1.0], "test_loss"),
+    led=_run([0.5], leaders=[{"step": 1, "leaders": [0]}, {"step": 2, "leaders": [1]}]),
+)
 FEW = "too few passes"
 
 

@@ -121,7 +121,10 @@ class Paced(Every):
         return [min(longest, 2.0 * min(pace["wanted"], limit)), limit]
 
     def _fitted(self, squares: np.ndarray, cost: float, longest: float) -> float:
-        """The root of the last period and the best one by the decay of the mean of the workers' |grad f_i|^2."""
+        """The root of the last period times the best one by the decay of the mean of the workers' |grad f_i|^2.
+
+        At most twice the last one: where gradients do not decay yet, the best period is no more than the longest.
+        """
         wanted, at = self._m.pace["wanted"], points(self.period)
         finite = squares[np.isfinite(squares).all(1)]
         mean = finite.mean(0) if len(finite) else np.zeros(len(at))
@@ -129,7 +132,7 @@ class Paced(Every):
         if seen.sum() < 2:  # converged, broken, or a period of one step
             return float(min(wanted, longest))
         best = best_period(fitted(at[seen], mean[seen]), cost, longest)
-        return math.sqrt(wanted * min(best, 10.0 * self.period))
+        return math.sqrt(wanted * min(best, 4.0 * self.period))
 
     def _limit(self, distances: np.ndarray, steps: int) -> float:
         """Halves the period if the workers have gone apart in each of the last rounds; else the limit rises slowly."""

@@ -82,7 +82,7 @@ def simulated(problem: Degenerate, cost: float, steps: int) -> tuple[Array, list
         t += period
         at = points(period)
         best = oracle_best(at.astype(float), squares[at], cost, 19 * cost)
-        wanted = math.sqrt(wanted * min(best, 10 * period))
+        wanted = math.sqrt(wanted * min(best, 4 * period))
         before, period = period, max(1, round(wanted))
         if period != before:
             periods.append([t, period])

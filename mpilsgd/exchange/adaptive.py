@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # What a method with such a clock is given beside the period
 SHARE = number(
-    0.05, 0, 0.99, above=True, help="with an adaptive period: the share of the time that exchanges may take"
+    0.1, 0, 0.99, above=True, help="with an adaptive period: the share of the time that exchanges may take"
 )
 ROUND_COST = number(
     None, 0, above=True, help="with an adaptive period: what a round costs, in steps (null: as measured)"

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "int8", "int4"),
         help="how vectors travel between nodes",
     )
-    add("--share", type=float, default=0.05, metavar="F", help="of the time, for exchanges (default: 0.05)")
+    add("--share", type=float, default=0.1, metavar="F", help="of the time, for exchanges (default: 0.1)")
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"(default: all) {', '.join(METHODS)}")
     add(
         "--try",

@@ -81,7 +81,7 @@ def simulated(problem: Degenerate, cost: float, steps: int) -> tuple[Array, list
         x, squares = a_round(problem, x, period)
         t += period
         at = points(period)
-        best = oracle_best(at.astype(float), squares[at], cost, 19 * cost)
+        best = oracle_best(at.astype(float), squares[at], cost, 9 * cost)
         wanted = math.sqrt(wanted * min(best, 4 * period))
         before, period = period, max(1, round(wanted))
         if period != before:

@@ -149,7 +149,10 @@ def test_trainings_of_more_workers_are_left_out_and_what_needs_them_is_not_judge
     assert cli.main([*argv, "--workers", "1"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "not run: LocalSGD, 2: left out" in out and "1 agrees, 1 not run" in out
-    assert "shortened: 1 passes a worker, one learning rate each, trainings of more workers than 1 left out, bf16" in out
+    assert (
+        "shortened: 1 passes a worker, one learning rate each, trainings of more workers than 1 left out, bf16"
+        in out
+    )
     config = next((tmp_path / "runs").glob("*/config.yaml")).read_text()
     assert "amp: bf16" in config and not list((tmp_path / "runs").glob("localsgd*"))
 

@@ -1,0 +1,75 @@
+"""The period that `mpilsgd plan` chooses beside a sweep: seconds to a test error, under the virtual clock.
+
+    OMP_NUM_THREADS=1 python jobs/bench/periods.py DATA OUTPUT [METHOD...]
+
+Four nodes of one worker on 100 Mbit/s train LeNet on MNIST; a step takes 0.03 s. Each METHOD (LocalSGD LSGD EASGD) runs
+with the periods at which rounds take 5 % and 10 % of the time, and with parts and the double of the first. DATA: a
+folder with mnist/. OUTPUT: for the run directories; a run that is there is read.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from mpilsgd import cli
+from mpilsgd.plan import Machine, Sizes
+from mpilsgd.plan.advice import advise
+from mpilsgd.reproduce.curves import lowest, seconds_to
+from mpilsgd.train.models import MODELS
+from mpilsgd.train.run_reader import Run, read_runs
+
+STEP_S, BANDWIDTH, LATENCY = 0.03, 12.5e6, 5e-5
+SHARES = 0.05, 0.1
+ERRORS = (0.05, 0.03, 0.02, 0.017)
+CLUSTER = f"--workers 4 --nodes 4 --bandwidth {BANDWIDTH:g} --latency {LATENCY:g} --compute {STEP_S:g}:0.1"
+TRAIN = "--model lenet --data mnist --batch_size 32 --lr 0.1 --steps 1440 --checkpoint_every null --threads 1"
+OWN = {"EASGD": "--center_rate 0.9"}
+
+
+def planned(method: str, share: float) -> int:
+    """The period of all nodes."""
+    numel = sum(p.numel() for p in MODELS["lenet"]((1, 28, 28), 10).parameters())
+    machine = Machine((1, 1, 1, 1), bandwidth=BANDWIDTH, latency=LATENCY)
+    settings = advise(Sizes({torch.float32: numel}), machine, STEP_S, share, [method])[0].settings
+    return int(settings.get("global_period", settings["period"]))
+
+
+def run(method: str, period: int, data: Path, output: Path) -> Run:
+    """Evaluated after rounds, every 48 steps or so."""
+    folder = output / f"{method}-{period}"
+    if not (folder / "summary.json").exists():
+        every = period * max(1, round(48 / period))
+        both = f"--global_period {period}" if method == "LSGD" else ""
+        own = f"--method {method} --period {period} {both} {OWN.get(method, '')} --eval_every '{every} steps'"
+        call = shlex.split(f"simulate {CLUSTER} {TRAIN} {own}")
+        status = cli.main([*call, "--data_dir", str(data / "mnist"), "--output", str(folder)])
+        if status:
+            sys.exit(status)
+    return read_runs([folder])[0]
+
+
+def main(data: Path, output: Path, methods: list[str]) -> None:
+    for method in methods:
+        chosen = [planned(method, share) for share in SHARES]
+        periods = sorted({*chosen, *(max(1, round(chosen[0] * 2.0**k)) for k in range(-5, 2))})
+        runs = {period: run(method, period, data, output) for period in periods}
+        told = " and ".join(f"{n} ({share:.0%})" for n, share in zip(chosen, SHARES, strict=True))
+        print(f"\n{method}, planned: {told}; seconds to a test error, and over the least")
+        print("period  " + "  ".join(f"{100 * error:>6.1f} %       " for error in ERRORS) + "lowest")
+        seconds = {period: [seconds_to(one, error) for error in ERRORS] for period, one in runs.items()}
+        least = [min(column) for column in zip(*seconds.values(), strict=True)]
+        for period, row in seconds.items():
+            cells = [
+                f"{s:8.2f} {s / b:5.2f}" if math.isfinite(s) else f"{'never':>14}"
+                for s, b in zip(row, least, strict=True)
+            ]
+            print(f"{period:6d}  " + "  ".join(cells) + f"  {100 * lowest(runs[period]):.2f} %", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or ["LocalSGD", "LSGD", "EASGD"])

@@ -4,7 +4,7 @@
 
 Four nodes of one worker on 100 Mbit/s train LeNet on MNIST; a step takes 0.03 s. Each METHOD (LocalSGD LSGD EASGD) runs
 with the periods at which rounds take 5 % and 10 % of the time, and with parts and the double of the first. DATA: a
-folder with mnist/. OUTPUT: for the run directories; a run that is there is read.
+folder with mnist/. OUTPUT: for the run directories; a run that is there is read, so take another one after a change.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mpilsgd import cli
 from mpilsgd.plan import Machine, Sizes
 from mpilsgd.plan.advice import advise
-from mpilsgd.reproduce.curves import lowest, seconds_to
+from mpilsgd.reproduce.curves import GUESS, lowest
 from mpilsgd.train.models import MODELS
 from mpilsgd.train.run_reader import Run, read_runs
 
@@ -40,17 +41,31 @@ def planned(method: str, share: float) -> int:
 
 
 def run(method: str, period: int, data: Path, output: Path) -> Run:
-    """Evaluated after rounds, every 48 steps or so."""
+    """Evaluated after rounds, every 48 steps or so; EASGD, whose rounds are before a step, some steps after them."""
     folder = output / f"{method}-{period}"
     if not (folder / "summary.json").exists():
-        every = period * max(1, round(48 / period))
+        every = period * max(1, round(48 / period)) + (method == "EASGD")
         both = f"--global_period {period}" if method == "LSGD" else ""
         own = f"--method {method} --period {period} {both} {OWN.get(method, '')} --eval_every '{every} steps'"
         call = shlex.split(f"simulate {CLUSTER} {TRAIN} {own}")
-        status = cli.main([*call, "--data_dir", str(data / "mnist"), "--output", str(folder)])
+        status = cli.main(
+            [*call, "--data_dir", str(data / "mnist"), "--output", str(folder), "--overwrite", "true"]
+        )
         if status:
             sys.exit(status)
     return read_runs([folder])[0]
+
+
+def seconds_to(run: Run, error: float) -> float:
+    """When the curve first comes down to it; straight lines in the error's logarithm, from a guess at 0 s."""
+    seconds, errors = run.curve("wall_s", "test_error")
+    seconds, errors = np.append(0.0, seconds), np.append(GUESS, errors)
+    below = np.flatnonzero(errors <= error)
+    if not len(below):
+        return math.inf
+    k = int(below[0])
+    high, low = np.log(errors[k - 1]), np.log(errors[k])
+    return float(seconds[k - 1] + (seconds[k] - seconds[k - 1]) * (high - np.log(error)) / (high - low))
 
 
 def main(data: Path, output: Path, methods: list[str]) -> None:
@@ -60,7 +75,7 @@ def main(data: Path, output: Path, methods: list[str]) -> None:
         runs = {period: run(method, period, data, output) for period in periods}
         told = " and ".join(f"{n} ({share:.0%})" for n, share in zip(chosen, SHARES, strict=True))
         print(f"\n{method}, planned: {told}; seconds to a test error, and over the least")
-        print("period  " + "  ".join(f"{100 * error:>6.1f} %       " for error in ERRORS) + "lowest")
+        print("period  comm  " + "  ".join(f"{100 * error:>6.1f} %       " for error in ERRORS) + "lowest")
         seconds = {period: [seconds_to(one, error) for error in ERRORS] for period, one in runs.items()}
         least = [min(column) for column in zip(*seconds.values(), strict=True)]
         for period, row in seconds.items():
@@ -68,7 +83,12 @@ def main(data: Path, output: Path, methods: list[str]) -> None:
                 f"{s:8.2f} {s / b:5.2f}" if math.isfinite(s) else f"{'never':>14}"
                 for s, b in zip(row, least, strict=True)
             ]
-            print(f"{period:6d}  " + "  ".join(cells) + f"  {100 * lowest(runs[period]):.2f} %", flush=True)
+            summary = runs[period].summary
+            share = float(np.mean(summary["t_comm"])) / summary["wall_s"]
+            print(
+                f"{period:6d}  {share:4.0%}  " + "  ".join(cells) + f"  {100 * lowest(runs[period]):.2f} %",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class Paced(Every):
     def _fitted(self, squares: np.ndarray, cost: float, longest: float) -> float:
         """The root of the last period times the best one by the decay of the mean of the workers' |grad f_i|^2.
 
-        At most twice the last one: where gradients do not decay yet, the best period is no more than the longest.
+        At most twice the last one: gradients that do not decay yet ask for the longest, which is too long once they do.
         """
         wanted, at = self._m.pace["wanted"], points(self.period)
         finite = squares[np.isfinite(squares).all(1)]

@@ -83,10 +83,14 @@ def run(args: argparse.Namespace) -> int:
         chosen = named(args.names)
         if not chosen:
             raise ValueError("name something to reproduce, or give --list")
+        if args.passes is None and (args.workers or args.amp):
+            raise ValueError("--workers and --amp are for deep networks, which --passes N trains")
     except ValueError as error:
         print(f"mpilsgd reproduce: {error}", file=sys.stderr)
         return 2
-    options = Options(args.quick, args.passes, args.workers, args.amp, args.seed, args.data_dir, args.output)
+    options = Options(
+        args.quick, args.passes, args.seed, args.data_dir, args.output, workers=args.workers, amp=args.amp
+    )
     done: list[tuple[Reproduction, Result]] = []
     failed = False
     for one in chosen:

@@ -41,32 +41,26 @@ class Deep:
         return Reproduction(f"{prefix}-{self.name}", shown, self.title, self.run)
 
     def run(self, options: Options) -> Result:
-        """Trains and judges; without `passes`, or where something is lacking or all is left out, names the job."""
+        """Trains and judges; without `passes`, or where something is lacking, names the job."""
         if options.passes is None or self.lacking:
             return self._named(options)
         trainings = [one for one in self.trainings if one.workers <= (options.workers or one.workers)]
-        if not trainings:
-            return self._named(options)
         datasets.present(self.data, options.data_dir)
         found = train(trainings, options)
+        found.left_out = [one.label for one in self.trainings if one not in trainings]
         shortened = f"{options.passes:g} passes a worker, one learning rate each"
-        if len(trainings) < len(self.trainings):
+        if found.left_out:
             shortened += f", trainings of more workers than {options.workers} left out"
         if options.amp:
-            shortened += f", {options.amp}"
+            shortened += f", in {options.amp}"
         rows = [_judged(what, paper, check, found, shortened) for what, paper, check in self.says]
-        return Result(
-            rows, lambda figure: training_curves(figure, found, self.figure), shortened, (12.0, 4.4)
-        )
+        draw = (lambda figure: training_curves(figure, found, self.figure)) if found else None
+        return Result(rows, draw, shortened, (12.0, 4.4))
 
     def _named(self, options: Options) -> Result:
         job = self.trainings[0].job(options.passes or 10.0, options.data_dir)
         more = len(self.trainings) - 1
-        how = "--passes N trains them under a virtual clock"
-        if options.passes is not None:
-            how = f"--workers {options.workers} leaves them out"
-        if self.lacking:
-            how = f"not here: {self.lacking}"
+        how = f"not here: {self.lacking}" if self.lacking else "--passes N trains them under a virtual clock"
         why = job + (f"; and {more} more" if more else "") + f" ({how})"
         whys = [why, *["the same"] * (len(self.says) - 1)]
         return Result(

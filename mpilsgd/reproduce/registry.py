@@ -53,20 +53,20 @@ class Options:
 
     quick: shorter, for a machine of two cores; what was shortened is said.
     passes: of the training data by each worker of a deep network; None: those are not trained.
-    workers: of deep networks, trainings of more are left out; None: none are.
-    amp: of deep networks, what `mpilsgd train --amp` takes.
     seed: of noise and starts.
     data_dir: folder of the data sets.
     output: folder of the pictures and, below it, of the deep networks' runs.
+    workers: of deep networks, trainings of more are left out; None: none are.
+    amp: of deep networks, what `mpilsgd train --amp` takes.
     """
 
     quick: bool = False
     passes: float | None = None
-    workers: int | None = None
-    amp: str | None = None
     seed: int = 0
     data_dir: Path = Path("data")
     output: Path = Path("reproduced")
+    workers: int | None = None
+    amp: str | None = None
 
 
 @dataclass

@@ -27,14 +27,18 @@ if TYPE_CHECKING:
 
 
 class LeftOut(Exception):
-    """A training that a check needs, and that was not asked for."""
+    """A check needs a training that was not asked for."""
 
 
 class Found(dict[str, "Run"]):
-    """The runs by label."""
+    """The runs by label; left_out: the labels of those that were not asked for."""
+
+    left_out: Sequence[str] = ()
 
     def __missing__(self, label: str) -> Run:
-        raise LeftOut(f"{label}: left out")
+        if label in self.left_out:
+            raise LeftOut(f"needs {label}, which --workers leaves out")
+        raise KeyError(label)
 
 
 EVALUATIONS = 12  # of a training, at least

@@ -254,6 +254,23 @@ def test_a_share_of_the_time(name: str) -> None:
     assert {period for period, _ in periods} == {40}
 
 
+def test_a_period_at_most_doubles_and_ends_where_rounds_take_a_tenth() -> None:
+    """Of gradients that do not decay."""
+
+    def worker() -> list[int]:
+        topology = Topology()
+        x = torch.nn.Parameter(torch.zeros(3))
+        opt = LocalSGD(torch.optim.SGD([x], lr=0.1), topology, period="adaptive", round_cost=10.0)
+        x.grad = torch.ones(3)
+        for _ in range(1200):
+            opt.step()
+        return [period for _, period in opt.metrics.periods]
+
+    for periods in in_process(worker, P):
+        assert periods[:4] == [8, 16, 32, 54]
+        assert periods == sorted(periods) and 85 <= periods[-1] <= 90  # 10 steps of 100
+
+
 def test_workers_that_go_apart_meet_more_often() -> None:
     class Kept:
         pace = Adaptive.fresh()

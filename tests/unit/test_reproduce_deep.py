@@ -148,18 +148,22 @@ def test_trainings_of_more_workers_are_left_out_and_what_needs_them_is_not_judge
     argv = ["reproduce", "test-fig1", "--passes", "1", "--output", str(tmp_path), "--amp", "bf16"]
     assert cli.main([*argv, "--workers", "1"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "not run: LocalSGD, 2: left out" in out and "1 agrees, 1 not run" in out
+    assert "not run: needs LocalSGD, 2, which --workers leaves out" in out and "1 agrees, 1 not run" in out
     assert (
-        "shortened: 1 passes a worker, one learning rate each, trainings of more workers than 1 left out, bf16"
+        "shortened: 1 passes a worker, one learning rate each, trainings of more workers than 1 left out, in bf16"
         in out
     )
     config = next((tmp_path / "runs").glob("*/config.yaml")).read_text()
     assert "amp: bf16" in config and not list((tmp_path / "runs").glob("localsgd*"))
 
+    says = [says[0], ("two", "b", curves.alike("LocalSGD, 2"))]
     _digits(*says, trainings=TWO[:1], monkeypatch=monkeypatch)
     assert cli.main([*argv, "--workers", "1"]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "too large here: mpiexec -n 2 mpilsgd train" in out and "(--workers 1 leaves them out)" in out
+    assert "2 numbers and properties: 0 agrees, 2 not run" in capsys.readouterr().out
+    assert cli.main([*argv[:2], "--workers", "1"]) == 2 == cli.main([*argv[:2], "--amp", "bf16"])
+    assert "which --passes N trains" in capsys.readouterr().err
+    with pytest.raises(KeyError):  # no training of the figure
+        curves.best("a", "other")(ONES)
 
 
 def test_a_training_that_fails_or_is_under_way_is_told(

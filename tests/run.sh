@@ -10,9 +10,9 @@
 #                 Slurm that is started for them (needs root, slurm-wlm and munge)
 #   --all         also what is left out for time, as it says little that is new: the tests that are marked `brief` with
 #                 no number of ranks; what goes by nodes with 4 ranks on two emulated ones; 3 ranks on one node;
-#                 life cycles at 4 ranks; asynchrony and faults on the second MPI; trees of 5 to 21 ranks;
-#                 4 tasks on two nodes in place of 2, and the identities with them; every method on the emulated
-#                 device, some of them with 4 ranks on two nodes
+#                 life cycles at 4 ranks; asynchrony and faults on the second MPI; trees of 5 and 7 ranks,
+#                 and of 21 tasks; 4 tasks on two nodes in place of 2, and the identities with them; every method on
+#                 the emulated device, some of them with 4 ranks on two nodes
 #   --slow NAME   instead of these, the long tests whose name contains NAME (as pytest's -k), at MPILSGD_RANKS (4) ranks
 #
 # The last line is "N passed, N failed, N skipped" over all runs; the status is not 0 if any test failed, hung, died or
@@ -129,13 +129,13 @@ emulated_ranks() { # emulated_ranks RANKS [NODES]: methods whose vectors lie the
   unset MPILSGD_TEST_CORE MPIR_CVAR_NUM_CLIQUES MPIR_CVAR_CLIQUES_BY_BLOCK
 }
 
-tasks() { # tasks RANKS[xNODES]: what tests methods at several ranks, with ranks that are tasks of one process
-  local paths=() one
+tasks() { # tasks RANKS[xNODES] [PATH]: what tests methods at several ranks, with ranks that are tasks of one process
+  local paths=() one chosen=(-k "$equalities or few_bits${all:+ or identities}")
   for one in every_method identities tree across_dtype few_bits; do paths+=("tests/mpi/test_$one.py"); done
+  [[ -z ${2:-} ]] || paths=("$2") chosen=()
   export MPILSGD_TEST_TASKS=$1
   run "$1 tasks" "$PY" -m pytest -q -p no:cacheprovider -p no:pytest_mpi "${select_tests[@]}" \
-    -k "$equalities or few_bits${all:+ or identities}" \
-    ${options[@]+"${options[@]}"} "${paths[@]}"
+    ${chosen[@]+"${chosen[@]}"} ${options[@]+"${options[@]}"} "${paths[@]}"
   unset MPILSGD_TEST_TASKS
 }
 
@@ -158,9 +158,10 @@ all_ranks() { # all_ranks COUNT...
   for n in "$@"; do mpi "$n ranks, $MPI" "$n"; done
 }
 
-trees() { # the larger ones; those of more than 5 ranks in lock-step only
+lock_step=tests/mpi/test_tree.py::test_lock_step_equals_the_oracle
+trees() { # the larger ones
   paths=tests/mpi/test_tree.py all_ranks 5
-  paths=tests/mpi/test_tree.py::test_lock_step_equals_the_oracle all_ranks 7 21
+  paths=$lock_step all_ranks 7
 }
 
 # What a run leaves out for time: the tests of jobs, asynchrony and life cycles need not run on every layout.
@@ -206,7 +207,9 @@ cluster() {
 }
 hosts_and_tasks() {
   [[ " ${parts[*]} " != *" cluster "* ]] || cluster
-  [[ " ${parts[*]} " != *" unit "* ]] || tasks "${all:+4x}2"
+  [[ " ${parts[*]} " == *" unit "* ]] || return 0
+  tasks "${all:+4x}2"
+  [[ -z $all ]] || tasks 21 "$lock_step"
 }
 if [[ -z $slow ]]; then
   lane one_process

@@ -20,7 +20,7 @@ import torch
 from mpilsgd import cli
 from mpilsgd.plan import Machine, Sizes
 from mpilsgd.plan.advice import advise
-from mpilsgd.reproduce.curves import GUESS, lowest
+from mpilsgd.reproduce.curves import lowest, seconds_to
 from mpilsgd.train.models import MODELS
 from mpilsgd.train.run_reader import Run, read_runs
 
@@ -54,18 +54,6 @@ def run(method: str, period: int, data: Path, output: Path) -> Run:
         if status:
             sys.exit(status)
     return read_runs([folder])[0]
-
-
-def seconds_to(run: Run, error: float) -> float:
-    """When the curve first comes down to it; straight lines in the error's logarithm, from a guess at 0 s."""
-    seconds, errors = run.curve("wall_s", "test_error")
-    seconds, errors = np.append(0.0, seconds), np.append(GUESS, errors)
-    below = np.flatnonzero(errors <= error)
-    if not len(below):
-        return math.inf
-    k = int(below[0])
-    high, low = np.log(errors[k - 1]), np.log(errors[k])
-    return float(seconds[k - 1] + (seconds[k] - seconds[k - 1]) * (high - np.log(error)) / (high - low))
 
 
 def main(data: Path, output: Path, methods: list[str]) -> None:

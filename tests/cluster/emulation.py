@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SECONDS = float(os.environ.get("MPILSGD_TEST_SECONDS", "240"))  # a test's limit, as in conftest.py
 EMULATED = ROOT / "jobs" / "emulated"
 HOSTS = EMULATED / "hosts.sh"
 MPIEXEC = os.environ.get("MPILSGD_MPIEXEC") or shutil.which("mpiexec") or "mpiexec"

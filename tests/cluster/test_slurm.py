@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from emulation import EMULATED, ROOT, call, needs_slurm
+from emulation import EMULATED, ROOT, SECONDS, call, needs_slurm
 
 pytestmark = needs_slurm
 
@@ -40,6 +40,17 @@ def slurm() -> Iterator[None]:
             os.environ["SLURM_CONF"] = before
 
 
+class Patience:
+    """A test's waits end together, before the watchdog does: what it prints does not show Slurm's jobs."""
+
+    end = 0.0
+
+
+@pytest.fixture(autouse=True)
+def patience() -> None:
+    Patience.end = time.monotonic() + SECONDS - 20
+
+
 def submit(*arguments: object) -> str:
     done = call("sbatch", "--parsable", *arguments, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -51,14 +62,19 @@ def fields(job: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
 
-def wait_for(job: str, states: tuple[str, ...], seconds: float = 180) -> dict[str, str]:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = fields(job)
-        if found.get("JobState") in states:
-            return found
+def until(true: Callable[[], object], log: Path) -> None:
+    while not true():
+        if time.monotonic() > Patience.end:
+            state = call("scontrol", "show", "job").stdout + call("sinfo", "-N", "-l").stdout
+            controller = Path(os.environ["SLURM_CONF"]).parent / "log" / "slurmctld"
+            state += "".join(controller.read_text().splitlines(keepends=True)[-40:])
+            raise AssertionError((log.read_text() if log.is_file() else "nothing was written") + "\n" + state)
         time.sleep(0.5)
-    raise AssertionError(f"job {job}: {fields(job)}")
+
+
+def wait_for(job: str, states: tuple[str, ...], log: Path) -> dict[str, str]:
+    until(lambda: fields(job).get("JobState") in states, log)
+    return fields(job)
 
 
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
@@ -68,17 +84,10 @@ def test_trains_on_two_nodes(slurm: None, tmp_path: Path) -> None:
     log, run = tmp_path / "log", tmp_path / "run"
     options = ["--epochs", 10, "--method", "LSGD", "--period", 8]
     job = submit(f"--output={log}", f"--export=ALL,OUTPUT={run}", "jobs/train.sbatch", *options)
-    assert wait_for(job, ENDED)["JobState"] == "COMPLETED", log.read_text()
+    assert wait_for(job, ENDED, log)["JobState"] == "COMPLETED", log.read_text()
     summary = json.loads((run / "summary.json").read_text())
     assert summary["world_size"] == 4
     assert summary["test_error"] < 0.2
-
-
-def until(true: Callable[[], object], log: Path, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, log.read_text() if log.is_file() else "nothing was written"
-        time.sleep(0.5)
 
 
 LATE = """
@@ -113,9 +122,21 @@ def test_a_job_whose_ranks_were_killed_can_be_requeued(slurm: None, tmp_path: Pa
     job = submit(f"--output={log}", f"--export=ALL,OUTPUT={run}", "jobs/train.sbatch", *LONG)
     until(lambda: evaluated(run), log)
     assert call("pkill", "-KILL", "-f", f"bin/mpilsgd train .*{run}").returncode == 0
-    assert wait_for(job, ENDED)["JobState"] == "FAILED", log.read_text()
+    assert wait_for(job, ENDED, log)["JobState"] == "FAILED", log.read_text()
     call("scontrol", "requeue", job)
     until_resumed(job, log)
+
+
+def test_a_cancelled_job_does_not_requeue_itself(slurm: None, tmp_path: Path) -> None:
+    """Its ranks save and end with 75, which the job's script may see before Slurm's signal ends it too."""
+    log, run, late = tmp_path / "log", tmp_path / "run", tmp_path / "late"
+    late.write_text("trap '' TERM\n")
+    export = f"--export=ALL,OUTPUT={run},BASH_ENV={late}"
+    job = submit(f"--output={log}", export, "jobs/train.sbatch", *LONG)
+    until(lambda: evaluated(run), log)
+    call("scancel", job)
+    until(lambda: "ended by a signal at step" in log.read_text(), log)
+    assert wait_for(job, (*ENDED, "PENDING"), log)["JobState"] == "CANCELLED", log.read_text()
 
 
 def until_resumed(job: str, log: Path) -> None:
@@ -128,11 +149,11 @@ def until_resumed(job: str, log: Path) -> None:
             call("scontrol", "update", f"JobId={job}", "StartTime=now")
         return "resumed at step" in log.read_text()
 
-    until(resumed, log, 240)
+    until(resumed, log)
     steps = call("squeue", "-s", "-h", "-j", job, "-o", "%i").stdout.split()
     assert f"{job}.1" in steps, steps  # not 0, whose shared memory may still lie there
     call("scancel", job)
-    wait_for(job, ENDED)
+    wait_for(job, ENDED, log)
 
 
 def test_a_rank_that_leaves_late_does_not_hide_the_status(slurm: None, tmp_path: Path) -> None:
@@ -143,7 +164,7 @@ def test_a_rank_that_leaves_late_does_not_hide_the_status(slurm: None, tmp_path:
     job = submit(f"--output={log}", export, "jobs/train.sbatch", *LONG)
     until(lambda: evaluated(run), log)
     assert call("scancel", "--signal=USR1", job).returncode == 0
-    assert wait_for(job, ENDED)["ExitCode"] == "75:0", log.read_text()
+    assert wait_for(job, ENDED, log)["ExitCode"] == "75:0", log.read_text()
 
 
 @pytest.mark.brief()
@@ -154,14 +175,14 @@ def test_without_requeueing_the_status_is_75(slurm: None, tmp_path: Path) -> Non
     job = submit(f"--output={log}", export, "jobs/train.sbatch", *LONG)
     until(lambda: evaluated(run), log)
     call("scancel", "--signal=USR1", job)
-    found = wait_for(job, ENDED)
+    found = wait_for(job, ENDED, log)
     assert found["JobState"] == "FAILED", found
     assert found["ExitCode"] == "75:0", found
     log = tmp_path / "next"
     job = submit(f"--output={log}", "jobs/train.sbatch", "--resume", run)
     until(lambda: log.is_file() and "resumed at step" in log.read_text(), log)
     call("scancel", job)
-    wait_for(job, ENDED)
+    wait_for(job, ENDED, log)
 
 
 def test_a_sweep_gives_one_report(slurm: None, tmp_path: Path) -> None:
@@ -171,7 +192,7 @@ def test_a_sweep_gives_one_report(slurm: None, tmp_path: Path) -> None:
     export = f"--export=ALL,OUTPUT={output},RATES=0.1 1e30,PULLS=0.1 0.5"
     options = ("--array=0-4", "--ntasks-per-node=2", f"--output={tmp_path}/log-%a", export)
     job = submit(*options, "jobs/sweep.sbatch", "--epochs", 3)
-    until(lambda: not call("squeue", "-h", "-j", job).stdout.strip(), tmp_path / "log-0", 180)
+    until(lambda: not call("squeue", "-h", "-j", job).stdout.strip(), tmp_path / "log-0")
     logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("log-*")))
     assert len(list(output.glob("lr-0.1-*/summary.json"))) == 2, logs
     assert not list(output.glob("lr-1e30-*/summary.json")), logs
@@ -187,7 +208,7 @@ def test_scaling_gives_a_table_and_one_report(slurm: None, tmp_path: Path) -> No
     job = submit(
         f"--output={log}", export, "jobs/scaling.sh", "--method", "EASGDTree", "--degree", 2, "--period", 2
     )
-    assert wait_for(job, ENDED)["JobState"] == "COMPLETED", log.read_text()
+    assert wait_for(job, ENDED, log)["JobState"] == "COMPLETED", log.read_text()
     rows = [line.split()[0] for line in log.read_text().splitlines() if line.endswith("%")]
     assert rows == ["2", "4"], log.read_text()
     assert (output / "report" / "curves.png").is_file(), log.read_text()

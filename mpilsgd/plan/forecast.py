@@ -20,7 +20,7 @@ class Forecast:
     Attributes:
         step_s: seconds of a worker's step, exchanges included, on the mean.
         comm_s: of these, in exchanges.
-        round_s: seconds of one exchange, where it is due, of the longest kind.
+        round_s: seconds of one exchange, where it is due, of the longest kind; waiting for a turn is not in it.
         group, across: bytes that all ranks together read from others or receive in a step, of their own node and of
             other nodes.
         link: bytes a step through the busiest node's link, each way.
@@ -59,7 +59,7 @@ def forecast(seen: Seen, sizes: Sizes, machine: Machine, step_s: float) -> Forec
     alone = step_s + waits
     # what all workers' exchanges together keep busy cannot take longer than the steps between them
     most = max((cost.busy / cost.every for cost in each), default=0.0)
-    # ... but a tree's messages wait for nobody: those for which there is no room are left out
+    # ... but a tree's messages wait for nobody: those for which a link has no room are left out
     left = 1.0
     if seen.tree is not None and not seen.tree["waits"] and most > alone:
         left, most = alone / most, alone
@@ -68,14 +68,27 @@ def forecast(seen: Seen, sizes: Sizes, machine: Machine, step_s: float) -> Forec
     return Forecast(
         step,
         step - step_s,
-        max((cost.seconds for cost in each), default=0.0),
-        left * sum(cost.group / cost.every for cost in each),
+        max((_taken(cost, seen, step_s) for cost in each), default=0.0),
+        sum(cost.group / cost.every for cost in each),
         left * sum(cost.across / cost.every for cost in each),
         left * sum(cost.link / cost.every for cost in each),
         _memory(seen, sizes, machine),
         workers(seen, machine),
         limit,
     )
+
+
+def mean_round(seen: Seen, sizes: Sizes, machine: Machine, step_s: float) -> float:
+    """Seconds of an exchange, by how often each kind comes; waiting for a turn and for late workers is not in it."""
+    each = costs(seen, sizes, machine)
+    often = sum(1 / cost.every for cost in each)
+    return sum(_taken(cost, seen, step_s) / cost.every for cost in each) / often if often else math.nan
+
+
+def _taken(cost: Cost, seen: Seen, step_s: float) -> float:
+    if seen.kind != "published":
+        return cost.seconds
+    return max(cost.seconds, cost.busy - cost.every * step_s)  # all read over one link, in no order
 
 
 def _waited(cost: Cost, seen: Seen, step_s: float, size: int) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from mpilsgd.comm import Topology, here
 from mpilsgd.devices import on_host
 from mpilsgd.methods import Method
-from mpilsgd.plan import Forecast, Machine, Seen, Sizes, costs, forecast, look, measure
+from mpilsgd.plan import Machine, Seen, Sizes, forecast, look, mean_round, measure
 
 _SECONDS = 0.1  # to measure for
 
@@ -56,12 +55,5 @@ def _scored(
     }
     if seen.kind != "edges":  # whose rounds are messages
         spent = sum(row["comm"] - row["wait"] for row in rows)
-        told["round_s"] = [_round(seen, sizes, machine, found), spent / rounds]
+        told["round_s"] = [mean_round(seen, sizes, machine, own), spent / rounds]
     return {"forecast": told}
-
-
-def _round(seen: Seen, sizes: Sizes, machine: Machine, found: Forecast) -> float:
-    """Of the kinds of exchange the mean."""
-    each = costs(seen, sizes, machine)
-    often = sum(1 / cost.every for cost in each)
-    return sum(cost.seconds / cost.every for cost in each) / often if often else math.nan

@@ -28,11 +28,12 @@ from mpilsgd.train.models import MODELS
 from mpilsgd.train.run_reader import Run, read_runs
 
 BANDWIDTH, LATENCY, STEP_S = 12.5e6, 5e-5, 0.03
-LAUNCH = shlex.split(os.environ.get("LAUNCH", ""))  # runs mpilsgd on emulated hosts; takes its words as one
+LAUNCH = shlex.split(
+    os.environ.get("MPILSGD_LAUNCH", "")
+)  # its last argument is the whole command, as rsh takes it
 SHARES = 0.05, 0.1
 ERRORS = (0.05, 0.03, 0.02, 0.017)
-NETWORK = f"--nodes 4 --bandwidth {BANDWIDTH:g} --latency {LATENCY:g}"
-CLUSTER = f"simulate --workers 4 {NETWORK} --compute {STEP_S:g}:0.1"
+CLUSTER = f"--workers 4 --nodes 4 --bandwidth {BANDWIDTH:g} --latency {LATENCY:g} --compute {STEP_S:g}:0.1"
 TRAIN = "--model lenet --data mnist --batch_size 32 --lr 0.1 --checkpoint_every null --threads 1"
 OWN = {"EASGD": "--center_rate 0.9"}
 
@@ -47,7 +48,7 @@ def planned(method: str, share: float, step_s: float) -> int:
 
 def trained(folder: Path, data: Path, options: str) -> Run:
     if not (folder / "summary.json").exists():
-        words = shlex.split(f"{'train' if LAUNCH else CLUSTER} {TRAIN} {options}")
+        words = shlex.split(f"{'train' if LAUNCH else f'simulate {CLUSTER}'} {TRAIN} {options}")
         words += ["--data_dir", str(data / "mnist"), "--output", str(folder), "--overwrite", "true"]
         status = subprocess.call([*LAUNCH, shlex.join(words)]) if LAUNCH else cli.main(words)
         if status:
@@ -71,6 +72,7 @@ def step_seconds(data: Path, output: Path) -> float:
 
 
 def main(data: Path, output: Path, methods: list[str]) -> None:
+    output /= "measured" if LAUNCH else "virtual"
     step_s = step_seconds(data, output) if LAUNCH else STEP_S
     print(f"a step takes {step_s:.4f} s")
     for method in methods:

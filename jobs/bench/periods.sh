@@ -5,7 +5,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 
-data=$(readlink -f "${1:?no folder with mnist/}") output=$(readlink -m "${2:?no folder for the runs}")
+data=$(readlink -f "${1:?no folder with mnist/}")
+output=$(readlink -m "${2:?no folder for the runs}")
 shift 2
 set_up report
 find_mpi MPICH
@@ -14,5 +15,5 @@ trap '"$emulated/hosts.sh" down' EXIT
 "$emulated/hosts.sh" up 4 100mbit
 command=$(printf '%q ' env OMP_NUM_THREADS=1 "$MPIEXEC" -launcher rsh -launcher-exec "$emulated/rsh" \
   -hosts node0:1,node1:1,node2:1,node3:1 -n 4 "$PY" -m mpi4py -m mpilsgd.cli)
-LAUNCH=$(printf '%q ' "$emulated/hosts.sh" sh node0 "cd $(printf %q "$PWD") && $command") \
-  "$PY" "$ROOT/jobs/bench/periods.py" "$data" "$output" "$@"
+MPILSGD_LAUNCH=$(printf '%q ' "$emulated/hosts.sh" sh node0 "cd $(printf %q "$PWD") && $command") \
+  "$PY" "$ROOT/jobs/bench/periods.py" "$data" "$output" "$@" </dev/null

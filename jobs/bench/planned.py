@@ -20,7 +20,7 @@ import torch
 
 import mpilsgd
 from mpilsgd.methods import EASGDTree
-from mpilsgd.plan import Machine, Sizes, forecast, look, mean_round, measure
+from mpilsgd.plan import Machine, Sizes, forecast, look, measure
 from mpilsgd.plan.advice import FORMS
 from mpilsgd.simulation import Network, clock
 from mpilsgd.train.table import columns
@@ -30,7 +30,7 @@ FORMS_HERE: dict[str, tuple[Any, dict[str, Any]]] = {
     name: (method, {key: PERIOD if key.endswith("period") else value for key, value in settings.items()})
     for name, (method, settings) in FORMS.items()
 }
-# messages that a link cannot take are left out: so seldom that 100 Mbit/s takes them all
+# a full link leaves a tree's messages out, and 100 Mbit/s carries all of these
 FORMS_HERE["EASGDTree"] = (EASGDTree, {"period": 60, "upper_period": 60})
 FORMS_HERE["ADMM"] = (mpilsgd.ADMM, {"rho": 1.0})
 FORMS_HERE["DiLoCo overlap"] = (mpilsgd.DiLoCo, {"period": PERIOD, "overlap": PERIOD - 1})
@@ -54,8 +54,9 @@ def train(name: str, numel: int, step_s: float, across: str | None) -> dict[str,
         return clock() - begin
 
     period = settings.get("period", 2)
-    # a tree's messages go on behind the steps: many rounds, beside which those on their way are few
-    warm, count = 2 * period, (40 if method is EASGDTree else ROUNDS) * period
+    # what goes on behind the steps takes many rounds, beside which the first and the last one's waiting is little
+    behind = method is EASGDTree or "overlap" in settings
+    warm, count = 2 * period, (40 if behind else ROUNDS) * period
     up_to(warm)
     opt.settle()
     topology.barrier()
@@ -131,7 +132,7 @@ def measured(path: Path, nbytes: int, step_s: float, names: list[str], across: s
             "measured": summed(rows),
             "planned": {
                 "step_s": found.step_s,
-                "round_s": mean_round(seen, sizes, machine, own),
+                "round_s": found.mean_round_s,
                 "group": found.group,
                 "across": found.across,
             },

@@ -43,7 +43,7 @@ MpiDefault=pmi2
 ReturnToService=2
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
-KillWait=5
+KillWait=15
 JobRequeue=1
 END
   echo "CgroupPlugin=autodetect" >"$folder/cgroup.conf"

@@ -1,7 +1,7 @@
 """What a method's exchanges cost on a cluster, before anything runs there."""
 
 from mpilsgd.plan.costs import Cost, Sizes, costs
-from mpilsgd.plan.forecast import Forecast, forecast, least_factor, mean_round
+from mpilsgd.plan.forecast import Forecast, forecast, least_factor
 from mpilsgd.plan.machine import Machine, measure
 from mpilsgd.plan.trial import Seen, look
 
@@ -15,6 +15,5 @@ __all__ = [
     "forecast",
     "least_factor",
     "look",
-    "mean_round",
     "measure",
 ]

@@ -112,7 +112,7 @@ def at(
 def _two_periods(
     name: str, settings: dict[str, Any], sizes: Sizes, machine: Machine, step_s: float, share: float
 ) -> Advice:
-    """tau so that the rounds of the groups take half of the share, then tau_G a multiple of it for the other half."""
+    """tau so that the groups' rounds take half of the share, tau_G a multiple of it; one period for groups of one."""
     seen = look(LSGD, {**settings, "period": 1, "global_period": 2}, 2)
     near = next(event for event in seen.events if not event.verbs[0].far)
     far = next(event for event in seen.events if event.verbs[0].far)
@@ -125,11 +125,12 @@ def _two_periods(
         alone = dataclasses.replace(near, every=period / (1 - 1 / multiple))
         return dataclasses.replace(seen, events=(alone, both))
 
-    period = least_factor(rounds(1, math.inf), sizes, machine, step_s, share / 2)
-    if period is None:
-        return Advice(name, LSGD, settings)
-    multiple = least(lambda m: forecast(rounds(period, m), sizes, machine, step_s).share <= share)
-    if multiple is None:
+    multiple: int | None = 1
+    if machine.most == 1:  # who is alone in a group has nobody there to be pulled to
+        period = least_factor(rounds(1, 1), sizes, machine, step_s, share)
+    elif period := least_factor(rounds(1, math.inf), sizes, machine, step_s, share / 2):
+        multiple = least(lambda m: forecast(rounds(period, m), sizes, machine, step_s).share <= share)
+    if period is None or multiple is None:
         return Advice(name, LSGD, settings)
     found = rounds(period, multiple)
     settings = {**settings, "period": period, "global_period": period * multiple}

@@ -178,7 +178,7 @@ def _published(seen: Seen, event: Event, sizes: Sizes, machine: Machine) -> Cost
     copies = near + (far and n > 1) or 1
     memory = (2 + 5 * copies) * s
     others = machine.size - machine.nodes  # of each group all but its leader
-    group = others * s * (near or n == 1)
+    group = others * s * (near or (far and n == 1))
     # who leads all is copied by those of other nodes over its link, and once more by its own group
     away = machine.size * (n - 1) / n * far
     group += others / n * s * far * (n > 1)

@@ -21,6 +21,7 @@ class Forecast:
         step_s: seconds of a worker's step, exchanges included, on the mean.
         comm_s: of these, in exchanges.
         round_s: seconds of one exchange, where it is due, of the longest kind; waiting for a turn is not in it.
+        mean_round_s: the same of all kinds, by how often they come; NaN where there are none.
         group, across: bytes that all ranks together read from others or receive in a step, of their own node and of
             other nodes.
         link: bytes a step through the busiest node's link, each way.
@@ -32,6 +33,7 @@ class Forecast:
     step_s: float
     comm_s: float
     round_s: float
+    mean_round_s: float
     group: float
     across: float
     link: float
@@ -58,17 +60,20 @@ def forecast(seen: Seen, sizes: Sizes, machine: Machine, step_s: float) -> Forec
     waits = sum(_waited(cost, seen, step_s, machine.size) / cost.every for cost in each)
     alone = step_s + waits
     # what all workers' exchanges together keep busy cannot take longer than the steps between them
-    most = max((cost.busy / cost.every for cost in each), default=0.0)
+    most = sum(cost.busy / cost.every for cost in each)
     # ... but a tree's messages wait for nobody: those for which a link has no room are left out
     left = 1.0
     if seen.tree is not None and not seen.tree["waits"] and most > alone:
         left, most = alone / most, alone
     step = max(alone, most)
     limit = "" if most <= _BUSY * alone else "turns" if seen.kind == "turns" else "link"
+    taken = _taken(each, step - alone if seen.kind == "published" else 0.0)
+    often = sum(1 / cost.every for cost in each)
     return Forecast(
         step,
         step - step_s,
-        max((_taken(cost, seen, step_s) for cost in each), default=0.0),
+        max(taken, default=0.0),
+        sum(s / cost.every for s, cost in zip(taken, each, strict=True)) / often if often else math.nan,
         sum(cost.group / cost.every for cost in each),
         left * sum(cost.across / cost.every for cost in each),
         left * sum(cost.link / cost.every for cost in each),
@@ -78,17 +83,10 @@ def forecast(seen: Seen, sizes: Sizes, machine: Machine, step_s: float) -> Forec
     )
 
 
-def mean_round(seen: Seen, sizes: Sizes, machine: Machine, step_s: float) -> float:
-    """Seconds of an exchange, by how often each kind comes; waiting for a turn and for late workers is not in it."""
-    each = costs(seen, sizes, machine)
-    often = sum(1 / cost.every for cost in each)
-    return sum(_taken(cost, seen, step_s) / cost.every for cost in each) / often if often else math.nan
-
-
-def _taken(cost: Cost, seen: Seen, step_s: float) -> float:
-    if seen.kind != "published":
-        return cost.seconds
-    return max(cost.seconds, cost.busy - cost.every * step_s)  # all read over one link, in no order
+def _taken(each: list[Cost], held: float) -> list[float]:
+    """Seconds of one exchange of each kind; held: those of a step for which readers hold each other up on a link."""
+    often = sum(1 / cost.every for cost in each if cost.busy)
+    return [cost.seconds + (held / often if held and cost.busy else 0.0) for cost in each]
 
 
 def _waited(cost: Cost, seen: Seen, step_s: float, size: int) -> float:

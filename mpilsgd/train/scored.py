@@ -8,7 +8,7 @@ from typing import Any
 from mpilsgd.comm import Topology, here
 from mpilsgd.devices import on_host
 from mpilsgd.methods import Method
-from mpilsgd.plan import Machine, Seen, Sizes, forecast, look, mean_round, measure
+from mpilsgd.plan import Machine, Seen, Sizes, forecast, look, measure
 
 _SECONDS = 0.1  # to measure for
 
@@ -55,5 +55,5 @@ def _scored(
     }
     if seen.kind != "edges":  # whose rounds are messages
         spent = sum(row["comm"] - row["wait"] for row in rows)
-        told["round_s"] = [mean_round(seen, sizes, machine, own), spent / rounds]
+        told["round_s"] = [found.mean_round_s, spent / rounds]
     return {"forecast": told}

@@ -13,7 +13,7 @@ import torch
 
 from mpilsgd import methods
 from mpilsgd.comm import Topology, in_process
-from mpilsgd.plan import Machine, Sizes, advice, command, costs, forecast, least_factor, look, mean_round
+from mpilsgd.plan import Machine, Sizes, advice, command, costs, forecast, least_factor, look
 from mpilsgd.plan.stability import problems
 
 N, WARM, STEPS = 4_000, 4, 12  # steps: whole periods of all cases
@@ -22,6 +22,11 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "LSGD, one leader": (methods.LSGD, {"period": 3, "global_pull": 0.0}),
     "LSGD, every step": (methods.LSGD, {"period": 2, "global_period": 4, "when": "every_step"}),
     "LSGD wait-free": (methods.LSGD, {"period": 2, "global_period": 4, "asynchronous": "wait-free"}),
+    "LSGD wait-free, odd": (methods.LSGD, {"period": 2, "global_period": 3, "asynchronous": "wait-free"}),
+    "LSGD wait-free, one leader": (
+        methods.LSGD,
+        {"period": 2, "global_period": 3, "global_pull": 0.0, "asynchronous": "wait-free"},
+    ),
     "EASGD": (methods.EASGD, {"period": 2}),
     "EASGD, Gauss-Seidel": (methods.EASGD, {"period": 2, "form": "gauss-seidel"}),
     "EASGD overlap": (methods.EASGD, {"period": 2, "overlap": True}),
@@ -62,7 +67,7 @@ def _counted(case: str, workers: int, nodes: int, across: str | None) -> tuple[f
             if opt.computes:
                 x.grad = torch.zeros(N)
             # nobody waits for a leader who comes later: it is always the same one, so that all have seen it
-            turn = 0 if case == "LSGD wait-free" else k
+            turn = 0 if "wait-free" in case else k
             opt.step(loss=float((topology.world.rank + turn) % workers))
         opt.settle()
         topology.barrier()
@@ -164,18 +169,33 @@ def test_what_goes_on_behind_costs_only_what_is_longer_than_a_period() -> None:
         assert alone.comm_s == pytest.approx(0.1, rel=1e-3)
 
 
-def test_readers_of_one_link_are_held_up_by_each_other() -> None:
-    """Wait-free, four nodes of one: the leader's link carries S to each, 3/4 of the time to another node."""
+@pytest.mark.parametrize("periods", [(2, 2), (2, 4), (2, 3)])
+def test_readers_of_one_link_hold_each_other_up(periods: tuple[int, int]) -> None:
+    """Wait-free, four nodes of one: in a round of all the leader's link carries S to three others."""
     machine = Machine((1, 1, 1, 1), bandwidth=1e8, latency=0.0, memory=1e12)
-    settings = {"period": 2, "global_period": 2, "asynchronous": "wait-free"}
+    settings = {"period": periods[0], "global_period": periods[1], "asynchronous": "wait-free"}
     seen, sizes = look(methods.LSGD, settings, 2), Sizes({torch.float32: 10**7})
-    (cost,) = costs(seen, sizes, machine)
-    assert cost.busy == pytest.approx(3 * 4e7 / 1e8)
-    assert mean_round(seen, sizes, machine, 10.0) == cost.seconds < 0.4  # nobody else reads
-    for step_s in (0.0, 0.1, 0.3):
+    each = costs(seen, sizes, machine)
+    world = [cost for cost in each if cost.busy]
+    assert all(cost.busy == pytest.approx(3 * 4e7 / 1e8) for cost in world)
+    often = sum(1 / cost.every for cost in each)
+    assert sum(1 / cost.every for cost in world) == pytest.approx(1 / periods[1])
+    alone = forecast(seen, sizes, machine, 10.0)  # nobody else reads
+    assert alone.round_s == max(cost.seconds for cost in each)
+    for step_s in (0.0, 0.1):
         found = forecast(seen, sizes, machine, step_s)
-        assert found.limit == "link" and found.step_s == pytest.approx(0.6)
-        assert found.round_s == mean_round(seen, sizes, machine, step_s) == pytest.approx(1.2 - 2 * step_s)
+        assert found.limit == "link"
+        assert found.step_s == pytest.approx(1.2 / periods[1])
+        assert step_s + often * found.mean_round_s == pytest.approx(found.step_s)
+        assert found.round_s > alone.round_s
+
+
+def test_a_group_of_one_has_no_rounds_of_its_own() -> None:
+    machine, sizes = Machine((1, 1, 1, 1), bandwidth=1e8), Sizes({torch.float32: 10**6})
+    for name in ("LSGD", "LSGD wait-free"):
+        (one,) = advice.advise(sizes, machine, 0.02, 0.1, [name])
+        assert one.settings["period"] == one.settings["global_period"] > 1
+        assert one.found is not None and one.found.share <= 0.1
 
 
 def test_workers_in_turn_are_held_up_where_the_shard_is_always_taken() -> None:

@@ -251,4 +251,4 @@ elif [[ " ${parts[*]} " == *" mpi "* ]]; then
   fi
 fi
 
-"$PY" tests/tally.py "$record"
+"$PY" tests/tally.py "$record" "${parts[@]}"

@@ -28,9 +28,8 @@ from mpilsgd.train.models import MODELS
 from mpilsgd.train.run_reader import Run, read_runs
 
 BANDWIDTH, LATENCY, STEP_S = 12.5e6, 5e-5, 0.03
-LAUNCH = shlex.split(
-    os.environ.get("MPILSGD_LAUNCH", "")
-)  # its last argument is the whole command, as rsh takes it
+# from periods.sh: runs mpilsgd on the hosts; its last argument is the whole command, as rsh takes it
+LAUNCH = shlex.split(os.environ.get("MPILSGD_LAUNCH", ""))
 SHARES = 0.05, 0.1
 ERRORS = (0.05, 0.03, 0.02, 0.017)
 CLUSTER = f"--workers 4 --nodes 4 --bandwidth {BANDWIDTH:g} --latency {LATENCY:g} --compute {STEP_S:g}:0.1"

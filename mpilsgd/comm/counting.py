@@ -12,9 +12,10 @@ import numpy as np
 
 from mpilsgd.comm.mpi import MPI, here
 from mpilsgd.comm.onesided import Board, expose
-from mpilsgd.comm.waiting import give_way
+from mpilsgd.comm.waiting import clock, give_way
 
 _AHEAD = 64  # counts under way at most
+_NEAR = 4  # so many times the steps that all may have taken since are looked at closely
 _POLL = 5e-4  # seconds between two looks of the progress thread
 
 
@@ -33,15 +34,16 @@ class Counter:
         self._all = Board(level.comm, 2, False) if level.n_islands > 1 else None
         self._level, self._size, self._batch = level, level.size, len(level.local_ranks)
         self._every = every
-        # of batches of steps that are on their way to all islands: what tells the total before them
-        self._pending: deque[Callable[[bool], int | None]] = deque()
+        # of batches of steps that are on their way to all islands: when each was sent, and what tells the total before
+        self._pending: deque[tuple[float, Callable[[bool], int | None]]] = deque()
+        self._first = self._known = 0, clock()  # a total, and when it held
 
     def add(self) -> None:
         """Counts a step of this worker."""
         give_way()
         before = self._island.add(0, self.COUNT, 1)
         if self._all is not None and (before + 1) % self._batch == 0:
-            self._pending.append(self._all.begin_to_add(0, self.TOTAL, self._batch))
+            self._pending.append((clock(), self._all.begin_to_add(0, self.TOTAL, self._batch)))
             self.hand_on(self._every is not None)
 
     def hand_on(self, wait: bool) -> None:
@@ -49,15 +51,28 @@ class Counter:
         islands: much else may be on its way there before. Rounds by the total wait, as they come when it is reached."""
         while self._pending:
             assert self._all is not None
-            old = self._pending[0](wait or len(self._pending) > _AHEAD)
+            sent, tell = self._pending[0]
+            old = tell(wait or len(self._pending) > _AHEAD)
             if old is None:
                 return
             self._pending.popleft()
             total = old + self._batch
+            self._learn(total, sent)
             self._island.raise_to(0, self.SEEN, total)
             if self._every is not None and total // self._every > old // self._every:
                 for rank in range(self._size):
                     self._all.raise_to(rank, self.CROSSED, total)
+
+    def _learn(self, total: int, when: float) -> None:
+        if total > self._known[0]:
+            self._known = total, when
+
+    def _since(self) -> float:
+        """The steps that all may have taken since a total was known here: as many as this worker, or as many as the
+        mean rate so far says, as it may be slow or have paused."""
+        (first, begun), (known, when) = self._first, self._known
+        rate = (known - first) / (when - begun) if when > begun else 0.0
+        return max(len(self._pending) * self._batch * self._level.n_islands, rate * (clock() - when))
 
     def shift(self, steps: int) -> None:
         """Counts so many more, or fewer: those of a state that was loaded. Collective, with `add` by nobody."""
@@ -68,7 +83,9 @@ class Counter:
             self._all.add(0, self.TOTAL, steps)
         self._level.barrier()
         if self._all is not None:  # what was known of another total
-            self._island.write(0, self.SEEN, self._all.read(0, self.TOTAL))
+            total = self._all.read(0, self.TOTAL)
+            self._first = self._known = total, clock()
+            self._island.write(0, self.SEEN, total)
             self._all.write(self._level.rank, self.CROSSED, 0)
         self._level.barrier()
 
@@ -79,8 +96,9 @@ class Counter:
             return self._island.read(0, self.COUNT)
         seen = max(self._island.read(0, self.SEEN), self._all.peek(self.CROSSED))
         silent = self._island.read(0, self.COUNT) == 0  # nobody here takes steps, or not yet
-        pending = len(self._pending) * self._batch * self._level.n_islands
-        if near is not None and seen < near and (silent or near <= seen + 4 * self._size + pending):
+        self._learn(seen, clock())
+        may_be = seen + _NEAR * (self._size + self._since())
+        if near is not None and seen < near and (silent or near <= may_be):
             self.hand_on(True)
             seen = self._all.read(0, self.TOTAL)
             self._island.raise_to(0, self.SEEN, seen)

@@ -34,15 +34,22 @@ def fabric(shared: bool) -> Iterator[Fabric]:
     topology.free()
 
 
-def test_counts_of_a_worker_that_waits_come_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is kept back until one before is known to have come: who waits for the others counts no more."""
-    begin, total = Board.begin_to_add, 10 * (WORLD.size - 1)
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What becomes of a count is never known before someone waits for it."""
+    begin = Board.begin_to_add
 
     def unknown(self: Board, *given: int) -> Callable[[bool], int | None]:
         told = begin(self, *given)
         return lambda wait: told(True) if wait else None
 
     monkeypatch.setattr(Board, "begin_to_add", unknown)
+
+
+@pytest.mark.usefixtures("late")
+def test_counts_of_a_worker_that_waits_come_to_all() -> None:
+    """None is kept back until one before is known to have come: who waits for the others counts no more."""
+    total = 10 * (WORLD.size - 1)
     errors = []
     with fabric(False) as made:
         counter = Counter(made.world)
@@ -55,6 +62,35 @@ def test_counts_of_a_worker_that_waits_come_to_all(monkeypatch: pytest.MonkeyPat
                 time.sleep(1e-3)
             errors += [] if counter.read(total) == total else [f"{counter.read(total)} of {total} are known"]
         WORLD.Barrier()
+        counter.free()
+    check_together(errors)
+
+
+@pytest.mark.usefixtures("late")
+def test_a_worker_that_paused_looks_at_the_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows a total from before its pause; how far the others may have come since, it knows from their rate."""
+    size, now = WORLD.size, 0.0
+    monkeypatch.setattr("mpilsgd.comm.counting.clock", lambda: now)
+    errors = []
+    with fabric(False) as made:
+        counter = Counter(made.world)
+        for _ in range(2):
+            now += 1.0
+            if WORLD.rank or now == 1.0:  # the first of all pauses in the second second
+                for _ in range(20):
+                    counter.add()
+                counter.hand_on(True)
+            made.world.barrier()
+            if now == 1.0:
+                counter.add()
+                counter.hand_on(True)  # the total so far is known to all
+            made.world.barrier()
+        total = 20 * (2 * size - 1) + size
+        if WORLD.rank == 0:
+            counter.add()
+            total += 1
+            errors += [] if counter.read(near=total) == total else [f"{counter.read()} of {total} are known"]
+        made.world.barrier()
         counter.free()
     check_together(errors)
 

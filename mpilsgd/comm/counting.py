@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -15,7 +16,7 @@ from mpilsgd.comm.onesided import Board, expose
 from mpilsgd.comm.waiting import clock, give_way
 
 _AHEAD = 64  # counts under way at most
-_NEAR = 4  # so many times the steps that all may have taken since are looked at closely
+_NEAR = 4  # a total is near where so many times the steps that all may have taken meanwhile would bring it
 _POLL = 5e-4  # seconds between two looks of the progress thread
 
 
@@ -36,7 +37,9 @@ class Counter:
         self._every = every
         # of batches of steps that are on their way to all islands: when each was sent, and what tells the total before
         self._pending: deque[tuple[float, Callable[[bool], int | None]]] = deque()
-        self._first = self._known = 0, clock()  # a total, and when it held
+        # a total that all had at least at a time: the first and the last that this worker learned of; when it last read
+        self._first: tuple[int, float] | None = None
+        self._known, self._looked = (0, 0.0), clock()
 
     def add(self) -> None:
         """Counts a step of this worker."""
@@ -66,13 +69,17 @@ class Counter:
     def _learn(self, total: int, when: float) -> None:
         if total > self._known[0]:
             self._known = total, when
+            self._first = self._first or self._known
 
     def _since(self) -> float:
-        """The steps that all may have taken since a total was known here: as many as this worker, or as many as the
-        mean rate so far says, as it may be slow or have paused."""
-        (first, begun), (known, when) = self._first, self._known
-        rate = (known - first) / (when - begun) if when > begun else 0.0
-        return max(len(self._pending) * self._batch * self._level.n_islands, rate * (clock() - when))
+        """The steps that all may have taken since what is known: as many on each island as are pending here, or as the
+        mean rate says, as this worker may be slow or have paused. Infinity before there is a rate."""
+        known, when = self._known
+        first, begun = self._first or self._known
+        if when <= begun:
+            return math.inf
+        pending = len(self._pending) * self._batch * self._level.n_islands
+        return max(pending, (known - first) / (when - begun) * (clock() - when))
 
     def shift(self, steps: int) -> None:
         """Counts so many more, or fewer: those of a state that was loaded. Collective, with `add` by nobody."""
@@ -83,9 +90,8 @@ class Counter:
             self._all.add(0, self.TOTAL, steps)
         self._level.barrier()
         if self._all is not None:  # what was known of another total
-            total = self._all.read(0, self.TOTAL)
-            self._first = self._known = total, clock()
-            self._island.write(0, self.SEEN, total)
+            self._first, self._known = None, (0, 0.0)
+            self._island.write(0, self.SEEN, self._all.read(0, self.TOTAL))
             self._all.write(self._level.rank, self.CROSSED, 0)
         self._level.barrier()
 
@@ -94,9 +100,10 @@ class Counter:
         give_way()
         if self._all is None:
             return self._island.read(0, self.COUNT)
+        before, self._looked = self._looked, clock()
         seen = max(self._island.read(0, self.SEEN), self._all.peek(self.CROSSED))
+        self._learn(seen, before)  # it may have come right after the last look
         silent = self._island.read(0, self.COUNT) == 0  # nobody here takes steps, or not yet
-        self._learn(seen, clock())
         may_be = seen + _NEAR * (self._size + self._since())
         if near is not None and seen < near and (silent or near <= may_be):
             self.hand_on(True)

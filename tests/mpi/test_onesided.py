@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from harness import WORLD, check_together
+from method_cases import several
 
 from mpilsgd import Topology
 from mpilsgd.comm import Counter, Progress, Shards, Snapshots, Turns
@@ -66,31 +67,31 @@ def test_counts_of_a_worker_that_waits_come_to_all() -> None:
     check_together(errors)
 
 
+@several
+@pytest.mark.processes
 @pytest.mark.usefixtures("late")
 def test_a_worker_that_paused_looks_at_the_total(monkeypatch: pytest.MonkeyPatch) -> None:
     """It knows a total from before its pause; how far the others may have come since, it knows from their rate."""
-    size, now = WORLD.size, 0.0
+    total, now = 0, 0.0
     monkeypatch.setattr("mpilsgd.comm.counting.clock", lambda: now)
     errors = []
     with fabric(False) as made:
         counter = Counter(made.world)
-        for _ in range(2):
+        for first, looks in [(20, False), (20, False), (1, True), (0, True), (1, True)]:
             now += 1.0
-            if WORLD.rank or now == 1.0:  # the first of all pauses in the second second
-                for _ in range(20):
-                    counter.add()
+            for _ in range(20 if WORLD.rank else 0):
+                counter.add()
+            counter.hand_on(True)
+            made.world.barrier()
+            for _ in range(0 if WORLD.rank else first):
+                counter.add()
+            total += 20 * (WORLD.size - 1) + first
+            if WORLD.rank == 0 and looks:
+                seen = counter.read(near=total)
+                errors += [] if seen == total else [f"after {now} s {seen} of {total} are known"]
+            elif WORLD.rank == 0:
                 counter.hand_on(True)
             made.world.barrier()
-            if now == 1.0:
-                counter.add()
-                counter.hand_on(True)  # the total so far is known to all
-            made.world.barrier()
-        total = 20 * (2 * size - 1) + size
-        if WORLD.rank == 0:
-            counter.add()
-            total += 1
-            errors += [] if counter.read(near=total) == total else [f"{counter.read()} of {total} are known"]
-        made.world.barrier()
         counter.free()
     check_together(errors)
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +88,8 @@ class Training:
 def train(trainings: Sequence[Training], options: Options) -> Found:
     """Trains all, the longest first, and reads the runs. One that diverges ends there, with the rows before.
 
+    SIGTERM ends them all, and this process. Only for the main thread.
+
     Raises:
         Failed: a training has ended with another error; the others are ended, too.
     """
@@ -98,6 +101,7 @@ def train(trainings: Sequence[Training], options: Options) -> Found:
     calls = {one: one.simulation(*given) for one in trainings}
     folders = {one: output / _folder(one, call) for one, call in calls.items()}
     waiting, running = sorted(trainings, key=lambda one: one.workers), list[_Running]()
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         output.mkdir(parents=True, exist_ok=True)
         while waiting or running:
@@ -113,6 +117,7 @@ def train(trainings: Sequence[Training], options: Options) -> Found:
     finally:
         for left in running:
             left.end()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _folder(training: Training, call: Sequence[str]) -> str:

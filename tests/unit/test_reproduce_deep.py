@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 import shlex
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -191,6 +194,23 @@ def test_a_training_that_fails_ends_the_others(tmp_path: Path) -> None:
     with pytest.raises(Failed, match="status 2"):
         train([long, wrong], Options(passes=1, data_dir=tmp_path, output=tmp_path))
     assert time.perf_counter() - began < 120 and not list(tmp_path.glob("runs/*/complete"))
+
+
+def test_a_signal_ends_the_trainings_too(tmp_path: Path) -> None:
+    long = Training("long", 2, f"--method LocalSGD {DIGITS}", images=10**8)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def when_it_trains() -> None:
+        while not any(log.stat().st_size for log in tmp_path.glob("runs/*.log")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=when_it_trains, daemon=True).start()
+    with pytest.raises(SystemExit, match="143"):
+        train([long], Options(passes=1, data_dir=tmp_path, output=tmp_path))
+    with open(next(tmp_path.glob("runs/*.log"))) as log:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever trains holds it
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def _run(

@@ -37,7 +37,7 @@ class Counter:
         self._every = every
         # of batches of steps that are on their way to all islands: when each was sent, and what tells the total before
         self._pending: deque[tuple[float, Callable[[bool], int | None]]] = deque()
-        # a total that all had at least at a time: the first and the last that this worker learned of; when it last read
+        # totals, each with a time when no more were taken: the first and last it learned of; and when it last read
         self._first: tuple[int, float] | None = None
         self._known, self._looked = (0, 0.0), clock()
 
